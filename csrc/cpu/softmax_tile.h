@@ -1,0 +1,20 @@
+// The softmax family's tile passes; what they compute stands in replearn_kernels/objectives/softmax.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+namespace replearn {
+
+using torch::stable::Tensor;
+
+// Folds products s[R, C] into row_table[3, R] (max, sum, positive) and column_table[2, C] (max, sum).
+void softmax_statistics_(Tensor s, double scale, std::optional<Tensor> target, int64_t first_column,
+                         Tensor row_table, std::optional<Tensor> column_table);
+
+// out[R, C] = dL/dl of products s[R, C], from row_coefficients[5, R] and column_coefficients[4, C]; out may be s.
+void softmax_weights_(Tensor s, Tensor out, double scale, std::optional<Tensor> target, int64_t first_column,
+                      Tensor row_coefficients, std::optional<Tensor> column_coefficients);
+
+}  // namespace replearn

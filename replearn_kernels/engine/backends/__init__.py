@@ -1,0 +1,81 @@
+"""Backends by name, and the choice among them."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+
+from . import native
+from .base import Backend, KeptTiles
+from .dense import CppBackend, TorchBackend
+
+BACKENDS: dict[str, type[Backend]] = {"torch": TorchBackend, "cpp": CppBackend}
+BACKEND_NAMES = ("auto", "triton", "cpp", "torch", "eager")
+
+
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that ``name`` stands for on these inputs.
+
+    "auto" takes ``triton`` on a GPU and ``cpp`` on a CPU where they are installed, and ``torch`` elsewhere.
+    A backend asked for by name is never replaced by another.
+
+    Raises:
+        ValueError: the name is unknown, or the backend cannot run on this device or dtype.
+        RuntimeError: the backend is not available in this installation.
+    """
+    if name not in BACKEND_NAMES:
+        raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, got {name!r}")
+    if name == "auto":
+        if device.type == "cpu":
+            return "cpp" if native.available() else _warn_without_native()
+        return "triton" if _triton_problem(device, dtype) is None else "torch"
+    if name == "cpp":
+        if device.type != "cpu":
+            raise ValueError(f"backend='cpp' runs on CPU tensors, got tensors on {device}")
+        if not native.available():
+            raise RuntimeError(f"backend='cpp' is not available: {native.why_missing()}")
+    if name == "triton" and (problem := _triton_problem(device, dtype)) is not None:
+        raise problem
+    return name
+
+
+def make_backend(name: str, objective) -> Backend:
+    """A fresh backend (they hold a tile buffer) for one run of ``objective``."""
+    return backend_class(name)(objective)
+
+
+def backend_class(name: str) -> type[Backend]:
+    if name == "triton":
+        from .triton import TritonBackend
+
+        return TritonBackend
+    return BACKENDS[name]
+
+
+@cache
+def _warn_without_native() -> str:
+    warnings.warn(
+        f"replearn_kernels was installed without its C++ kernels ({native.why_missing()}); "
+        "CPU losses use the slower 'torch' backend.",
+        stacklevel=4,
+    )
+    return "torch"
+
+
+def _triton_problem(device: torch.device, dtype: torch.dtype) -> Exception | None:
+    """Why Triton kernels cannot run on these inputs, or None."""
+    try:
+        import triton
+    except ImportError as error:
+        return RuntimeError(f"backend='triton' needs the triton package (>= 3.6): {error}")
+    interpreted = triton.knobs.runtime.interpret
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return RuntimeError(
+            f"backend='triton' needs tensors on a GPU, got tensors on {device} "
+            "(or TRITON_INTERPRET=1 in the environment, to run the kernels in Triton's interpreter)"
+        )
+    if dtype == torch.float64:
+        return ValueError("backend='triton' takes fp16, bf16 and fp32 features, got torch.float64; use 'torch'")
+    return None

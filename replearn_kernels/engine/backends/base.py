@@ -1,0 +1,91 @@
+"""What a backend provides: the two tile passes, and the accumulation of the output products."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..columns import Tile
+from ..problem import Problem
+
+
+class KeptTiles:
+    """A flat buffer that holds the similarities of as many tiles as fit, in the order of the walk.
+
+    Both sweeps walk the same tiles, so asking in order gives each tile its own place in both.
+    """
+
+    def __init__(self, buffer: Tensor):
+        self.buffer = buffer
+        self.used = 0
+
+    def place(self, tile: Tile) -> Tensor | None:
+        """The tile's place in the buffer, or None if there is no room for it."""
+        rows, columns = tile.shape
+        if self.used + rows * columns > self.buffer.numel():
+            return None
+        place = self.buffer[self.used : self.used + rows * columns].view(rows, columns)
+        self.used += rows * columns
+        return place
+
+    def rewind(self) -> None:
+        self.used = 0
+
+
+class Backend(ABC):
+    """Runs an objective's passes over tiles. Stateless but for its tile buffer: made anew for each run."""
+
+    name: str
+    keeps_tiles: bool  # whether similarities can be kept between the sweeps
+
+    def __init__(self, objective):
+        self.objective = objective
+
+    @staticmethod
+    @abstractmethod
+    def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
+        """Most rows and columns of a tile in the sweep "statistics" or "gradients".
+
+        The same for both where tiles are kept. Reads only the query's shape, dtype and device.
+        """
+
+    @abstractmethod
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which features enter the products."""
+
+    @abstractmethod
+    def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
+        """Sweep 1 on one tile: fold it into the statistics, and leave its similarities in ``kept``."""
+
+    @abstractmethod
+    def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
+        """``W = dL/dl`` of one tile, from ``kept`` similarities or from new ones."""
+
+    def accumulate_gradients(
+        self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients, d_query, d_source
+    ) -> None:
+        """Sweep 2 on one tile: ``d_query[rows] += W Y``, ``d_source[columns] += W.T X``, each unless it is None."""
+        weights = self.weights(problem, tile, kept, coefficients)
+        tile.source.accumulate(tile, weights, self.addmm_, d_query, d_source)
+
+    @staticmethod
+    def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+        """``accumulator += a @ b``, accumulated in the accumulator's dtype."""
+        accumulator.addmm_(a, b)
+
+    def workspace(self) -> tuple[Tensor, ...]:
+        """The buffers that the backend holds, for the count of work."""
+        return ()
+
+
+def tables_of(tile: Tile, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The tile's part of a row table and, in the source that has one, of the column table."""
+    rows = row_table[:, tile.rows]
+    return rows, column_table[:, tile.columns] if column_table is not None and tile.source.has_target else None
+
+
+def target_of(problem: Problem, tile: Tile) -> Tensor | None:
+    """The positives of the tile's rows, if its source is the one that holds positives."""
+    return problem.target[tile.rows] if tile.source.has_target else None

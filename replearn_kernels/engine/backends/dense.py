@@ -1,0 +1,77 @@
+"""Backends that write a tile's products to a cache-resident buffer and pass over it: ``torch`` and ``cpp``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..columns import Tile
+from ..problem import Problem, statistics_dtype
+from .base import Backend, tables_of, target_of
+
+
+class TorchBackend(Backend):
+    """The objective's own passes, in plain PyTorch: any device, no compiler. The oracle of the others."""
+
+    name = "torch"
+    keeps_tiles = True
+
+    def __init__(self, objective):
+        super().__init__(objective)
+        self._buffer: Tensor | None = None
+
+    @staticmethod
+    def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
+        # On a GPU a tile has to fill the machine; on a CPU it has to stay in the caches.
+        return (1024, 1024) if query.device.type == "cpu" else (4096, 4096)
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return statistics_dtype(dtype)
+
+    def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
+        s = tile.source.product(tile, self._tile_buffer(tile) if kept is None else kept)
+        rows, columns = tables_of(tile, *statistics)
+        self._statistics_pass(s, problem.scale, target_of(problem, tile), tile.columns.start, rows, columns)
+
+    def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
+        out = self._tile_buffer(tile)
+        s = tile.source.product(tile, out) if kept is None else kept
+        rows, columns = tables_of(tile, *coefficients)
+        self._weights_pass(s, out, problem.scale, target_of(problem, tile), tile.columns.start, rows, columns)
+        return out
+
+    def workspace(self) -> tuple[Tensor, ...]:
+        return () if self._buffer is None else (self._buffer,)
+
+    @property
+    def _statistics_pass(self):
+        return self.objective.update_statistics
+
+    @property
+    def _weights_pass(self):
+        return self.objective.weights
+
+    def _tile_buffer(self, tile: Tile) -> Tensor:
+        """Room for the tile, the same memory for all: a fresh buffer per tile would leave the caches."""
+        rows, columns = tile.shape
+        if self._buffer is None or self._buffer.numel() < rows * columns:
+            self._buffer = tile.query.new_empty(rows * columns)
+        return self._buffer[: rows * columns].view(rows, columns)
+
+
+class CppBackend(TorchBackend):
+    """The same passes as one vectorised, multi-threaded C++ loop each (``csrc/cpu``)."""
+
+    name = "cpp"
+
+    @staticmethod
+    def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
+        return 1024, 2048
+
+    @property
+    def _statistics_pass(self):
+        return getattr(torch.ops.replearn_kernels, f"{self.objective.name}_statistics_").default
+
+    @property
+    def _weights_pass(self):
+        return getattr(torch.ops.replearn_kernels, f"{self.objective.name}_weights_").default

@@ -1,0 +1,41 @@
+"""The compiled C++ library: loaded once if it was built, its absence explained if not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+
+
+def _load() -> str | None:
+    """Register the native operators; None on success, else why they are missing."""
+    libraries = sorted(_PACKAGE.glob("_native*.so"))
+    if not libraries:
+        return "it was not built: no working C++ compiler was found at installation"
+    try:
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        return f"{libraries[0].name} could not be loaded: {error}"
+    _register_fakes()
+    return None
+
+
+def _register_fakes() -> None:
+    """Shapes without data, for torch.compile: the tile passes return nothing and write in place."""
+    for op in ("softmax_statistics_", "softmax_weights_"):
+        torch.library.register_fake(f"replearn_kernels::{op}", lambda *args: None)
+    torch.library.register_fake("replearn_kernels::vector_exp", torch.empty_like)
+
+
+_missing = _load()  # at import, so that torch.ops.replearn_kernels is complete once the package is imported
+
+
+def available() -> bool:
+    """Whether the C++ kernels are loaded."""
+    return _missing is None
+
+
+def why_missing() -> str | None:
+    return _missing

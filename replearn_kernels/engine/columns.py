@@ -1,0 +1,110 @@
+"""Sources of columns: what the rows of a batch are compared with.
+
+A row of the (never materialised) similarity matrix is the concatenation of its sources: the keys,
+a queue of extra negatives, negatives of its own, and, in a distributed run, the keys of another rank.
+A source knows how to form a tile of products and how to turn a tile of dL/dS into gradients;
+it knows nothing of the loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .counters import count_product
+
+
+@dataclass(frozen=True)
+class SharedColumns:
+    """Columns that every row sees: ``features[M, d]``."""
+
+    features: Tensor
+    needs_grad: bool
+    has_target: bool = False  # the labels of the batch index into this source
+
+    @property
+    def width(self) -> int:
+        return self.features.shape[0]
+
+    def of_rows(self, rows: slice) -> SharedColumns:
+        """The columns that a chunk of rows sees: all."""
+        return self
+
+    def total(self, dtype: torch.dtype) -> Tensor:
+        """Sum over the columns, ``[1, d]``: the same for every row."""
+        return self.features.sum(0, dtype=dtype, keepdim=True)
+
+    def block(self, tile: Tile) -> Tensor:
+        return self.features[tile.columns].to(tile.query.dtype)
+
+    def product(self, tile: Tile, out: Tensor) -> Tensor:
+        """``out[R, C] = query[R, d] @ features[C, d].T``."""
+        count_product(tile.query, out.shape[1])
+        return torch.mm(tile.query, self.block(tile).t(), out=out)
+
+    def accumulate(self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None):
+        """``d_query[rows] += W @ features``, ``d_features[columns] += W.T @ query``."""
+        if d_query is not None:
+            count_product(tile.query, weights.shape[1])
+            addmm_(d_query[tile.rows], weights, self.block(tile))
+        if d_features is not None:
+            count_product(tile.query, weights.shape[1])
+            addmm_(d_features[tile.columns], weights.t(), tile.query)
+
+
+@dataclass(frozen=True)
+class OwnColumns:
+    """Columns that belong to one row each: ``features[N, K, d]`` holds K for every row."""
+
+    features: Tensor
+    needs_grad: bool
+    has_target = False
+
+    @property
+    def width(self) -> int:
+        return self.features.shape[1]
+
+    def of_rows(self, rows: slice) -> OwnColumns:
+        """The columns that a chunk of rows sees: its own."""
+        return OwnColumns(self.features[rows], self.needs_grad)
+
+    def total(self, dtype: torch.dtype) -> Tensor:
+        """Sum over the columns, ``[N, d]``: every row has its own."""
+        return self.features.sum(1, dtype=dtype)
+
+    def block(self, tile: Tile) -> Tensor:
+        return self.features[tile.rows, tile.columns].to(tile.query.dtype)
+
+    def product(self, tile: Tile, out: Tensor) -> Tensor:
+        count_product(tile.query, out.shape[1])
+        torch.bmm(self.block(tile), tile.query.unsqueeze(2), out=out.unsqueeze(2))
+        return out
+
+    def accumulate(self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None):
+        weights = weights.to(tile.query.dtype)
+        if d_query is not None:
+            count_product(tile.query, weights.shape[1])
+            d_query[tile.rows] += torch.bmm(weights.unsqueeze(1), self.block(tile)).squeeze(1)
+        if d_features is not None:
+            count_product(tile.query, weights.shape[1])
+            d_features[tile.rows, tile.columns] = weights.unsqueeze(2) * tile.query.unsqueeze(1)
+
+
+Source = SharedColumns | OwnColumns
+
+
+class Tile(NamedTuple):
+    """One block of the similarity matrix: ``query`` rows against the ``columns`` of ``source``."""
+
+    query: Tensor  # [R, d], in the backend's compute dtype
+    rows: slice
+    source: Source
+    position: int  # of the source among the problem's
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start

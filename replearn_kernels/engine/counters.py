@@ -1,0 +1,55 @@
+"""Counted work: what the schedules did, in the units of the documentation (docs/design.md)."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Work:
+    """FLOPs of matrix products, and the peak bytes of tile buffers, kept tiles and statistics."""
+
+    flops: int = 0
+    workspace_bytes: int = 0
+
+    def units(self, n: int, m: int, d: int) -> float:
+        """Products of one N x M x d matrix multiplication, ``2 N M d`` FLOPs each."""
+        return self.flops / (2 * n * m * d)
+
+
+_active: list[Work] = []
+
+
+@contextmanager
+def count_work():
+    """Count the matrix products and workspace of every loss run inside the block.
+
+    >>> with count_work() as work:
+    ...     clip_loss(x, y, scale).backward()
+    >>> work.units(len(x), len(y), x.shape[1])
+    4.0
+    """
+    work = Work()
+    _active.append(work)
+    try:
+        yield work
+    finally:
+        _active.remove(work)
+
+
+def count_product(query: Tensor, columns: int) -> None:
+    """One product of a ``[R, d]`` block with ``columns`` columns was formed."""
+    if _active:
+        for work in _active:
+            work.flops += 2 * query.shape[0] * query.shape[1] * columns
+
+
+def count_workspace(*buffers: Tensor | None) -> None:
+    """These buffers were alive at the same time."""
+    if _active:
+        size = sum(b.numel() * b.element_size() for b in buffers if b is not None)
+        for work in _active:
+            work.workspace_bytes = max(work.workspace_bytes, size)

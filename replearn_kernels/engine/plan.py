@@ -1,0 +1,95 @@
+"""The plan of a run: which schedule, which tiles, what is kept. A function of shapes alone.
+
+Forward, backward and the fake kernels that torch.compile traces all call :func:`make_plan` with the same
+shapes, so the plan never travels between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .columns import OwnColumns, Source
+
+DEFAULT_MEMORY_BUDGET = 256 * 2**20
+"""Bytes of similarities kept between the sweeps: 8192 x 8192 in fp32, where eager PyTorch holds four or more."""
+
+# A chunk of rows of the single-sweep schedule holds its rows' similarities to all columns. It may take as much
+# as the gradients themselves, within these bounds: below 16 MiB nothing is saved that matters, and above 64 MiB
+# it would be the largest buffer of the run.
+_CHUNK_BYTES = (16 * 2**20, 64 * 2**20)
+# Fewer rows than this, and reading and writing the [M, d] gradient once per chunk costs as much as the
+# product that the single sweep saves.
+_MIN_CHUNK_ROWS = 128
+# Columns of an own source are read together with their features, so a tile is bounded by R * C * d elements.
+_OWN_TILE_ELEMENTS = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``schedule``: "two_sweeps" (statistics, then gradients) or "row_chunks" (both, a chunk of rows at a time)."""
+
+    schedule: str
+    statistics_tile: TileShape
+    gradient_tile: TileShape
+    kept_elements: int
+
+
+class TileShape(NamedTuple):
+    """Most rows and columns of a tile."""
+
+    rows: int
+    columns: int
+
+    def fit(self, source: Source) -> TileShape:
+        """The shape for tiles of ``source``: narrower where the columns' features are the rows' own."""
+        if isinstance(source, OwnColumns):
+            columns = _OWN_TILE_ELEMENTS // max(self.rows * source.features.shape[2], 1)
+            return TileShape(self.rows, max(min(columns, self.columns), 1))
+        return self
+
+
+def make_plan(
+    rows: int,
+    widths: Sequence[int],
+    d: int,
+    *,
+    itemsize: int,
+    tile_shapes: tuple[tuple[int, int], tuple[int, int]],
+    memory_budget: int,
+    needs_grad: bool,
+    can_chunk: bool,
+) -> Plan:
+    """Choose the schedule that does the least work within ``memory_budget``.
+
+    ``widths`` are the columns of each source, ``itemsize`` the bytes of one kept similarity (0 if the backend
+    keeps none), ``tile_shapes`` the most rows and columns of
+    a tile in either sweep (equal if tiles are kept from one to the other), ``can_chunk`` whether the gradients may be made row by row in the forward pass (no column
+    statistics, one upstream gradient).
+    """
+    width = sum(widths)
+    kept = min(rows * width, memory_budget // itemsize) if needs_grad and itemsize else 0
+    schedule, widest = "two_sweeps", max(widths, default=0)
+    statistics_tile, gradient_tile = (
+        TileShape(balanced_block(rows, most_rows), balanced_block(widest, most_columns))
+        for most_rows, most_columns in tile_shapes
+    )
+    if needs_grad and can_chunk and kept < rows * width:
+        low, high = _CHUNK_BYTES
+        chunk_rows = min(max((rows + width) * d * itemsize, low), high) // (width * itemsize)
+        if chunk_rows >= min(rows, _MIN_CHUNK_ROWS):
+            chunk = TileShape(balanced_block(rows, chunk_rows), statistics_tile.columns)
+            schedule, kept, statistics_tile, gradient_tile = "row_chunks", chunk.rows * width, chunk, chunk
+    return Plan(schedule, statistics_tile, gradient_tile, kept)
+
+
+def balanced_block(size: int, limit: int) -> int:
+    """The block that cuts ``size`` into the fewest blocks of at most ``limit``, all of about the same size.
+
+    1,025 rows under a limit of 1,024 become 528 + 497, not 1,024 + 1; blocks are multiples of 16.
+    """
+    count = -(-size // limit)
+    if count <= 1:
+        return max(size, 1)
+    return min(-(-size // (count * 16)) * 16, limit)

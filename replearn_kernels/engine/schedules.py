@@ -1,0 +1,183 @@
+"""The schedules: which sweeps run when, over which rows, and what the forward call saves for the backward call.
+
+    two_sweeps    statistics in the forward call, gradients in the backward call. Any loss, any upstream gradient.
+    row_chunks    both sweeps over one chunk of rows after another, in the forward call: every tile is formed once.
+                  For losses without column statistics under one upstream gradient, which scales them later.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ..objectives import OBJECTIVES
+from .backends import KeptTiles, backend_class, make_backend
+from .plan import Plan, make_plan
+from .problem import Problem, blocks, statistics_dtype
+from .sweeps import Gradients, sweep_gradients, sweep_statistics
+from .validation import check_values
+
+def forward(
+    query, keys, own, target, logit_scale, objective, parameters, reduction, backend, memory_budget, needs_grad
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and the tensors that :func:`backward` needs (none if no input needs a gradient)."""
+    check_values(target, keys[0].shape[0], logit_scale)
+    with _no_autocast(query):
+        plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
+        problem = Problem.build(query, keys, own, target, logit_scale, needs_grad)
+        runner = make_backend(backend, OBJECTIVES[objective].from_parameters(parameters))
+        if plan.schedule == "row_chunks":
+            losses, saved = _row_chunks(problem, plan, runner, needs_grad)
+        else:
+            losses, saved = _first_sweep(problem, plan, runner)
+        loss = losses if reduction == "none" else losses.sum()
+        if reduction == "mean":
+            loss = loss / max(problem.rows, 1)
+        return loss, saved if any(needs_grad) else []
+
+
+def backward(
+    grad_loss, saved, query, keys, own, target, logit_scale,
+    objective, parameters, reduction, backend, memory_budget, needs_grad,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients in the order of ``needs_grad``: query, keys, own, logit_scale; an empty tensor where none is due."""
+    with _no_autocast(query):
+        plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
+        problem = Problem.build(query, keys, own, target, logit_scale, needs_grad)
+        if plan.schedule == "row_chunks":
+            gradients, scale_gradient = _restore(saved, problem)
+            row_weights, factor = None, grad_loss
+        else:
+            row_weights, factor = _row_weights(grad_loss, reduction, problem)
+            runner = make_backend(backend, OBJECTIVES[objective].from_parameters(parameters))
+            gradients = _second_sweep(problem, plan, runner, saved, row_weights, needs_grad)
+            scale_gradient = gradients.scale_gradient(problem) if needs_grad[-1] else None
+        if reduction == "mean":
+            factor = factor / max(problem.rows, 1)
+        multiply = torch.mul if plan.schedule == "row_chunks" else Tensor.mul_  # saved tensors may be needed again
+        inputs = (query, *keys) if own is None else (query, *keys, own)
+        results = [
+            multiply(gradient, factor * problem.scale).to(tensor.dtype) if needs else query.new_empty(0)
+            for tensor, gradient, needs in zip(inputs, (gradients.query, *gradients.sources), needs_grad)
+        ]
+        results.append((scale_gradient * factor).to(logit_scale.dtype) if needs_grad[-1] else query.new_empty(0))
+        return results
+
+
+def fake_backward(
+    grad_loss, saved, query, keys, own, target, logit_scale,
+    objective, parameters, reduction, backend, memory_budget, needs_grad,
+) -> list[Tensor]:  # fmt: skip
+    """What :func:`backward` returns, without the data."""
+    inputs = (query, *keys, logit_scale) if own is None else (query, *keys, own, logit_scale)
+    return [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needs else query.new_empty(0)
+        for t, needs in zip(inputs, needs_grad)
+    ]
+
+
+def fake_forward(
+    query, keys, own, target, logit_scale, objective, parameters, reduction, backend, memory_budget, needs_grad
+) -> tuple[Tensor, list[Tensor]]:
+    """What :func:`forward` returns, without the data."""
+    plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
+    dtype = statistics_dtype(query.dtype)
+    rows = query.shape[0]
+    loss = query.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
+    if not any(needs_grad):
+        return loss, []
+    if plan.schedule == "row_chunks":
+        problem = Problem.build(query, keys, own, target, 1.0, needs_grad)
+        gradients = Gradients.zeros(problem, needs_grad[0], needs_grad[-1])
+        empty = query.new_empty(0)
+        saved = [empty.clone() if g is None else g for g in (gradients.query, *gradients.sources)]
+        scale_gradient = query.new_empty((), dtype=torch.float64) if needs_grad[-1] else empty
+        return loss, [*saved, scale_gradient]
+    like = query.new_empty((), dtype=dtype)
+    maker = OBJECTIVES[objective].from_parameters(parameters)
+    row_table, column_table = maker.new_statistics(rows, keys[0].shape[0], like)
+    kept = query.new_empty(plan.kept_elements, dtype=dtype)
+    return loss, [row_table, kept] if column_table is None else [row_table, kept, column_table]
+
+
+def _first_sweep(problem: Problem, plan: Plan, runner) -> tuple[Tensor, list[Tensor]]:
+    """Statistics now, gradients in the backward call."""
+    kept = _kept_tiles(problem, plan)
+    row_table, column_table = sweep_statistics(problem, plan, runner, kept)
+    losses = runner.objective.row_losses(problem, row_table, column_table)
+    return losses, [row_table, kept.buffer] if column_table is None else [row_table, kept.buffer, column_table]
+
+
+def _second_sweep(problem: Problem, plan: Plan, runner, saved, row_weights, needs_grad) -> Gradients:
+    row_table, kept, *column_table = saved
+    column_table = column_table[0] if column_table else None
+    coefficients = runner.objective.coefficients(problem, row_table, column_table, row_weights)
+    gradients = Gradients.zeros(problem, needs_grad[0], needs_grad[-1])
+    sweep_gradients(problem, plan, runner, KeptTiles(kept), coefficients, gradients)
+    return gradients
+
+
+def _row_chunks(problem: Problem, plan: Plan, runner, needs_grad) -> tuple[Tensor, list[Tensor]]:
+    """Both sweeps over one chunk of rows after another: every tile is formed once.
+
+    The gradients are those of the sum of the rows' losses; one upstream gradient scales them later.
+    """
+    kept = _kept_tiles(problem, plan)
+    gradients = Gradients.zeros(problem, needs_grad[0], needs_grad[-1])
+    losses = []
+    for rows in blocks(problem.rows, plan.gradient_tile.rows):
+        chunk = problem.of_rows(rows)
+        kept.rewind()
+        statistics = sweep_statistics(chunk, plan, runner, kept)
+        losses.append(runner.objective.row_losses(chunk, *statistics))
+        coefficients = runner.objective.coefficients(chunk, *statistics, torch.ones_like(losses[-1]))
+        kept.rewind()
+        sweep_gradients(chunk, plan, runner, kept, coefficients, gradients.of_rows(problem, rows))
+    empty = problem.query.new_empty(0)
+    scale_gradient = gradients.scale_gradient(problem) if needs_grad[-1] else empty
+    saved = [empty if g is None else g for g in (gradients.query, *gradients.sources)]
+    return torch.cat(losses), [*saved, scale_gradient]
+
+
+def _restore(saved: list[Tensor], problem: Problem) -> tuple[Gradients, Tensor]:
+    *gradients, scale_gradient = saved
+    return Gradients(gradients[0], gradients[1:]), scale_gradient
+
+
+def _row_weights(grad_loss: Tensor, reduction: str, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Upstream gradients of the rows as (weights of order 1, common factor).
+
+    W is formed from the weights and the factor multiplies the fp32 sums at the end: W may be rounded to half
+    precision for the products, and 1 / N or a gradient scaler's 65,536 would take it out of range.
+    """
+    if reduction != "none":
+        return torch.ones((), dtype=grad_loss.dtype, device=grad_loss.device).expand(problem.rows), grad_loss
+    largest = grad_loss.abs().amax() if problem.rows else grad_loss.new_ones(())
+    factor = torch.where(largest == 0, torch.ones_like(largest), largest)
+    return grad_loss / factor, factor
+
+
+def _kept_tiles(problem: Problem, plan: Plan) -> KeptTiles:
+    return KeptTiles(problem.query.new_empty(plan.kept_elements, dtype=problem.statistics_dtype))
+
+
+def _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad) -> Plan:
+    kind = backend_class(backend)
+    widths = [key.shape[0] for key in keys] + ([] if own is None else [own.shape[1]])
+    needs_columns = OBJECTIVES[objective].from_parameters(parameters).needs_columns
+    return make_plan(
+        query.shape[0], widths, query.shape[1],
+        itemsize=statistics_dtype(query.dtype).itemsize if kind.keeps_tiles else 0,
+        tile_shapes=tuple(kind.tile_shape(sweep, query) for sweep in ("statistics", "gradients")),
+        memory_budget=memory_budget,
+        needs_grad=any(needs_grad),
+        can_chunk=kind.keeps_tiles and not needs_columns and reduction != "none",
+    )  # fmt: skip
+
+
+def _no_autocast(query: Tensor):
+    """The products inside are of the dtype chosen for them, whatever autocast says of matrix products."""
+    device = query.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

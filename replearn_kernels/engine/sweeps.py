@@ -1,0 +1,81 @@
+"""The two sweeps over tiles, and the gradients they accumulate. Nothing here knows a loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends.base import Backend, KeptTiles
+from .counters import count_workspace
+from .plan import Plan
+from .problem import Problem, blocks
+
+Tables = tuple[Tensor, Tensor | None]
+
+
+def sweep_statistics(problem: Problem, plan: Plan, backend: Backend, kept: KeptTiles) -> Tables:
+    """Sweep 1: the statistics of rows (and columns) from every tile, keeping the tiles that fit."""
+    like = problem.query.new_empty((), dtype=problem.statistics_dtype)
+    statistics = backend.objective.new_statistics(problem.rows, problem.sources[0].width, like)
+    for tile in problem.tiles(plan.statistics_tile, backend.compute_dtype(problem.query.dtype)):
+        backend.update_statistics(problem, tile, kept.place(tile), statistics)
+    count_workspace(kept.buffer, *backend.workspace(), *statistics)
+    return statistics
+
+
+@dataclass
+class Gradients:
+    """Sums ``W Y`` and ``W.T X`` of ``W = dL/dl``: the gradients before the factor ``logit_scale``."""
+
+    query: Tensor | None
+    sources: list[Tensor | None]
+
+    @classmethod
+    def zeros(cls, problem: Problem, needs_query: bool, needs_scale: bool) -> Gradients:
+        """Accumulators for what is asked. The scale's gradient is read off one side: the rows, if not the columns."""
+        all_columns = all(source.needs_grad for source in problem.sources)
+        with_query = needs_query or (needs_scale and not all_columns)
+        return cls(
+            _accumulator(problem.query, problem) if with_query else None,
+            [_accumulator(source.features, problem) if source.needs_grad else None for source in problem.sources],
+        )
+
+    def of_rows(self, problem: Problem, rows: slice) -> Gradients:
+        """Views of the accumulators that a chunk of rows adds to."""
+        sources = [
+            gradient if gradient is None or source.of_rows(rows) is source else gradient[rows]
+            for source, gradient in zip(problem.sources, self.sources)
+        ]
+        return Gradients(None if self.query is None else self.query[rows], sources)
+
+    def scale_gradient(self, problem: Problem) -> Tensor:
+        """``sum_ij W_ij S_ij = sum_i <x_i, (W Y)_i> = sum_j <y_j, (W.T X)_j>``: no further work on tiles."""
+        if self.query is not None:
+            return _inner_product(problem.query, self.query)
+        return sum(_inner_product(source.features, g) for source, g in zip(problem.sources, self.sources))
+
+
+def sweep_gradients(
+    problem: Problem, plan: Plan, backend: Backend, kept: KeptTiles, coefficients: Tables, into: Gradients
+) -> None:
+    """Sweep 2: W of every tile, from kept similarities or new ones, and its products with keys and queries."""
+    for tile in problem.tiles(plan.gradient_tile, backend.compute_dtype(problem.query.dtype)):
+        place = kept.place(tile)
+        d_source = into.sources[tile.position]
+        if into.query is not None or d_source is not None:
+            backend.accumulate_gradients(problem, tile, place, coefficients, into.query, d_source)
+    count_workspace(kept.buffer, *backend.workspace(), *coefficients)
+
+
+def _accumulator(features: Tensor, problem: Problem) -> Tensor:
+    return torch.zeros(features.shape, dtype=problem.statistics_dtype, device=features.device)
+
+
+def _inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """``<a, b>``: products in ``b``'s dtype, summed in fp64, a block of rows at a time."""
+    total = torch.zeros((), dtype=torch.float64, device=b.device)
+    for rows in blocks(a.shape[0], 1024):
+        total += (a[rows].to(b.dtype) * b[rows]).sum(dtype=torch.float64)
+    return total

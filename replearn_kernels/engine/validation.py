@@ -1,0 +1,117 @@
+"""What is checked before any kernel runs: which argument, what it was, what was expected.
+
+Shapes, dtypes and devices are checked at the call (:mod:`replearn_kernels.functional`), values inside the
+operator, where a traced graph too can see them. On a GPU values are not read back, so that no step waits: a target
+out of range trips a device-side assertion, and a NaN scale gives a NaN loss.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_features(name: str, features: Tensor, ndim: int = 2, like: tuple[str, Tensor] | None = None) -> None:
+    """A floating-point tensor of ``ndim`` dimensions; with ``like``, of that tensor's width, dtype and device."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+    if features.ndim != ndim:
+        shape = {2: "[N, d]", 3: "[N, K, d]"}[ndim]
+        raise ValueError(f"{name} must have {ndim} dimensions {shape}, got shape {tuple(features.shape)}")
+    if features.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {features.dtype}")
+    if like is None:
+        return
+    other_name, other = like
+    if features.shape[-1] != other.shape[-1]:
+        raise ValueError(
+            f"{name} and {other_name} must have the same width d, "
+            f"got {features.shape[-1]} and {other.shape[-1]}"
+        )
+    if features.dtype != other.dtype:
+        raise TypeError(
+            f"{name} and {other_name} must have the same dtype, got {features.dtype} and {other.dtype}"
+        )
+    if features.device != other.device:
+        raise ValueError(
+            f"{name} and {other_name} must be on the same device, got {features.device} and {other.device}"
+        )
+
+
+def check_scale(name: str, scale: float | Tensor, query: Tensor) -> Tensor:
+    """The scale as a 0-d tensor."""
+    if isinstance(scale, Tensor):
+        if scale.ndim != 0:
+            raise ValueError(f"{name} must be a float or a 0-d tensor, got shape {tuple(scale.shape)}")
+        if not scale.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating-point, got {scale.dtype}")
+        if scale.device != query.device:
+            raise ValueError(f"{name} must be on the features' device {query.device}, got {scale.device}")
+        return scale
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{name} must be finite, got {scale}")
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return torch.full((), scale, dtype=dtype, device=query.device)
+
+
+def check_target(target: Tensor | None, rows: int, columns: int, query: Tensor) -> Tensor:
+    """int64 ``[rows]``; by default row i's positive is column i."""
+    if target is None:
+        if rows > columns:
+            raise ValueError(
+                f"target is needed when there are more queries than keys, got N = {rows} and M = {columns}"
+            )
+        return torch.arange(rows, device=query.device)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, got {target.dtype}")
+    if target.shape != (rows,):
+        raise ValueError(f"target must have shape ({rows},), one key per query, got {tuple(target.shape)}")
+    if target.device != query.device:
+        raise ValueError(f"target must be on the features' device {query.device}, got {target.device}")
+    return target
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_fraction(name: str, value: float) -> float:
+    """A float in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+    return float(value)
+
+
+def check_memory_budget(memory_budget: int) -> int:
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+        raise TypeError(f"memory_budget must be an int (bytes), got {type(memory_budget).__name__}")
+    if memory_budget < 0:
+        raise ValueError(f"memory_budget must be at least 0 bytes, got {memory_budget}")
+    return memory_budget
+
+
+def check_values(target: Tensor, columns: int, logit_scale: Tensor) -> None:
+    """The checks that read data: target within the keys, scale finite."""
+    if logit_scale.device.type == "cpu" and not math.isfinite(value := logit_scale.item()):
+        raise ValueError(f"logit_scale must be finite, got {value}")
+    if target.numel() == 0:
+        return
+    if target.device.type == "cpu":
+        low, high = (int(bound) for bound in target.aminmax())
+        if low < 0 or high >= columns:
+            raise ValueError(f"target must be in [0, {columns}), the keys' rows, got {low if low < 0 else high}")
+    else:
+        inside = ((target >= 0) & (target < columns)).all()
+        torch._assert_async(inside, f"target must be in [0, {columns}), the keys' rows")

@@ -1,0 +1,142 @@
+r"""The softmax family: InfoNCE, CLIP, and all that is a cross entropy over similarities.
+
+With logits ``l_ij = logit_scale * <x_i, y_j>``, ``t_i`` the positive of row i, ``W`` columns in all and
+label smoothing ``e``::
+
+    L_i  = lse_j l_ij - (1 - e) l_i,t_i - e / W sum_j l_ij                      one direction
+    L_i  = 1/2 [the same over row i] + 1/2 [the same over column t_i]           symmetric
+    dL_i / dl_ij = softmax_j(l_ij) - (1 - e) [j = t_i] - e / W
+
+A log-sum-exp is kept as a pair (max, sum of exp(l - max)) from the first tile to the last gradient, never as
+one number: at ``logit_scale = 1000`` one fp32 number has an error of 6e-5, which is the relative error of every
+probability formed from it, while ``(l - max) - log(sum)`` keeps 1e-7. For the same reason the positive's logit is
+picked out of the tile that computed it, so that ``max - positive`` is exactly 0 when the positive is the largest.
+
+Tables (one row a quantity, so that a tile takes a slice of all of them at once):
+
+    row statistics     [3, N]  max, sum, positive          column statistics   [2, M]  max, sum
+    row coefficients   [5, N]  max, log_sum, weight, positive_weight, offset
+    column coefficients[4, M]  max, log_sum, weight, offset
+
+    W_ij = weight_i exp(l_ij - max_i - log_sum_i) - offset_i - [j = t_i] positive_weight_i
+         + weight_j exp(l_ij - max_j - log_sum_j) - offset_j
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from ..engine.problem import Problem
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Cross entropy of every row, and with ``symmetric`` of every positive's column too."""
+
+    symmetric: bool = False
+    label_smoothing: float = 0.0
+
+    name = "softmax"
+
+    @classmethod
+    def from_parameters(cls, parameters: list[float]) -> Softmax:
+        symmetric, label_smoothing = parameters
+        return cls(bool(symmetric), label_smoothing)
+
+    @property
+    def parameters(self) -> list[float]:
+        return [float(value) for value in astuple(self)]
+
+    @property
+    def needs_columns(self) -> bool:
+        return self.symmetric
+
+    # -- sweep 1 ---------------------------------------------------------------------------------------------
+
+    def new_statistics(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tables of an empty set: the lowest max, no sum, no positive."""
+        return _empty_table(3, rows, like), _empty_table(2, columns, like) if self.symmetric else None
+
+    def update_statistics(self, s, scale, target, first_column, row_table, column_table) -> None:
+        """Fold a tile of products ``s[R, C]`` into the statistics of its rows and columns."""
+        logits = s * scale
+        _fold_sum_exp(logits, 1, row_table)
+        if column_table is not None:
+            _fold_sum_exp(logits, 0, column_table)
+        if target is not None:
+            inside, column = _targets_inside(target, first_column, s.shape[1])
+            row_table[2] = torch.where(inside, logits.gather(1, column).squeeze(1), row_table[2])
+
+    # -- combine ---------------------------------------------------------------------------------------------
+
+    def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
+        """``L_i`` of every row, ``[N]``."""
+        row_max, row_sum, positive = row_table
+        loss = (row_max - positive) + row_sum.log()
+        if self.label_smoothing:
+            loss = loss + self.label_smoothing * (positive - problem.total_logits() / problem.width)
+        if self.symmetric:
+            column_max, column_sum = column_table[:, problem.target]
+            column_loss = (column_max - positive) + column_sum.log()
+            if self.label_smoothing:
+                mean = problem.total_column_logits()[problem.target] / problem.rows
+                column_loss = column_loss + self.label_smoothing * (positive - mean)
+            loss = (loss + column_loss) / 2
+        return loss
+
+    def coefficients(self, problem, row_table, column_table, grad_rows) -> tuple[Tensor, Tensor | None]:
+        """What a tile needs to know of its rows and columns to form W, for upstream gradients ``dL/dL_i``."""
+        smoothing = self.label_smoothing
+        weight = grad_rows / 2 if self.symmetric else grad_rows
+        row_max, row_sum, _ = row_table
+        positive_weight, offset = grad_rows * (1 - smoothing), weight * (smoothing / problem.width)
+        rows = torch.stack([row_max, row_sum.log(), weight, positive_weight, offset])
+        if not self.symmetric:
+            return rows, None
+        column_max, column_sum = column_table
+        # A column that is no row's positive has weight 0, one that is several rows' has their sum.
+        weight = torch.zeros_like(column_max).index_put_((problem.target,), weight, accumulate=True)
+        return rows, torch.stack([column_max, column_sum.log(), weight, weight * (smoothing / problem.rows)])
+
+    # -- sweep 2 ---------------------------------------------------------------------------------------------
+
+    def weights(self, s, out, scale, target, first_column, row_coefficients, column_coefficients) -> Tensor:
+        """``out = W = dL/dl`` of a tile of products ``s``; the two may be the same tensor."""
+        logits = s * scale
+        row_max, log_sum, weight, positive_weight, offset = row_coefficients.unsqueeze(2)
+        w = ((logits - row_max) - log_sum).exp_() * weight - offset
+        if column_coefficients is not None:
+            column_max, log_sum, weight, offset = column_coefficients
+            w += ((logits - column_max) - log_sum).exp_() * weight - offset
+        if target is not None:
+            inside, column = _targets_inside(target, first_column, s.shape[1])
+            w.scatter_add_(1, column, torch.where(inside.unsqueeze(1), -positive_weight, 0))
+        return out.copy_(w)
+
+
+def _empty_table(quantities: int, count: int, like: Tensor) -> Tensor:
+    table = like.new_zeros((quantities, count))
+    table[0] = torch.finfo(like.dtype).min
+    return table
+
+
+def _fold_sum_exp(logits: Tensor, dim: int, table: Tensor) -> None:
+    """Merge the log-sum-exp of ``logits`` along ``dim`` into ``table = (max, sum, ...)``."""
+    old_max, old_sum = table[0], table[1]
+    new_max = torch.maximum(old_max, logits.amax(dim))
+    total = (logits - new_max.unsqueeze(dim)).exp_().sum(dim)
+    old_sum.mul_((old_max - new_max).exp_()).add_(total)
+    old_max.copy_(new_max)
+
+
+def _targets_inside(target: Tensor, first_column: int, width: int) -> tuple[Tensor, Tensor]:
+    """Which rows have their positive in this tile, ``[R]``, and its column there, ``[R, 1]`` (0 where not).
+
+    A mask and not a list of rows: finding how many there are would make a GPU wait.
+    """
+    column = target - first_column
+    inside = (column >= 0) & (column < width)
+    return inside, torch.where(inside, column, 0).unsqueeze(1)
