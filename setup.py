@@ -40,7 +40,7 @@ def extensions() -> dict:
         SOURCES,
         depends=HEADERS,
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
+        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
         extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
         py_limited_api=True,
     )

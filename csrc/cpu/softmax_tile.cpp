@@ -39,7 +39,7 @@ void statistics(const Tensor& s, double scale, const std::optional<Tensor>& targ
   const int64_t chunks = padded / kPadding;
   parallel(chunks, slabs * kPadding, [&](int64_t begin, int64_t end) {
     kernels.softmax_merge(partials.get(), slabs, padded, begin * kPadding, std::min(end * kPadding, tile.columns),
-                          {columns[0], columns[1]});
+                          tile.steepness, {columns[0], columns[1]});
   });
 }
 

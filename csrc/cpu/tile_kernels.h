@@ -10,7 +10,7 @@ template <typename T>
 struct Tile {
   const T* s;
   int64_t stride, rows, columns;
-  T scale;
+  T sign, steepness;      // of the logit scale: v = sign * s, logit = steepness * v
   const int64_t* target;  // [rows] or null: the column of each row's positive, counted from the source's first
   int64_t first_column;   // the tile's, counted the same way
 };
@@ -32,7 +32,8 @@ struct TileKernels {
   // The arrays of `partial` have room for a whole last vector (padded_columns).
   void (*softmax_statistics)(const Tile<T>&, SumExp<T> rows, T* positive, SumExp<T> partial);
   // Folds `count` partials of columns [begin, end), `padded` apart, into the columns' (max, sum), in order.
-  void (*softmax_merge)(const T* partials, int64_t count, int64_t padded, int64_t begin, int64_t end, SumExp<T> columns);
+  void (*softmax_merge)(const T* partials, int64_t count, int64_t padded, int64_t begin, int64_t end, T steepness,
+                        SumExp<T> columns);
   // out = dL/dl of the tile; `columns.max` null: no column direction. `out` may be the tile itself.
   void (*softmax_weights)(
       const Tile<T>&, T* out, int64_t out_stride, Coefficients<T> rows, const T* positive_weight, Coefficients<T> columns);

@@ -15,54 +15,59 @@ constexpr int64_t kRows = 4;  // rows in flight: they share the loads of their c
 template <typename T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-3.402823466e+38) : T(-1.7976931348623157e+308);
 
-// scale * s of the first `count` columns at `s`; beyond them `fill`.
-template <typename T>
-inline Vec<T> logits(const T* s, int64_t count, T scale, T fill) {
-  Vec<T> l = load(s, count) * scale;
-  for (int64_t k = count; k < lanes<T>; ++k) l[k] = fill;
-  return l;
+// Calls body(j, count) for the vectors of [begin, end): with a compile-time count for whole ones, so that their loads
+// are single instructions, and with a run-time count for a last part.
+template <typename T, typename F>
+inline void for_vectors(int64_t begin, int64_t end, const F& body) {
+  int64_t j = begin;
+  for (; j + lanes<T> <= end; j += lanes<T>) body(j, Whole<T>{});
+  if (j < end) body(j, Part{end - j});
 }
 
+// `v` with the lanes that are no columns set to `fill`.
 template <typename T>
-inline int64_t at_most_lanes(int64_t left) {
-  return left < lanes<T> ? left : lanes<T>;
+inline Vec<T> only(Vec<T> v, Whole<T>, T) {
+  return v;
+}
+template <typename T>
+inline Vec<T> only(Vec<T> v, Part part, T fill) {
+  for (int64_t k = part.count; k < lanes<T>; ++k) v[k] = fill;
+  return v;
 }
 
-// Rows [first, first + R): their largest logits, and the columns' raised by them.
+// Rows [first, first + R): their largest similarities, and the columns' raised by them.
 template <int R, typename T>
 inline void fold_max(const Tile<T>& tile, int64_t first, T* tile_max, T* column_max) {
   Vec<T> largest[R];
   for (int r = 0; r < R; ++r) largest[r] = splat<T>(kLowest<T>);
   const T* s = tile.s + first * tile.stride;
-  for (int64_t j = 0; j < tile.columns; j += lanes<T>) {
-    const int64_t count = at_most_lanes<T>(tile.columns - j);
+  for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
     Vec<T> of_columns = column_max ? load(column_max + j) : Vec<T>{};
     for (int r = 0; r < R; ++r) {
-      const Vec<T> l = logits(s + r * tile.stride + j, count, tile.scale, kLowest<T>);
-      largest[r] = max(l, largest[r]);
-      of_columns = max(l, of_columns);
+      const Vec<T> v = only<T>(load(s + r * tile.stride + j, count) * tile.sign, count, kLowest<T>);
+      largest[r] = max(v, largest[r]);
+      of_columns = max(v, of_columns);
     }
     if (column_max) store(column_max + j, of_columns);
-  }
+  });
   for (int r = 0; r < R; ++r) tile_max[r] = horizontal_max<T>(largest[r]);
 }
 
-// Rows [first, first + R): the sums of exp(l - max) over each row, added to each column.
+// Rows [first, first + R): the sums of exp(steepness (v - max)) over each row, added to each column.
 template <int R, typename T>
 inline void fold_sum(const Tile<T>& tile, int64_t first, const T* row_max, T* row_sum, SumExp<T> columns) {
   Vec<T> sum[R] = {};
   const T* s = tile.s + first * tile.stride;
-  for (int64_t j = 0; j < tile.columns; j += lanes<T>) {
-    const int64_t count = at_most_lanes<T>(tile.columns - j);
+  for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
     const Vec<T> of_columns = columns.max ? load(columns.max + j) : Vec<T>{};
     Vec<T> column_sum = columns.max ? load(columns.sum + j) : Vec<T>{};
     for (int r = 0; r < R; ++r) {
-      const Vec<T> l = logits(s + r * tile.stride + j, count, tile.scale, T(-__builtin_inf()));
-      sum[r] += exp<T>(l - row_max[r]);
-      if (columns.max) column_sum += exp<T>(l - of_columns);
+      const Vec<T> v = load(s + r * tile.stride + j, count) * tile.sign;
+      sum[r] += only<T>(exp<T>((v - row_max[r]) * tile.steepness), count, 0);
+      if (columns.max) column_sum += exp<T>((v - of_columns) * tile.steepness);
     }
     if (columns.max) store(columns.sum + j, column_sum);
-  }
+  });
   for (int r = 0; r < R; ++r) row_sum[r] += horizontal_sum<T>(sum[r]);
 }
 
@@ -78,11 +83,11 @@ inline void raise_rows(const Tile<T>& tile, int64_t first, SumExp<T> rows, T* po
   for (int r = 0; r < R; ++r) {
     const int64_t i = first + r;
     const T raised = tile_max[r] > rows.max[i] ? tile_max[r] : rows.max[i];
-    rows.sum[i] *= exp_of<T>(rows.max[i] - raised);
+    rows.sum[i] *= exp_of<T>((rows.max[i] - raised) * tile.steepness);
     rows.max[i] = raised;
     if (!tile.target) continue;
     const int64_t column = tile.target[i] - tile.first_column;
-    if (column >= 0 && column < tile.columns) positive[i] = tile.s[i * tile.stride + column] * tile.scale;
+    if (column >= 0 && column < tile.columns) positive[i] = tile.s[i * tile.stride + column] * tile.sign;
   }
 }
 
@@ -103,27 +108,26 @@ void softmax_statistics(const Tile<T>& tile, SumExp<T> rows, T* positive, SumExp
 }
 
 template <typename T>
-void softmax_merge(const T* partials, int64_t count, int64_t padded, int64_t begin, int64_t end, SumExp<T> columns) {
-  for (int64_t j = begin; j < end; j += lanes<T>) {
-    const int64_t n = at_most_lanes<T>(end - j);
+void softmax_merge(const T* partials, int64_t count, int64_t padded, int64_t begin, int64_t end, T steepness,
+                   SumExp<T> columns) {
+  for_vectors<T>(begin, end, [&](int64_t j, auto n) {
     const Vec<T> old_max = load(columns.max + j, n);
     Vec<T> largest = old_max;
     for (int64_t k = 0; k < count; ++k) largest = max(load(partials + 2 * k * padded + j), largest);
-    Vec<T> sum = load(columns.sum + j, n) * exp<T>(old_max - largest);
+    Vec<T> sum = load(columns.sum + j, n) * exp<T>((old_max - largest) * steepness);
     for (int64_t k = 0; k < count; ++k) {
       const T* partial = partials + 2 * k * padded + j;
-      sum += load(partial + padded) * exp<T>(load(partial) - largest);
+      sum += load(partial + padded) * exp<T>((load(partial) - largest) * steepness);
     }
     store(columns.max + j, largest, n);
     store(columns.sum + j, sum, n);
-  }
+  });
 }
 
 // Rows [first, first + R) of W; `Columns` compiles the column direction in.
 template <int R, bool Columns, typename T>
 inline void form_weights(const Tile<T>& tile, int64_t first, T* out, int64_t out_stride, Coefficients<T> rows, Coefficients<T> columns) {
-  for (int64_t j = 0; j < tile.columns; j += lanes<T>) {
-    const int64_t count = at_most_lanes<T>(tile.columns - j);
+  for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
     Vec<T> max_j{}, log_sum_j{}, weight_j{}, offset_j{};
     if (Columns) {
       max_j = load(columns.max + j, count);
@@ -132,12 +136,12 @@ inline void form_weights(const Tile<T>& tile, int64_t first, T* out, int64_t out
       offset_j = load(columns.offset + j, count);
     }
     for (int64_t i = first; i < first + R; ++i) {
-      const Vec<T> l = load(tile.s + i * tile.stride + j, count) * tile.scale;
-      Vec<T> w = exp<T>((l - rows.max[i]) - rows.log_sum[i]) * rows.weight[i] - rows.offset[i];
-      if (Columns) w += exp<T>((l - max_j) - log_sum_j) * weight_j - offset_j;
+      const Vec<T> v = load(tile.s + i * tile.stride + j, count) * tile.sign;
+      Vec<T> w = exp<T>((v - rows.max[i]) * tile.steepness - rows.log_sum[i]) * rows.weight[i] - rows.offset[i];
+      if (Columns) w += exp<T>((v - max_j) * tile.steepness - log_sum_j) * weight_j - offset_j;
       store(out + i * out_stride + j, w, count);
     }
-  }
+  });
 }
 
 template <bool Columns, typename T>
@@ -162,10 +166,7 @@ void softmax_weights(const Tile<T>& tile, T* out, int64_t out_stride, Coefficien
 
 template <typename T>
 void exp_array(const T* x, T* out, int64_t count) {
-  for (int64_t k = 0; k < count; k += lanes<T>) {
-    const int64_t n = at_most_lanes<T>(count - k);
-    store(out + k, exp<T>(load(x + k, n)), n);
-  }
+  for_vectors<T>(0, count, [&](int64_t k, auto n) { store(out + k, exp<T>(load(x + k, n)), n); });
 }
 
 template <typename T>

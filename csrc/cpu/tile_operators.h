@@ -57,8 +57,8 @@ Tile<T> tile_of(const Tensor& s, double scale, const std::optional<Tensor>& targ
                     "target must be a contiguous int64 CPU tensor with one entry per row of s");
     columns = static_cast<const int64_t*>(target->const_data_ptr());
   }
-  return {static_cast<const T*>(s.const_data_ptr()), s.stride(0), s.size(0), s.size(1), static_cast<T>(scale), columns,
-          first_column};
+  return {static_cast<const T*>(s.const_data_ptr()), s.stride(0), s.size(0), s.size(1), static_cast<T>(scale < 0 ? -1 : 1),
+          static_cast<T>(scale < 0 ? -scale : scale), columns, first_column};
 }
 
 // Rows [first, first + count) of a tile.

@@ -28,23 +28,33 @@ inline Vec<T> splat(T value) {
   return Vec<T>{} + value;
 }
 
-// The first `count` lanes; the others are 0. A full vector is one unaligned load.
+// How many lanes of a vector are meant: all, or the first few.
 template <typename T>
-inline Vec<T> load(const T* from, int64_t count = lanes<T>) {
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+
+template <typename T>
+inline Vec<T> load(const T* from, Whole<T> = {}) {
+  Vec<T> v;
+  __builtin_memcpy(&v, from, sizeof(v));  // one unaligned load
+  return v;
+}
+template <typename T>
+inline Vec<T> load(const T* from, Part part) {
   Vec<T> v{};
-  if (count == lanes<T>)
-    __builtin_memcpy(&v, from, sizeof(v));
-  else
-    __builtin_memcpy(&v, from, count * sizeof(T));
+  __builtin_memcpy(&v, from, part.count * sizeof(T));
   return v;
 }
 
 template <typename T>
-inline void store(T* to, Vec<T> v, int64_t count = lanes<T>) {
-  if (count == lanes<T>)
-    __builtin_memcpy(to, &v, sizeof(v));
-  else
-    __builtin_memcpy(to, &v, count * sizeof(T));
+inline void store(T* to, Vec<T> v, Whole<T> = {}) {
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+template <typename T>
+inline void store(T* to, Vec<T> v, Part part) {
+  __builtin_memcpy(to, &v, part.count * sizeof(T));
 }
 
 // The larger of each lane; `b` where `a` is NaN (a NaN reaches the sums instead, through exp).
@@ -67,50 +77,52 @@ inline T horizontal_max(Vec<T> v) {
   return largest;
 }
 
-// exp's constants. ln 2 is split so that n * ln2_high is exact for every n that occurs.
+// exp's constants. ln 2 is split so that n * ln2_high is exact for every n that occurs. The polynomials are minimax in
+// relative error over |r| <= ln 2 / 2, with the first two coefficients fixed at 1 so that exp(0) is exactly 1.
 template <typename T>
 struct Exp;
 template <>
 struct Exp<float> {
-  static constexpr float lowest = -86.6f, highest = 88.72283f;
+  static constexpr float lowest = -87.33f;  // ln of the smallest normal number, 1.18e-38
   static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
-  static constexpr int32_t round_bits = 0x4B400000;  // its bits
-  static constexpr int mantissa = 23, bias = 127, degree = 7;
+  // 1.5 * 2^23 + 127: adding it to a number rounds that to an integer, and leaves it, biased, in the low bits.
+  static constexpr float round = 12583039.f;
+  static constexpr int mantissa = 23, degree = 6;
+  static constexpr float coefficients[] = {  // 3.1e-9
+      1.f, 1.f, 0.499999934476f, 0.166665206294f, 0.0416683880925f, 0.0083687170912f, 0.00138145963918f};
 };
 template <>
 struct Exp<double> {
-  static constexpr double lowest = -707.7, highest = 709.78271289338397;
+  static constexpr double lowest = -708.39;
   static constexpr double log2e = 1.4426950408889634, ln2_high = 0.693145751953125, ln2_low = 1.42860682030941723e-6;
-  static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr int64_t round_bits = 0x4338000000000000;
-  static constexpr int mantissa = 52, bias = 1023, degree = 13;
+  static constexpr double round = 6755399441056767.0;  // 1.5 * 2^52 + 1023
+  static constexpr int mantissa = 52, degree = 11;
+  static constexpr double coefficients[] = {  // 3.6e-18
+      1., 1., 0.5000000000000010628, 0.1666666666666641251, 0.041666666666530151985, 0.0083333333334944648964,
+      0.0013888888943631740957, 0.00019841269506578636444, 0.000024801493097324563504, 2.7557586369775690259e-6,
+      2.7630248910078385018e-7, 2.5000063798615127256e-8};
 };
 
-// exp(x) to 2 units in the last place (tests/test_cpp.py): x = n ln 2 + r, |r| <= ln 2 / 2, exp(r) by its Taylor
-// polynomial, whose first term left out is below 1e-8 relative in fp32 and 1e-17 in fp64. NaN stays NaN; results
-// below 2.5e-38 (fp64: 5e-308), twice the smallest normal number, are 0.
+// exp(x) for x <= 0 (all that a difference from a maximum can be; right up to 88, fp64: 709), to one unit in the last
+// place (tests/test_cpp.py): x = n ln 2 + r, exp(x) = 2^n exp(r). NaN stays NaN, and what would be below the smallest
+// normal number is 0: arithmetic on subnormal numbers is a hundred times slower, and no sum that holds exp(0) sees them.
 template <typename T>
 inline Vec<T> exp(Vec<T> x) {
   using C = Exp<T>;
-  const Vec<T> lowest = splat<T>(C::lowest), highest = splat<T>(C::highest);
-  const auto vanishes = x < lowest, overflows = x > highest;
-  x = vanishes ? lowest : x;
-  x = overflows ? highest : x;
+  const Vec<T> lowest = splat<T>(C::lowest);
+  const auto vanishes = x < lowest;
+  x = lowest > x ? lowest : x;
   const Vec<T> shifted = x * C::log2e + C::round;
   const Vec<T> n = shifted - C::round;
   const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
-  // 1 + r (1 + r / 2 (1 + r / 3 (...))), with the coefficients 1 / k! folded at compile time.
-  T coefficients[C::degree + 1] = {1};
-  for (int k = 1; k <= C::degree; ++k) coefficients[k] = coefficients[k - 1] / k;
-  Vec<T> p = splat<T>(coefficients[C::degree]);
-  for (int k = C::degree - 1; k >= 0; --k) p = p * r + coefficients[k];
-  // 2^(n-1), the other factor 2 going to p: n = 128 (1024) has no exponent of its own.
+  Vec<T> p = splat<T>(C::coefficients[C::degree]);
+#pragma GCC unroll 16
+  for (int k = C::degree - 1; k >= 0; --k) p = p * r + C::coefficients[k];
   Bits<T> bits;
   __builtin_memcpy(&bits, &shifted, sizeof(bits));
-  const Bits<T> power_bits = (bits - C::round_bits + (C::bias - 1)) << C::mantissa;
+  bits <<= C::mantissa;
   Vec<T> power;
-  __builtin_memcpy(&power, &power_bits, sizeof(power));
-  const Vec<T> result = (p + p) * power;
-  return vanishes ? Vec<T>{} : overflows ? splat<T>(__builtin_inf()) : result;
+  __builtin_memcpy(&power, &bits, sizeof(power));
+  const Vec<T> result = p * power;
+  return vanishes ? Vec<T>{} : result;
 }

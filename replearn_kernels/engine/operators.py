@@ -60,7 +60,8 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         (query, own, target, logit_scale), keys, saved = _load(ctx)
-        gradients = schedules.backward(grad_loss, saved, query, keys, own, target, logit_scale, *ctx.config)
+        with torch.no_grad():
+            gradients = schedules.backward(grad_loss, saved, query, keys, own, target, logit_scale, *ctx.config)
         d_query, d_keys, d_own, d_scale = _unpack(ctx, gradients)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not look like constants
             d_query, d_own, d_scale, *d_keys = _RefuseSecondDerivative.apply(

@@ -7,19 +7,21 @@ label smoothing ``e``::
     L_i  = 1/2 [the same over row i] + 1/2 [the same over column t_i]           symmetric
     dL_i / dl_ij = softmax_j(l_ij) - (1 - e) [j = t_i] - e / W
 
-A log-sum-exp is kept as a pair (max, sum of exp(l - max)) from the first tile to the last gradient, never as
-one number: at ``logit_scale = 1000`` one fp32 number has an error of 6e-5, which is the relative error of every
-probability formed from it, while ``(l - max) - log(sum)`` keeps 1e-7. For the same reason the positive's logit is
-picked out of the tile that computed it, so that ``max - positive`` is exactly 0 when the positive is the largest.
+Similarities are signed so that a larger one is a larger logit, ``v_ij = sign(logit_scale) <x_i, y_j>``, and a
+log-sum-exp is kept as a pair (max of v, sum of exp(|logit_scale| (v - max))) from the first tile to the last
+gradient, never as one number: at ``logit_scale = 1000`` one fp32 number has an error of 6e-5, which is the relative
+error of every probability formed from it, and so has a logit that is rounded before the maximum is taken from it.
+``v - max`` loses nothing. For the same reason the positive's v is picked out of the tile that computed it, so that
+``max - positive`` is exactly 0 when the positive is the largest.
 
 Tables (one row a quantity, so that a tile takes a slice of all of them at once):
 
-    row statistics     [3, N]  max, sum, positive          column statistics   [2, M]  max, sum
-    row coefficients   [5, N]  max, log_sum, weight, positive_weight, offset
-    column coefficients[4, M]  max, log_sum, weight, offset
+    row statistics      [3, N]  max, sum, positive         column statistics    [2, M]  max, sum
+    row coefficients    [5, N]  max, log_sum, weight, positive_weight, offset
+    column coefficients [4, M]  max, log_sum, weight, offset
 
-    W_ij = weight_i exp(l_ij - max_i - log_sum_i) - offset_i - [j = t_i] positive_weight_i
-         + weight_j exp(l_ij - max_j - log_sum_j) - offset_j
+    W_ij = weight_i exp(|logit_scale| (v_ij - max_i) - log_sum_i) - offset_i - [j = t_i] positive_weight_i
+         + weight_j exp(|logit_scale| (v_ij - max_j) - log_sum_j) - offset_j
 """
 
 from __future__ import annotations
@@ -62,28 +64,29 @@ class Softmax:
 
     def update_statistics(self, s, scale, target, first_column, row_table, column_table) -> None:
         """Fold a tile of products ``s[R, C]`` into the statistics of its rows and columns."""
-        logits = s * scale
-        _fold_sum_exp(logits, 1, row_table)
+        v = s * sign(scale)
+        _fold_sum_exp(v, abs(scale), 1, row_table)
         if column_table is not None:
-            _fold_sum_exp(logits, 0, column_table)
+            _fold_sum_exp(v, abs(scale), 0, column_table)
         if target is not None:
             inside, column = _targets_inside(target, first_column, s.shape[1])
-            row_table[2] = torch.where(inside, logits.gather(1, column).squeeze(1), row_table[2])
+            row_table[2] = torch.where(inside, v.gather(1, column).squeeze(1), row_table[2])
 
     # -- combine ---------------------------------------------------------------------------------------------
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         """``L_i`` of every row, ``[N]``."""
         row_max, row_sum, positive = row_table
-        loss = (row_max - positive) + row_sum.log()
+        steepness = abs(problem.scale)
+        loss = (row_max - positive) * steepness + row_sum.log()
         if self.label_smoothing:
-            loss = loss + self.label_smoothing * (positive - problem.total_logits() / problem.width)
+            loss = loss + self.label_smoothing * (positive * steepness - problem.total_logits() / problem.width)
         if self.symmetric:
             column_max, column_sum = column_table[:, problem.target]
-            column_loss = (column_max - positive) + column_sum.log()
+            column_loss = (column_max - positive) * steepness + column_sum.log()
             if self.label_smoothing:
                 mean = problem.total_column_logits()[problem.target] / problem.rows
-                column_loss = column_loss + self.label_smoothing * (positive - mean)
+                column_loss = column_loss + self.label_smoothing * (positive * steepness - mean)
             loss = (loss + column_loss) / 2
         return loss
 
@@ -105,12 +108,12 @@ class Softmax:
 
     def weights(self, s, out, scale, target, first_column, row_coefficients, column_coefficients) -> Tensor:
         """``out = W = dL/dl`` of a tile of products ``s``; the two may be the same tensor."""
-        logits = s * scale
+        v, steepness = s * sign(scale), abs(scale)
         row_max, log_sum, weight, positive_weight, offset = row_coefficients.unsqueeze(2)
-        w = ((logits - row_max) - log_sum).exp_() * weight - offset
+        w = ((v - row_max) * steepness - log_sum).exp_() * weight - offset
         if column_coefficients is not None:
             column_max, log_sum, weight, offset = column_coefficients
-            w += ((logits - column_max) - log_sum).exp_() * weight - offset
+            w += ((v - column_max) * steepness - log_sum).exp_() * weight - offset
         if target is not None:
             inside, column = _targets_inside(target, first_column, s.shape[1])
             w.scatter_add_(1, column, torch.where(inside.unsqueeze(1), -positive_weight, 0))
@@ -123,12 +126,19 @@ def _empty_table(quantities: int, count: int, like: Tensor) -> Tensor:
     return table
 
 
-def _fold_sum_exp(logits: Tensor, dim: int, table: Tensor) -> None:
-    """Merge the log-sum-exp of ``logits`` along ``dim`` into ``table = (max, sum, ...)``."""
+def sign(scale: float | Tensor) -> int | Tensor:
+    """-1 for a negative scale, else 1; without reading the value of a tensor."""
+    if isinstance(scale, Tensor):
+        return torch.where(scale < 0, -1, 1)
+    return -1 if scale < 0 else 1
+
+
+def _fold_sum_exp(v: Tensor, steepness: float | Tensor, dim: int, table: Tensor) -> None:
+    """Merge the sum of ``exp(steepness (v - max))`` along ``dim`` into ``table = (max, sum, ...)``."""
     old_max, old_sum = table[0], table[1]
-    new_max = torch.maximum(old_max, logits.amax(dim))
-    total = (logits - new_max.unsqueeze(dim)).exp_().sum(dim)
-    old_sum.mul_((old_max - new_max).exp_()).add_(total)
+    new_max = torch.maximum(old_max, v.amax(dim))
+    total = ((v - new_max.unsqueeze(dim)) * steepness).exp_().sum(dim)
+    old_sum.mul_(((old_max - new_max) * steepness).exp_()).add_(total)
     old_max.copy_(new_max)
 
 

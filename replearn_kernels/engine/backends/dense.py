@@ -10,6 +10,11 @@ from ..problem import Problem, statistics_dtype
 from .base import Backend, tables_of, target_of
 
 
+# Rows a power of two apart fall into the same few cache sets, and W.T @ X reads W down its columns: at 1024 x 1024 and
+# d = 128 that product runs at 50 GFLOP/s a core without padding, and at 69 with it; at 1024 x 512 at 87.
+_ROW_PADDING = 16
+
+
 class TorchBackend(Backend):
     """The objective's own passes, in plain PyTorch: any device, no compiler. The oracle of the others."""
 
@@ -23,7 +28,7 @@ class TorchBackend(Backend):
     @staticmethod
     def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
         # On a GPU a tile has to fill the machine; on a CPU it has to stay in the caches.
-        return (1024, 1024) if query.device.type == "cpu" else (4096, 4096)
+        return (1024, 512) if query.device.type == "cpu" else (4096, 4096)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return statistics_dtype(dtype)
@@ -54,9 +59,10 @@ class TorchBackend(Backend):
     def _tile_buffer(self, tile: Tile) -> Tensor:
         """Room for the tile, the same memory for all: a fresh buffer per tile would leave the caches."""
         rows, columns = tile.shape
-        if self._buffer is None or self._buffer.numel() < rows * columns:
-            self._buffer = tile.query.new_empty(rows * columns)
-        return self._buffer[: rows * columns].view(rows, columns)
+        stride = columns + _ROW_PADDING
+        if self._buffer is None or self._buffer.numel() < rows * stride:
+            self._buffer = tile.query.new_empty(rows * stride)
+        return self._buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
 class CppBackend(TorchBackend):
@@ -66,7 +72,7 @@ class CppBackend(TorchBackend):
 
     @staticmethod
     def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
-        return 1024, 2048
+        return 1024, 512
 
     @property
     def _statistics_pass(self):

@@ -1,0 +1,114 @@
+"""The ``triton`` backend: similarities that stay on chip. Its kernels are in :mod:`replearn_kernels.triton_kernels`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...triton_kernels import EPILOGUES, TileInputs, accumulate_gradient, form_weights, update_statistics
+from ..columns import OwnColumns, Tile
+from ..counters import count_product
+from ..problem import Problem
+from .base import Backend, tables_of, target_of
+from .dense import TorchBackend
+
+# Up to this width the fused gradient kernel takes its 4 products in registers; above it, W is written and read.
+# W costs 3 x 2 B of L2 traffic an entry, a product 2 d FLOPs: at d = 128 about the same time (modelled: 5.5 TB/s of
+# L2 and 700 TFLOP/s on an H100).
+FUSED_WIDTH = 128
+
+_WEIGHTS_BYTES = 32 * 2**20
+_WEIGHTS_ALIGNMENT = 16  # elements: rows of W start where vector loads can
+
+
+class TritonBackend(Backend):
+    """Adapts the engine's tiles to the kernels."""
+
+    name = "triton"
+    keeps_tiles = False
+
+    def __init__(self, objective):
+        super().__init__(objective)
+        self._epilogue = EPILOGUES[objective.name]
+        self._own = TorchBackend(objective)
+        self._weights: Tensor | None = None
+        self._partials: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
+        if sweep == "statistics":
+            # Partial statistics of a tile take 17 MB, 4 % of the time of its product goes into merging them.
+            return 16384, 16384
+        if query.shape[1] <= FUSED_WIDTH:
+            return 65536, 65536  # no buffer: as many rows as fill any GPU
+        return 4096, _WEIGHTS_BYTES // (4096 * query.element_size())  # W stays in L2
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
+        if isinstance(tile.source, OwnColumns):
+            return self._own.update_statistics(problem, _upcast(tile, problem), None, statistics)
+        rows, columns = tables_of(tile, *statistics)
+        inputs = TileInputs.of(tile.shape, problem.scale, target_of(problem, tile), tile.columns.start)
+        count_product(tile.query, tile.shape[1])
+        self._partials = ()
+        self._partials = update_statistics(
+            self._epilogue, tile.query, tile.source.block(tile), inputs, rows, columns
+        )
+
+    def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
+        out = self._weights_buffer(tile)
+        count_product(tile.query, tile.shape[1])
+        inputs = _gradient_inputs(problem, tile, coefficients)
+        form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, out)
+        return out
+
+    def accumulate_gradients(
+        self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients, d_query, d_source
+    ) -> None:
+        if isinstance(tile.source, OwnColumns):
+            tile = _upcast(tile, problem)
+            return self._own.accumulate_gradients(problem, tile, None, coefficients, d_query, d_source)
+        if tile.query.shape[1] > FUSED_WIDTH:
+            return super().accumulate_gradients(problem, tile, kept, coefficients, d_query, d_source)
+        inputs = _gradient_inputs(problem, tile, coefficients)
+        query, key = tile.query, tile.source.block(tile)
+        if d_query is not None:
+            count_product(query, 2 * len(key))
+            accumulate_gradient(self._epilogue, query, key, inputs, d_query[tile.rows], transposed=False)
+        if d_source is not None:
+            count_product(query, 2 * len(key))
+            accumulate_gradient(self._epilogue, key, query, inputs, d_source[tile.columns], transposed=True)
+
+    @staticmethod
+    def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+        """Half-precision factors, fp32 sums: one cuBLAS call on CUDA, where alone PyTorch offers it."""
+        if a.dtype == accumulator.dtype:
+            accumulator.addmm_(a, b)
+        elif a.is_cuda:
+            torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
+        else:
+            accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
+
+    def workspace(self) -> tuple[Tensor, ...]:
+        weights = () if self._weights is None else (self._weights,)
+        return (*weights, *self._partials, *self._own.workspace())
+
+    def _weights_buffer(self, tile: Tile) -> Tensor:
+        """``[R, C]``, the same memory for all tiles."""
+        rows, columns = tile.shape
+        stride = -(-columns // _WEIGHTS_ALIGNMENT) * _WEIGHTS_ALIGNMENT
+        if self._weights is None or self._weights.numel() < rows * stride:
+            self._weights = tile.query.new_empty(rows * stride)
+        return self._weights[: rows * stride].view(rows, stride)[:, :columns]
+
+
+def _gradient_inputs(problem: Problem, tile: Tile, coefficients) -> TileInputs:
+    rows, columns = tables_of(tile, *coefficients)
+    return TileInputs.of(tile.shape, problem.scale, target_of(problem, tile), tile.columns.start, rows, columns)
+
+
+def _upcast(tile: Tile, problem: Problem) -> Tile:
+    """The plain passes over a row's own columns, which share no product, form their similarities in fp32."""
+    return tile._replace(query=tile.query.to(problem.statistics_dtype))

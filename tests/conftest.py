@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from replearn_kernels.engine.backends import native
+
+BACKENDS = ["torch", "cpp"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    """The backends that run on this CPU."""
+    if request.param == "cpp" and not native.available():
+        pytest.skip(f"cpp backend: {native.why_missing()}")
+    return request.param
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """GPU tests need a GPU; say so instead of failing."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))

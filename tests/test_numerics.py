@@ -1,0 +1,109 @@
+"""Extreme scales, small probabilities, NaN, determinism, and gradients beyond the range of half precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import check_against_eager, eager_clip, eager_info_nce, unit_rows, value_and_gradients
+
+from replearn_kernels import clip_loss, info_nce_loss
+
+
+@pytest.mark.parametrize("scale", [1e-3, 100.0, 1000.0, -50.0, 0.0])
+@pytest.mark.parametrize("kind", ["random", "aligned", "opposed", "orthogonal"])
+def test_any_scale(scale, kind, backend, rng):
+    n, d = 130, 64
+    x = unit_rows(rng, n, d)
+    y = {
+        "random": lambda: unit_rows(rng, n, d),
+        "aligned": lambda: F.normalize(x + 1e-3 * torch.randn(n, d, generator=rng), dim=1),
+        "opposed": lambda: -x,
+        "orthogonal": lambda: torch.eye(d)[torch.arange(n) % d],
+    }[kind]()
+    if kind == "orthogonal":  # cosines of exactly 0 but for a few: exp of a fixed shift would underflow
+        x = torch.eye(d)[(torch.arange(n) + 1) % d]
+    check_against_eager(
+        lambda *a: clip_loss(*a, backend=backend), eager_clip, x, y, torch.tensor(scale), scale=scale
+    )
+
+
+def test_rows_and_columns_of_very_different_size(backend, rng):
+    """One row's logits are 1,000 above all others: a shift shared by the tile would flush the others to 0."""
+    x, y = torch.randn(70, 16, generator=rng), torch.randn(70, 16, generator=rng)
+    x[3] *= 300
+    y[50] *= 300
+    check_against_eager(lambda *a: clip_loss(*a, backend=backend), eager_clip, x, y, torch.tensor(2.0))
+
+
+def test_positive_is_the_largest(backend):
+    """A loss of 1e-5 under logits of 1,000 keeps its digits: max - positive is exactly 0."""
+    x = torch.eye(8)
+    loss = info_nce_loss(x, x * 0.5 + 0.4885, logit_scale=1000.0, backend=backend)
+    exact = eager_info_nce(x.double(), (x * 0.5 + 0.4885).double(), torch.tensor(1000.0))
+    assert loss.item() == pytest.approx(exact.item(), abs=1e-9)
+
+
+def test_one_row_has_no_loss(backend):
+    x = torch.randn(1, 4, requires_grad=True)
+    loss = clip_loss(x, torch.randn(1, 4), 1000.0, backend=backend)
+    loss.backward()
+    assert loss.item() == 0 and (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_not_hidden(bad, backend, rng):
+    x, y = torch.randn(40, 8, generator=rng), torch.randn(40, 8, generator=rng)
+    x[7, 2] = bad
+    losses = info_nce_loss(x, y, backend=backend, reduction="none")
+    assert losses[7].isnan() and losses[[0, 39]].isfinite().all()
+    assert clip_loss(x, y, 1.0, backend=backend).isnan()
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_deterministic(symmetric, backend, rng):
+    x, y = unit_rows(rng, 1500, 32), unit_rows(rng, 1500, 32)
+
+    def run(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return value_and_gradients(
+                lambda q, k: info_nce_loss(
+                    q, k, logit_scale=20.0, symmetric=symmetric, backend=backend, memory_budget=0
+                ),
+                x, y,
+            )  # fmt: skip
+        finally:
+            torch.set_num_threads(before)
+
+    for a, b in zip(run(2), run(2)):
+        assert torch.equal(a, b)
+
+
+def test_half_gradients_survive_a_loss_scaler(backend, rng):
+    """1 / N is far below fp16's smallest normal number times a gradient: only the final product may round."""
+    n, d = 2048, 16
+    x, y = (unit_rows(rng, n, d, dtype=torch.float16) for _ in range(2))
+    scaler = 65536.0
+
+    def run(dtype, backend):
+        q = x.detach().to(dtype).requires_grad_()
+        loss = info_nce_loss(q, y.to(dtype), logit_scale=0.05, backend=backend, memory_budget=0) * scaler
+        return torch.autograd.grad(loss, q)[0]
+
+    exact = run(torch.float64, "eager")
+    ours = run(torch.float16, backend)
+    assert exact.abs().max() / scaler < 2**-14  # subnormal before the scaler
+    error = (ours.double() - exact).abs().max() / exact.abs().max()
+    assert error < 2**-10
+
+
+def test_tiny_and_mixed_upstream_gradients(backend, rng):
+    """reduction="none" under upstream gradients of 1e-30, 0 and 1e30, and under all zeros."""
+    x, y = unit_rows(rng, 6, 4, dtype=torch.float64), unit_rows(rng, 6, 4, dtype=torch.float64)
+    for upstream in (torch.tensor([1e-30, 0, 1, 1e30, -1, 2]), torch.zeros(6)):
+        gradients = []
+        for name in (backend, "eager"):
+            q = x.clone().requires_grad_()
+            info_nce_loss(q, y, logit_scale=3.0, reduction="none", backend=name).backward(upstream.double())
+            gradients.append(q.grad)
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
