@@ -37,6 +37,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
   m.def(
       "softmax_weights_(Tensor s, Tensor(a!) out, float scale, Tensor? target, int first_column, "
       "Tensor row_coefficients, Tensor? column_coefficients) -> ()");
+  m.def(
+      "softmax_one_tile(Tensor query, Tensor key, Tensor target, float scale, bool symmetric, "
+      "bool needs_query, bool needs_key) -> (Tensor, Tensor, Tensor)");
   m.def("vector_exp(Tensor x) -> Tensor");
   m.def("instruction_set() -> str");
 }
@@ -44,6 +47,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("softmax_statistics_", TORCH_BOX(&replearn::softmax_statistics_));
   m.impl("softmax_weights_", TORCH_BOX(&replearn::softmax_weights_));
+  m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));
   m.impl("vector_exp", TORCH_BOX(&vector_exp));
 }
 

@@ -71,7 +71,7 @@ def info_nce_loss(
     queue, own = _split_negatives(negatives, query)
     validation.check_reduction(reduction)
     objective = Softmax(bool(symmetric), validation.check_fraction("label_smoothing", label_smoothing))
-    target = validation.check_target(target, query.shape[0], key.shape[0], query)
+    validation.check_target(target, query.shape[0], key.shape[0], query)
     logit_scale = validation.check_scale("logit_scale", logit_scale, query)
     validation.check_memory_budget(memory_budget)
     backend = resolve_backend(backend, query.device, query.dtype)

@@ -16,7 +16,7 @@ def info_nce_loss(
     key: Tensor,
     own: Tensor | None,
     queue: Tensor | None,
-    target: Tensor,
+    target: Tensor | None,
     logit_scale: Tensor,
     symmetric: bool,
     label_smoothing: float,
@@ -25,6 +25,8 @@ def info_nce_loss(
     """Cross entropy of every row over keys, queue and own negatives; symmetric: averaged with the keys' over queries."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     query, key = query.to(dtype), key.to(dtype)
+    rows = torch.arange(len(query), device=query.device)
+    target = rows if target is None else target
     logits = query @ key.t()
     columns = [logits]
     if queue is not None:
@@ -33,9 +35,8 @@ def info_nce_loss(
         columns.append(torch.einsum("nd,nkd->nk", query, own.to(dtype)))
     loss = _cross_entropy(logit_scale * torch.cat(columns, dim=1), target, label_smoothing)
     if symmetric:
-        positives = torch.arange(len(query), device=query.device)
         by_column = logit_scale * logits.t()[target]
-        loss = (loss + _cross_entropy(by_column, positives, label_smoothing)) / 2
+        loss = (loss + _cross_entropy(by_column, rows, label_smoothing)) / 2
     return reduce(loss, reduction)
 
 

@@ -2,7 +2,10 @@
 #include "softmax_tile.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <memory>
+#include <vector>
 
 #include "tile_operators.h"
 
@@ -16,52 +19,93 @@ namespace {
 constexpr int64_t kSlabRows = 64;
 
 template <typename T>
-void statistics(const Tensor& s, double scale, const std::optional<Tensor>& target, int64_t first_column,
-                const Tensor& row_table, const std::optional<Tensor>& column_table) {
+void fold_statistics(const Tile<T>& tile, SumExp<T> rows, T* positive, SumExp<T> columns) {
   const auto& kernels = kernels_of<T>();
-  const Tile<T> tile = tile_of<T>(s, scale, target, first_column);
-  const Table<T> rows(row_table, "row_table", 3, tile.rows);
   const int64_t slabs = (tile.rows + kSlabRows - 1) / kSlabRows, padded = padded_columns(tile.columns);
   std::unique_ptr<T[]> partials;
-  if (column_table) partials.reset(new T[2 * slabs * padded]);
+  if (columns.max) partials.reset(new T[2 * slabs * padded]);
 
   parallel(slabs, kSlabRows * tile.columns, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t first = k * kSlabRows;
       T* partial = partials ? partials.get() + 2 * k * padded : nullptr;
       kernels.softmax_statistics(
-          rows_of(tile, first, std::min(kSlabRows, tile.rows - first)),
-          {rows[0] + first, rows[1] + first}, rows[2] + first, {partial, partial ? partial + padded : nullptr});
+          rows_of(tile, first, std::min(kSlabRows, tile.rows - first)), {rows.max + first, rows.sum + first},
+          positive + first, {partial, partial ? partial + padded : nullptr});
     }
   });
-  if (!column_table) return;
-  const Table<T> columns(*column_table, "column_table", 2, tile.columns);
-  const int64_t chunks = padded / kPadding;
-  parallel(chunks, slabs * kPadding, [&](int64_t begin, int64_t end) {
+  if (!columns.max) return;
+  parallel(padded / kPadding, slabs * kPadding, [&](int64_t begin, int64_t end) {
     kernels.softmax_merge(partials.get(), slabs, padded, begin * kPadding, std::min(end * kPadding, tile.columns),
-                          tile.steepness, {columns[0], columns[1]});
+                          tile.steepness, columns);
   });
+}
+
+template <typename T>
+void form_weights(const Tile<T>& tile, T* out, int64_t out_stride, Coefficients<T> rows, const T* positive_weight,
+                  Coefficients<T> columns) {
+  parallel(tile.rows, tile.columns, [&](int64_t begin, int64_t end) {
+    kernels_of<T>().softmax_weights(
+        rows_of(tile, begin, end - begin), out + begin * out_stride, out_stride,
+        {rows.max + begin, rows.log_sum + begin, rows.weight + begin, rows.offset + begin}, positive_weight + begin,
+        columns);
+  });
+}
+
+template <typename T>
+void statistics(const Tensor& s, double scale, const std::optional<Tensor>& target, int64_t first_column,
+                const Tensor& row_table, const std::optional<Tensor>& column_table) {
+  const Tile<T> tile = tile_of<T>(s, scale, target, first_column);
+  const Table<T> rows(row_table, "row_table", 3, tile.rows);
+  SumExp<T> columns{};
+  if (column_table) {
+    const Table<T> table(*column_table, "column_table", 2, tile.columns);
+    columns = {table[0], table[1]};
+  }
+  fold_statistics(tile, {rows[0], rows[1]}, rows[2], columns);
 }
 
 template <typename T>
 void weights(const Tensor& s, const Tensor& out, double scale, const std::optional<Tensor>& target, int64_t first_column,
              const Tensor& row_table, const std::optional<Tensor>& column_table) {
-  const auto& kernels = kernels_of<T>();
   const Tile<T> tile = tile_of<T>(s, scale, target, first_column);
   check_matrix<T>(out, "out", tile.rows, tile.columns);
-  T* const w = static_cast<T*>(out.mutable_data_ptr());
-  const int64_t w_stride = out.stride(0);
   const Table<T> rows(row_table, "row_coefficients", 5, tile.rows);
   Coefficients<T> columns{};
   if (column_table) {
     const Table<T> table(*column_table, "column_coefficients", 4, tile.columns);
     columns = {table[0], table[1], table[2], table[3]};
   }
-  parallel(tile.rows, tile.columns, [&](int64_t begin, int64_t end) {
-    kernels.softmax_weights(
-        rows_of(tile, begin, end - begin), w + begin * w_stride, w_stride,
-        {rows[0] + begin, rows[1] + begin, rows[2] + begin, rows[4] + begin}, rows[3] + begin, columns);
-  });
+  form_weights(tile, static_cast<T*>(out.mutable_data_ptr()), out.stride(0), {rows[0], rows[1], rows[2], rows[4]},
+               rows[3], columns);
+}
+
+// Statistics, losses and, in place, W of the products s: the passes above with the O(N) combination between them.
+template <typename T>
+void whole(Tensor& s, const Tensor& target, double scale, bool symmetric, T* losses) {
+  const Tile<T> tile = tile_of<T>(s, scale, target, 0);
+  const int64_t n = tile.rows, m = tile.columns;
+  std::vector<T> row(5 * n, 0), column(symmetric ? 4 * m : 0, 0);
+  T *max = row.data(), *sum = max + n, *positive = sum + n, *weight = positive + n, *zero = weight + n;
+  T *column_max = column.data(), *column_sum = column_max + m, *column_weight = column_sum + m;
+  std::fill_n(max, n, std::numeric_limits<T>::lowest());
+  if (symmetric) std::fill_n(column_max, m, std::numeric_limits<T>::lowest());
+  fold_statistics(tile, {max, sum}, positive, symmetric ? SumExp<T>{column_max, column_sum} : SumExp<T>{});
+
+  const T share = symmetric ? T(0.5) : T(1);  // of each direction in a row's loss
+  for (int64_t j = 0; symmetric && j < m; ++j) column_sum[j] = std::log(column_sum[j]);
+  for (int64_t i = 0; i < n; ++i) {
+    sum[i] = std::log(sum[i]);
+    losses[i] = share * (tile.steepness * (max[i] - positive[i]) + sum[i]);
+    weight[i] = share;
+    if (!symmetric) continue;
+    const int64_t j = tile.target[i];
+    losses[i] += share * (tile.steepness * (column_max[j] - positive[i]) + column_sum[j]);
+    column_weight[j] += share;
+  }
+  std::fill_n(positive, n, T(1));  // from here on the positive's weight
+  form_weights(tile, static_cast<T*>(s.mutable_data_ptr()), tile.stride, {max, sum, weight, zero}, positive,
+               symmetric ? Coefficients<T>{column_max, column_sum, column_weight, column_weight + m} : Coefficients<T>{});
 }
 
 }  // namespace
@@ -80,6 +124,29 @@ void softmax_weights_(Tensor s, Tensor out, double scale, std::optional<Tensor> 
     weights<double>(s, out, scale, target, first_column, row_coefficients, column_coefficients);
   else
     weights<float>(s, out, scale, target, first_column, row_coefficients, column_coefficients);
+}
+
+std::tuple<Tensor, Tensor, Tensor> softmax_one_tile(
+    Tensor query, Tensor key, Tensor target, double scale, bool symmetric, bool needs_query, bool needs_key) {
+  STD_TORCH_CHECK(query.dim() == 2 && key.dim() == 2 && query.size(1) == key.size(1),
+                  "query and key must be [N, d] and [M, d]");
+  const int64_t n = query.size(0), m = key.size(0);
+  STD_TORCH_CHECK(target.is_cpu() && target.scalar_type() == ScalarType::Long && target.dim() == 1 && target.size(0) == n,
+                  "target must be an int64 CPU tensor with one entry per row of query");
+  target = torch::stable::contiguous(target);
+  const auto* columns = static_cast<const int64_t*>(target.const_data_ptr());
+  STD_TORCH_CHECK(std::all_of(columns, columns + n, [m](int64_t j) { return j >= 0 && j < m; }),
+                  "target must be in [0, ", m, ")");
+  Tensor s = torch::stable::matmul(query, torch::stable::transpose(key, 0, 1));
+  Tensor losses = torch::stable::new_empty(s, {n});
+  if (is_double(s))
+    whole<double>(s, target, scale, symmetric, static_cast<double*>(losses.mutable_data_ptr()));
+  else
+    whole<float>(s, target, scale, symmetric, static_cast<float*>(losses.mutable_data_ptr()));
+  Tensor d_query = needs_query ? torch::stable::matmul(s, key) : torch::stable::new_empty(s, {0});
+  Tensor d_key = needs_key ? torch::stable::matmul(torch::stable::transpose(s, 0, 1), query)
+                           : torch::stable::new_empty(s, {0});
+  return {losses, d_query, d_key};
 }
 
 }  // namespace replearn

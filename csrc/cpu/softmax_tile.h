@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 
 namespace replearn {
 
@@ -16,5 +17,11 @@ void softmax_statistics_(Tensor s, double scale, std::optional<Tensor> target, i
 // out[R, C] = dL/dl of products s[R, C], from row_coefficients[5, R] and column_coefficients[4, C]; out may be s.
 void softmax_weights_(Tensor s, Tensor out, double scale, std::optional<Tensor> target, int64_t first_column,
                       Tensor row_coefficients, std::optional<Tensor> column_coefficients);
+
+// A whole problem of one tile: losses [N], and the sums W key [N, d] and W^T query [M, d] for the gradients of the
+// losses' sum (empty where not needed). The passes above and what stands between them in one call: at 16 x 16 the
+// calls themselves are what takes time.
+std::tuple<Tensor, Tensor, Tensor> softmax_one_tile(
+    Tensor query, Tensor key, Tensor target, double scale, bool symmetric, bool needs_query, bool needs_key);
 
 }  // namespace replearn

@@ -16,7 +16,7 @@ from . import schedules
 _CONFIG = (
     "str objective, float[] parameters, str reduction, str backend, int memory_budget, bool[] needs_grad"
 )
-_INPUTS = "Tensor query, Tensor[] keys, Tensor? own, Tensor target, Tensor logit_scale"
+_INPUTS = "Tensor query, Tensor[] keys, Tensor? own, Tensor? target, Tensor logit_scale"
 
 _library = torch.library.Library("replearn_kernels", "FRAGMENT")
 _library.define(f"pair_loss({_INPUTS}, {_CONFIG}) -> (Tensor, Tensor[])")
@@ -119,8 +119,8 @@ def _save(ctx, config, query, own, target, logit_scale, keys, saved) -> None:
 
 
 def _load(ctx) -> tuple[tuple, list[Tensor], list[Tensor]]:
-    inputs, rest = ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
-    return inputs, rest[: ctx.key_count], rest[ctx.key_count :]
+    query, own, target, logit_scale, *rest = ctx.saved_tensors  # read once: checkpointing allows no more
+    return (query, own, target, logit_scale), rest[: ctx.key_count], rest[ctx.key_count :]
 
 
 def _unpack(ctx, gradients: list[Tensor]):

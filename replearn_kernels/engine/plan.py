@@ -6,8 +6,8 @@ shapes, so the plan never travels between them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from .columns import OwnColumns, Source
@@ -22,6 +22,9 @@ _CHUNK_BYTES = (16 * 2**20, 64 * 2**20)
 # Fewer rows than this, and reading and writing the [M, d] gradient once per chunk costs as much as the
 # product that the single sweep saves.
 _MIN_CHUNK_ROWS = 128
+# Up to this size a single chunk holds all rows, so that it sees whole columns too, and one pass through the engine's
+# Python, not two, is what counts: at 16 x 16 it is most of the time.
+_SMALL_ELEMENTS = 2**20
 # Columns of an own source are read together with their features, so a tile is bounded by R * C * d elements.
 _OWN_TILE_ELEMENTS = 4 * 2**20
 
@@ -50,38 +53,45 @@ class TileShape(NamedTuple):
         return self
 
 
+@lru_cache(maxsize=1024)
 def make_plan(
     rows: int,
-    widths: Sequence[int],
+    widths: tuple[int, ...],
     d: int,
     *,
     itemsize: int,
     tile_shapes: tuple[tuple[int, int], tuple[int, int]],
     memory_budget: int,
     needs_grad: bool,
-    can_chunk: bool,
+    one_gradient: bool,
+    needs_columns: bool,
 ) -> Plan:
     """Choose the schedule that does the least work within ``memory_budget``.
 
-    ``widths`` are the columns of each source, ``itemsize`` the bytes of one kept similarity (0 if the backend
-    keeps none), ``tile_shapes`` the most rows and columns of
-    a tile in either sweep (equal if tiles are kept from one to the other), ``can_chunk`` whether the gradients may be made row by row in the forward pass (no column
-    statistics, one upstream gradient).
+    Args:
+        widths: the columns of each source.
+        itemsize: the bytes of one kept similarity, 0 if the backend keeps none.
+        tile_shapes: the most rows and columns of a tile in either sweep, equal if tiles are kept between them.
+        one_gradient: one upstream gradient scales the gradients of all rows.
+        needs_columns: W needs the statistics of whole columns.
     """
     width = sum(widths)
     kept = min(rows * width, memory_budget // itemsize) if needs_grad and itemsize else 0
-    schedule, widest = "two_sweeps", max(widths, default=0)
     statistics_tile, gradient_tile = (
-        TileShape(balanced_block(rows, most_rows), balanced_block(widest, most_columns))
+        TileShape(balanced_block(rows, most_rows), balanced_block(max(widths), most_columns))
         for most_rows, most_columns in tile_shapes
     )
-    if needs_grad and can_chunk and kept < rows * width:
-        low, high = _CHUNK_BYTES
-        chunk_rows = min(max((rows + width) * d * itemsize, low), high) // (width * itemsize)
+    if needs_grad and one_gradient and itemsize and rows and width:
+        chunk_rows = 0
+        if rows <= tile_shapes[0][0] and rows * width == kept <= _SMALL_ELEMENTS:
+            chunk_rows = rows
+        elif not needs_columns and kept < rows * width:
+            low, high = _CHUNK_BYTES
+            chunk_rows = min(max((rows + width) * d * itemsize, low), high) // (width * itemsize)
         if chunk_rows >= min(rows, _MIN_CHUNK_ROWS):
             chunk = TileShape(balanced_block(rows, chunk_rows), statistics_tile.columns)
-            schedule, kept, statistics_tile, gradient_tile = "row_chunks", chunk.rows * width, chunk, chunk
-    return Plan(schedule, statistics_tile, gradient_tile, kept)
+            return Plan("row_chunks", chunk, chunk, chunk.rows * width)
+    return Plan("two_sweeps", statistics_tile, gradient_tile, kept)
 
 
 def balanced_block(size: int, limit: int) -> int:

@@ -26,15 +26,16 @@ class Problem:
     scale: float | Tensor
 
     @classmethod
-    def build(cls, query, keys, own, target, logit_scale, needs_grad) -> Problem:
-        """From the operator's arguments: ``needs_grad`` follows the order query, keys, own, logit_scale."""
+    def build(cls, query, keys, own, target, scale, needs_grad) -> Problem:
+        """From the operator's arguments: ``needs_grad`` follows the order query, keys, own."""
         sources: list[Source] = [
             SharedColumns(_rows_contiguous(key), needs, has_target=i == 0)
             for i, (key, needs) in enumerate(zip(keys, needs_grad[1:]))
         ]
         if own is not None:
             sources.append(OwnColumns(own, needs_grad[1 + len(keys)]))
-        scale = logit_scale.item() if logit_scale.device.type == "cpu" else logit_scale
+        if target is None:
+            target = torch.arange(query.shape[0], device=query.device)
         return cls(_rows_contiguous(query), tuple(sources), target, scale)
 
     @property
@@ -77,6 +78,11 @@ class Problem:
         """``sum_i l_ij`` over all rows, for every column j of the first source, ``[M]``."""
         dtype = self.statistics_dtype
         return (self.sources[0].features.to(dtype) @ self.query.sum(0, dtype=dtype)) * self.scale
+
+
+def scale_of(logit_scale: Tensor) -> float | Tensor:
+    """The scale as :class:`Problem` wants it."""
+    return logit_scale.item() if logit_scale.device.type == "cpu" else logit_scale
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

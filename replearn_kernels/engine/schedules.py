@@ -2,7 +2,8 @@
 
     two_sweeps    statistics in the forward call, gradients in the backward call. Any loss, any upstream gradient.
     row_chunks    both sweeps over one chunk of rows after another, in the forward call: every tile is formed once.
-                  For losses without column statistics under one upstream gradient, which scales them later.
+                  Under one upstream gradient, which scales them later, and without statistics of whole columns,
+                  unless the one chunk holds all rows.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 from ..objectives import OBJECTIVES
 from .backends import KeptTiles, backend_class, make_backend
 from .plan import Plan, make_plan
-from .problem import Problem, blocks, statistics_dtype
-from .sweeps import Gradients, sweep_gradients, sweep_statistics
+from .problem import Problem, blocks, scale_of, statistics_dtype
+from .sweeps import Gradients, sums_over_columns, sweep_gradients, sweep_statistics
 from .validation import check_values
 
 def forward(
@@ -26,7 +27,7 @@ def forward(
     check_values(target, keys[0].shape[0], logit_scale)
     with _no_autocast(query):
         plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
-        problem = Problem.build(query, keys, own, target, logit_scale, needs_grad)
+        problem = Problem.build(query, keys, own, target, scale_of(logit_scale), needs_grad)
         runner = make_backend(backend, OBJECTIVES[objective].from_parameters(parameters))
         if plan.schedule == "row_chunks":
             losses, saved = _row_chunks(problem, plan, runner, needs_grad)
@@ -43,27 +44,29 @@ def backward(
     objective, parameters, reduction, backend, memory_budget, needs_grad,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients in the order of ``needs_grad``: query, keys, own, logit_scale; an empty tensor where none is due."""
+    plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
+    scale = scale_of(logit_scale)
     with _no_autocast(query):
-        plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
-        problem = Problem.build(query, keys, own, target, logit_scale, needs_grad)
         if plan.schedule == "row_chunks":
-            gradients, scale_gradient = _restore(saved, problem)
-            row_weights, factor = None, grad_loss
+            *sums, scale_gradient = saved
+            factor, multiply = grad_loss, torch.mul  # not in place: saved tensors may be needed again
         else:
+            problem = Problem.build(query, keys, own, target, scale, needs_grad)
             row_weights, factor = _row_weights(grad_loss, reduction, problem)
             runner = make_backend(backend, OBJECTIVES[objective].from_parameters(parameters))
             gradients = _second_sweep(problem, plan, runner, saved, row_weights, needs_grad)
             scale_gradient = gradients.scale_gradient(problem) if needs_grad[-1] else None
-        if reduction == "mean":
-            factor = factor / max(problem.rows, 1)
-        multiply = torch.mul if plan.schedule == "row_chunks" else Tensor.mul_  # saved tensors may be needed again
-        inputs = (query, *keys) if own is None else (query, *keys, own)
-        results = [
-            multiply(gradient, factor * problem.scale).to(tensor.dtype) if needs else query.new_empty(0)
-            for tensor, gradient, needs in zip(inputs, (gradients.query, *gradients.sources), needs_grad)
-        ]
-        results.append((scale_gradient * factor).to(logit_scale.dtype) if needs_grad[-1] else query.new_empty(0))
-        return results
+            sums, multiply = [gradients.query, *gradients.sources], Tensor.mul_
+    if reduction == "mean":
+        factor = factor / max(query.shape[0], 1)
+    inputs = (query, *keys) if own is None else (query, *keys, own)
+    by_scale = factor * scale
+    results = [
+        multiply(gradient, by_scale).to(tensor.dtype) if needs else query.new_empty(0)
+        for tensor, gradient, needs in zip(inputs, sums, needs_grad)
+    ]
+    results.append((scale_gradient * factor).to(logit_scale.dtype) if needs_grad[-1] else query.new_empty(0))
+    return results
 
 
 def fake_backward(
@@ -82,7 +85,9 @@ def fake_forward(
     query, keys, own, target, logit_scale, objective, parameters, reduction, backend, memory_budget, needs_grad
 ) -> tuple[Tensor, list[Tensor]]:
     """What :func:`forward` returns, without the data."""
-    plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
+    plan = _plan(
+        query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad, make_plan.__wrapped__
+    )  # shapes may be symbols, which no cache can hold
     dtype = statistics_dtype(query.dtype)
     rows = query.shape[0]
     loss = query.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
@@ -90,7 +95,7 @@ def fake_forward(
         return loss, []
     if plan.schedule == "row_chunks":
         problem = Problem.build(query, keys, own, target, 1.0, needs_grad)
-        gradients = Gradients.zeros(problem, needs_grad[0], needs_grad[-1])
+        gradients = Gradients.zeros(problem, sums_over_columns(problem, needs_grad[0], needs_grad[-1]))
         empty = query.new_empty(0)
         saved = [empty.clone() if g is None else g for g in (gradients.query, *gradients.sources)]
         scale_gradient = query.new_empty((), dtype=torch.float64) if needs_grad[-1] else empty
@@ -114,7 +119,7 @@ def _second_sweep(problem: Problem, plan: Plan, runner, saved, row_weights, need
     row_table, kept, *column_table = saved
     column_table = column_table[0] if column_table else None
     coefficients = runner.objective.coefficients(problem, row_table, column_table, row_weights)
-    gradients = Gradients.zeros(problem, needs_grad[0], needs_grad[-1])
+    gradients = Gradients.zeros(problem, sums_over_columns(problem, needs_grad[0], needs_grad[-1]))
     sweep_gradients(problem, plan, runner, KeptTiles(kept), coefficients, gradients)
     return gradients
 
@@ -124,8 +129,12 @@ def _row_chunks(problem: Problem, plan: Plan, runner, needs_grad) -> tuple[Tenso
 
     The gradients are those of the sum of the rows' losses; one upstream gradient scales them later.
     """
+    with_query = sums_over_columns(problem, needs_grad[0], needs_grad[-1])
+    if plan.gradient_tile.rows == problem.rows and (results := runner.one_tile(problem, with_query)) is not None:
+        losses, *sums = results
+        return losses, _saved_gradients(problem, Gradients(*sums), needs_grad)
     kept = _kept_tiles(problem, plan)
-    gradients = Gradients.zeros(problem, needs_grad[0], needs_grad[-1])
+    gradients = Gradients.zeros(problem, with_query)
     losses = []
     for rows in blocks(problem.rows, plan.gradient_tile.rows):
         chunk = problem.of_rows(rows)
@@ -135,15 +144,13 @@ def _row_chunks(problem: Problem, plan: Plan, runner, needs_grad) -> tuple[Tenso
         coefficients = runner.objective.coefficients(chunk, *statistics, torch.ones_like(losses[-1]))
         kept.rewind()
         sweep_gradients(chunk, plan, runner, kept, coefficients, gradients.of_rows(problem, rows))
+    return torch.cat(losses), _saved_gradients(problem, gradients, needs_grad)
+
+
+def _saved_gradients(problem: Problem, gradients: Gradients, needs_grad) -> list[Tensor]:
     empty = problem.query.new_empty(0)
     scale_gradient = gradients.scale_gradient(problem) if needs_grad[-1] else empty
-    saved = [empty if g is None else g for g in (gradients.query, *gradients.sources)]
-    return torch.cat(losses), [*saved, scale_gradient]
-
-
-def _restore(saved: list[Tensor], problem: Problem) -> tuple[Gradients, Tensor]:
-    *gradients, scale_gradient = saved
-    return Gradients(gradients[0], gradients[1:]), scale_gradient
+    return [*(empty if g is None else g for g in (gradients.query, *gradients.sources)), scale_gradient]
 
 
 def _row_weights(grad_loss: Tensor, reduction: str, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -163,17 +170,20 @@ def _kept_tiles(problem: Problem, plan: Plan) -> KeptTiles:
     return KeptTiles(problem.query.new_empty(plan.kept_elements, dtype=problem.statistics_dtype))
 
 
-def _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad) -> Plan:
+def _plan(
+    query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad, make=make_plan
+) -> Plan:
     kind = backend_class(backend)
     widths = [key.shape[0] for key in keys] + ([] if own is None else [own.shape[1]])
     needs_columns = OBJECTIVES[objective].from_parameters(parameters).needs_columns
-    return make_plan(
-        query.shape[0], widths, query.shape[1],
+    return make(
+        query.shape[0], tuple(widths), query.shape[1],
         itemsize=statistics_dtype(query.dtype).itemsize if kind.keeps_tiles else 0,
         tile_shapes=tuple(kind.tile_shape(sweep, query) for sweep in ("statistics", "gradients")),
         memory_budget=memory_budget,
         needs_grad=any(needs_grad),
-        can_chunk=kind.keeps_tiles and not needs_columns and reduction != "none",
+        one_gradient=reduction != "none",
+        needs_columns=needs_columns,
     )  # fmt: skip
 
 

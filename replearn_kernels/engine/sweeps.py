@@ -33,10 +33,8 @@ class Gradients:
     sources: list[Tensor | None]
 
     @classmethod
-    def zeros(cls, problem: Problem, needs_query: bool, needs_scale: bool) -> Gradients:
-        """Accumulators for what is asked. The scale's gradient is read off one side: the rows, if not the columns."""
-        all_columns = all(source.needs_grad for source in problem.sources)
-        with_query = needs_query or (needs_scale and not all_columns)
+    def zeros(cls, problem: Problem, with_query: bool) -> Gradients:
+        """Accumulators for the queries, if asked, and the sources that need a gradient."""
         return cls(
             _accumulator(problem.query, problem) if with_query else None,
             [_accumulator(source.features, problem) if source.needs_grad else None for source in problem.sources],
@@ -52,9 +50,16 @@ class Gradients:
 
     def scale_gradient(self, problem: Problem) -> Tensor:
         """``sum_ij W_ij S_ij = sum_i <x_i, (W Y)_i> = sum_j <y_j, (W.T X)_j>``: no further work on tiles."""
-        if self.query is not None:
-            return _inner_product(problem.query, self.query)
-        return sum(_inner_product(source.features, g) for source, g in zip(problem.sources, self.sources))
+        pairs = [(problem.query, self.query)]
+        if self.query is None:
+            pairs = [(source.features, gradient) for source, gradient in zip(problem.sources, self.sources)]
+        total = sum(_inner_product(features, gradient) for features, gradient in pairs)
+        return total if isinstance(total, Tensor) else pairs[0][0].new_zeros((), dtype=torch.float64)  # no rows
+
+
+def sums_over_columns(problem: Problem, needs_query: bool, needs_scale: bool) -> bool:
+    """Whether ``W Y`` is needed: for the queries, or for the scale, whose gradient is read off one side."""
+    return needs_query or (needs_scale and not all(source.needs_grad for source in problem.sources))
 
 
 def sweep_gradients(
@@ -75,7 +80,4 @@ def _accumulator(features: Tensor, problem: Problem) -> Tensor:
 
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:
     """``<a, b>``: products in ``b``'s dtype, summed in fp64, a block of rows at a time."""
-    total = torch.zeros((), dtype=torch.float64, device=b.device)
-    for rows in blocks(a.shape[0], 1024):
-        total += (a[rows].to(b.dtype) * b[rows]).sum(dtype=torch.float64)
-    return total
+    return sum((a[rows].to(b.dtype) * b[rows]).sum(dtype=torch.float64) for rows in blocks(a.shape[0], 1024))

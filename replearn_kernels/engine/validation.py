@@ -61,14 +61,14 @@ def check_scale(name: str, scale: float | Tensor, query: Tensor) -> Tensor:
     return torch.full((), scale, dtype=dtype, device=query.device)
 
 
-def check_target(target: Tensor | None, rows: int, columns: int, query: Tensor) -> Tensor:
-    """int64 ``[rows]``; by default row i's positive is column i."""
+def check_target(target: Tensor | None, rows: int, columns: int, query: Tensor) -> None:
+    """int64 ``[rows]``; None where row i's positive is column i."""
     if target is None:
         if rows > columns:
             raise ValueError(
                 f"target is needed when there are more queries than keys, got N = {rows} and M = {columns}"
             )
-        return torch.arange(rows, device=query.device)
+        return
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
     if target.dtype != torch.int64:
@@ -77,7 +77,6 @@ def check_target(target: Tensor | None, rows: int, columns: int, query: Tensor) 
         raise ValueError(f"target must have shape ({rows},), one key per query, got {tuple(target.shape)}")
     if target.device != query.device:
         raise ValueError(f"target must be on the features' device {query.device}, got {target.device}")
-    return target
 
 
 def check_reduction(reduction: str) -> None:
@@ -102,11 +101,11 @@ def check_memory_budget(memory_budget: int) -> int:
     return memory_budget
 
 
-def check_values(target: Tensor, columns: int, logit_scale: Tensor) -> None:
+def check_values(target: Tensor | None, columns: int, logit_scale: Tensor) -> None:
     """The checks that read data: target within the keys, scale finite."""
     if logit_scale.device.type == "cpu" and not math.isfinite(value := logit_scale.item()):
         raise ValueError(f"logit_scale must be finite, got {value}")
-    if target.numel() == 0:
+    if target is None or target.numel() == 0:
         return
     if target.device.type == "cpu":
         low, high = (int(bound) for bound in target.aminmax())

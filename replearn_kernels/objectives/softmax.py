@@ -26,7 +26,7 @@ Tables (one row a quantity, so that a tile takes a slice of all of them at once)
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,11 +50,16 @@ class Softmax:
 
     @property
     def parameters(self) -> list[float]:
-        return [float(value) for value in astuple(self)]
+        return [float(self.symmetric), float(self.label_smoothing)]
 
     @property
     def needs_columns(self) -> bool:
         return self.symmetric
+
+    @property
+    def one_tile_parameters(self) -> tuple[bool] | None:
+        """What the native call for a single tile takes beyond features and target; None if it cannot serve."""
+        return None if self.label_smoothing else (self.symmetric,)
 
     # -- sweep 1 ---------------------------------------------------------------------------------------------
 
@@ -80,12 +85,12 @@ class Softmax:
         steepness = abs(problem.scale)
         loss = (row_max - positive) * steepness + row_sum.log()
         if self.label_smoothing:
-            loss = loss + self.label_smoothing * (positive * steepness - problem.total_logits() / problem.width)
+            loss = loss + self.label_smoothing * (positive * steepness - problem.total_logits() / max(problem.width, 1))
         if self.symmetric:
             column_max, column_sum = column_table[:, problem.target]
             column_loss = (column_max - positive) * steepness + column_sum.log()
             if self.label_smoothing:
-                mean = problem.total_column_logits()[problem.target] / problem.rows
+                mean = problem.total_column_logits()[problem.target] / max(problem.rows, 1)
                 column_loss = column_loss + self.label_smoothing * (positive * steepness - mean)
             loss = (loss + column_loss) / 2
         return loss
@@ -95,14 +100,14 @@ class Softmax:
         smoothing = self.label_smoothing
         weight = grad_rows / 2 if self.symmetric else grad_rows
         row_max, row_sum, _ = row_table
-        positive_weight, offset = grad_rows * (1 - smoothing), weight * (smoothing / problem.width)
+        positive_weight, offset = grad_rows * (1 - smoothing), weight * (smoothing / max(problem.width, 1))
         rows = torch.stack([row_max, row_sum.log(), weight, positive_weight, offset])
         if not self.symmetric:
             return rows, None
         column_max, column_sum = column_table
         # A column that is no row's positive has weight 0, one that is several rows' has their sum.
         weight = torch.zeros_like(column_max).index_put_((problem.target,), weight, accumulate=True)
-        return rows, torch.stack([column_max, column_sum.log(), weight, weight * (smoothing / problem.rows)])
+        return rows, torch.stack([column_max, column_sum.log(), weight, weight * (smoothing / max(problem.rows, 1))])
 
     # -- sweep 2 ---------------------------------------------------------------------------------------------
 

@@ -75,6 +75,10 @@ class Backend(ABC):
         """``accumulator += a @ b``, accumulated in the accumulator's dtype."""
         accumulator.addmm_(a, b)
 
+    def one_tile(self, problem: Problem, needs_query: bool) -> tuple[Tensor, Tensor | None, list[Tensor | None]] | None:
+        """A small problem at once, if the backend has a single call for it: losses, ``W Y``, and ``W.T X`` per source."""
+        return None
+
     def workspace(self) -> tuple[Tensor, ...]:
         """The buffers that the backend holds, for the count of work."""
         return ()

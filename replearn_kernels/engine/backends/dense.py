@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..columns import Tile
+from ..counters import count_product
 from ..problem import Problem, statistics_dtype
 from .base import Backend, tables_of, target_of
 
@@ -81,3 +82,15 @@ class CppBackend(TorchBackend):
     @property
     def _weights_pass(self):
         return getattr(torch.ops.replearn_kernels, f"{self.objective.name}_weights_").default
+
+    def one_tile(self, problem: Problem, needs_query: bool):
+        source, *others = problem.sources
+        native = getattr(torch.ops.replearn_kernels, f"{self.objective.name}_one_tile").default
+        parameters = self.objective.one_tile_parameters
+        if others or parameters is None or problem.query.dtype != problem.statistics_dtype:
+            return None
+        count_product(problem.query, source.width * (1 + needs_query + source.needs_grad))
+        losses, d_query, d_source = native(
+            problem.query, source.features, problem.target, problem.scale, *parameters, needs_query, source.needs_grad
+        )
+        return losses, d_query if needs_query else None, [d_source if source.needs_grad else None]

@@ -26,7 +26,16 @@ def _register_fakes() -> None:
     """Shapes without data, for torch.compile: the tile passes return nothing and write in place."""
     for op in ("softmax_statistics_", "softmax_weights_"):
         torch.library.register_fake(f"replearn_kernels::{op}", lambda *args: None)
+    torch.library.register_fake("replearn_kernels::softmax_one_tile", _fake_one_tile)
     torch.library.register_fake("replearn_kernels::vector_exp", torch.empty_like)
+
+
+def _fake_one_tile(query, key, target, scale, symmetric, needs_query, needs_key):
+    return (
+        query.new_empty(query.shape[0]),
+        query.new_empty(query.shape if needs_query else 0),
+        key.new_empty(key.shape if needs_key else 0),
+    )
 
 
 _missing = _load()  # at import, so that torch.ops.replearn_kernels is complete once the package is imported

@@ -13,8 +13,9 @@ from .base import Backend, tables_of, target_of
 from .dense import TorchBackend
 
 # Up to this width the fused gradient kernel takes its 4 products in registers; above it, W is written and read.
-# W costs 3 x 2 B of L2 traffic an entry, a product 2 d FLOPs: at d = 128 about the same time (modelled: 5.5 TB/s of
-# L2 and 700 TFLOP/s on an H100).
+# In half precision W costs 3 x 2 B of L2 traffic an entry, where the fused kernel takes one more product of 2 d FLOPs:
+# at d = 128 1.1 ps and 0.4 ps, at d = 512 1.5 ps for the product (modelled: 5.5 TB/s of L2, 700 TFLOP/s on an H100).
+# Beyond 128 the fused kernel's rows no longer fit on chip.
 FUSED_WIDTH = 128
 
 _WEIGHTS_BYTES = 32 * 2**20
@@ -37,7 +38,7 @@ class TritonBackend(Backend):
     @staticmethod
     def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
         if sweep == "statistics":
-            # Partial statistics of a tile take 17 MB, 4 % of the time of its product goes into merging them.
+            # Partial statistics of a tile take 17 MB; merging them, 4 % of the time of its product (modelled).
             return 16384, 16384
         if query.shape[1] <= FUSED_WIDTH:
             return 65536, 65536  # no buffer: as many rows as fill any GPU

@@ -1,0 +1,1 @@
+"""Speed and memory of the fused losses against the best dense formulations."""

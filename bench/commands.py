@@ -1,0 +1,119 @@
+"""The commands of `python -m bench`. Each option's help is the text in its annotation."""
+
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+from bench.cases import CASES
+from bench.harness import Case, Implementation, Point, implementations, measure_memory, measure_speed
+from bench.report import memory_cell, show, time_cell, write_report
+from bench.results import Row, append, by_point, file_name, load, machine, make_row, parse, point_key
+from bench.targets import CASE, TARGETS, Target, target_table
+
+RESULTS = Path(__file__).parent / "results"
+ALL_CASES = list(CASES)
+DEFAULT_N = [1024, 2048, 4096, 8192]
+DEFAULT_D = [128, 512]
+DEFAULT_DTYPE = ["fp32"]
+AUTO = ["auto"]
+EVERY: list[str] = []
+
+Output = Annotated[Path, "directory of the CSV files, tables and plots"]
+Rounds = Annotated[int, "timed rounds at least; in each, all implementations take turns"]
+Seconds = Annotated[float, "time at least spent on the rounds of a point: short steps get more rounds"]
+
+
+def run(
+    case: Annotated[list[str], "case to measure; may be repeated, like all lists here"] = ALL_CASES,
+    n: Annotated[list[int], "number of rows N"] = DEFAULT_N,
+    d: Annotated[list[int], "width d"] = DEFAULT_D,
+    dtype: Annotated[list[str], "fp32, bf16, fp16 or fp64"] = DEFAULT_DTYPE,
+    device: Annotated[str, "cpu or cuda"] = "cpu",
+    implementation: Annotated[list[str], "measure only this implementation"] = EVERY,
+    backend: Annotated[list[str], "backend of ours: auto, triton, cpp, torch or eager"] = AUTO,
+    rounds: Rounds = 9,
+    seconds: Seconds = 10.0,
+    compiled: Annotated[bool, "measure the dense formulas under torch.compile too"] = True,
+    speed: Annotated[bool, "measure time"] = True,
+    memory: Annotated[bool, "measure peak extra memory, a fresh process per figure"] = True,
+    output: Output = RESULTS,
+) -> None:
+    """Measure cases and add the figures to OUTPUT/loss_CASE_DEVICE.csv."""
+    for name in case:
+        for point in (Point(rows, width, kind, device) for kind in dtype for width in d for rows in n):
+            chosen = implementations(CASES[name], backend, implementation)
+            chosen = [one for one in chosen if compiled or one.kind != "compiled"]
+            measure(CASES[name], point, chosen, output, rounds * speed, seconds, memory=memory)
+
+
+def measure(
+    case: Case,
+    point: Point,
+    chosen: Sequence[Implementation],
+    output: Path,
+    rounds: int,
+    seconds: float,
+    *,
+    memory: bool,
+) -> None:
+    """Measure a case at one point (its time unless rounds = 0), print the figures and add them to the CSV file."""
+    print(f"{case.name}: N = {point.n}, d = {point.d}, {point.dtype}, {point.device}", flush=True)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    measured_on = machine(point.device)
+    timed = measure_speed(case, point, chosen, rounds, seconds) if rounds else {}
+    rows = []
+    for implementation in chosen:
+        measured = timed.get(implementation.name, {})
+        if memory and implementation.kind != "products":  # their outputs are preallocated: nothing extra
+            measured |= measure_memory(case, point, implementation)
+        row = make_row(date, case, implementation, point, measured) | measured_on
+        rows.append(row)
+        print(line(parse(row)), flush=True)
+    append(rows, output / file_name(case.name, point.device))
+
+
+def line(row: Row) -> str:
+    spread = f"({row['ms_p10']} to {row['ms_p90']})" if row["round_ms"] else ""
+    return f"  {row['implementation']:<32}{time_cell(row):>10} ms {spread:<24}{memory_cell(row):>10} MB"
+
+
+def report(output: Output = RESULTS) -> None:
+    """Write OUTPUT/report.md and its plots from the CSV files there."""
+    path = write_report(output)
+    show(path.read_text())
+    print(f"written to {path}")
+
+
+def targets(
+    large: Annotated[bool, "include N = 131072 (minutes)"] = False,
+    fresh: Annotated[bool, "measure now; otherwise judge the results that are there"] = True,
+    rounds: Rounds = 9,
+    seconds: Seconds = 10.0,
+    output: Output = RESULTS,
+) -> None:
+    """Print every acceptance bar with its measured value; exit with 1 if one is missed."""
+    wanted = [target for target in TARGETS if large or not target.large]
+    if fresh:
+        measure_targets(wanted, output, rounds, seconds)
+    here = machine("cpu")
+    points = by_point(load(output))
+
+    def entries_at(point: Point):
+        return points.get(point_key(here | vars(point) | {"case": CASE}), {})
+
+    text, all_met = target_table(wanted, entries_at)
+    show(text)
+    sys.exit(not all_met)
+
+
+def measure_targets(wanted: Sequence[Target], output: Path, rounds: int, seconds: float) -> None:
+    """Time every implementation at each point that needs it; take only the memory that is asked for."""
+    case = CASES[CASE]
+    for point in dict.fromkeys(target.point for target in wanted if not target.memory_of):
+        measure(case, point, implementations(case), output, rounds, seconds, memory=False)
+    for target in wanted:
+        if target.memory_of:
+            only = implementations(case, names=[target.memory_of])
+            measure(case, target.point, only, output, 0, 0, memory=True)

@@ -1,0 +1,34 @@
+"""Speed regressions, backend by backend: `pytest bench/regression.py` (see the README for comparing runs)."""
+
+import pytest
+import torch
+
+from bench.cases import CASES
+from bench.harness import Point, implementations
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = {"cpu": ("cpp", "torch", "eager"), "cuda": ("triton", "torch", "eager")}[DEVICE]
+SHAPES = ((64, 64), (1024, 128))
+
+
+@pytest.mark.parametrize(("n", "d"), SHAPES, ids=lambda size: str(size))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ("ours", "ours_budget_0"))
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_step(benchmark, case, name, backend, n, d):
+    """One forward and backward pass in fp32."""
+    (implementation,) = implementations(case, [backend], [f"{name}[{backend}]"])
+    step = implementation.prepare(Point(n, d, "fp32", DEVICE).make_inputs(case))
+
+    def synchronous_step():
+        step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    try:
+        synchronous_step()
+    except RuntimeError as error:
+        if f"backend='{backend}'" not in str(error):
+            raise
+        pytest.skip(str(error))
+    benchmark(synchronous_step)

@@ -1,0 +1,146 @@
+"""The figures of the demo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from digits import NUM_CLASSES
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+if TYPE_CHECKING:
+    from digits_clip import Evaluation
+    from scaling import Figure
+
+FUSED_COLOR, EAGER_COLOR, WRONG_COLOR = "#0b6e8a", "#d1731f", "#c8283c"
+COLORS = {"eager": EAGER_COLOR, "fused": FUSED_COLOR}
+RETRIEVED_IMAGES = 8
+
+plt.rcParams.update(
+    {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+    }
+)
+
+
+def save_digits(evaluation: Evaluation, losses: list[float], floor: float, path: Path) -> None:
+    """Loss curve, similarities, and the images that captions retrieve."""
+    figure = plt.figure(figsize=(15, 7.2), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["loss", "retrieval"], ["similarity", "retrieval"]], width_ratios=(1, 0.92), height_ratios=(1, 1.4)
+    )
+    draw_loss(axes["loss"], losses, floor)
+    draw_similarity(axes["similarity"], evaluation)
+    draw_retrieval(axes["retrieval"], evaluation)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_loss(axes: Axes, losses: list[float], floor: float) -> None:
+    """Loss of every step above the loss that knowing only the digit allows."""
+    axes.plot(losses, color=FUSED_COLOR, linewidth=2)
+    axes.axhline(floor, color="0.45", linestyle="--", linewidth=1)
+    axes.annotate(
+        "floor: captions tell digits apart, not images of one digit",
+        (1, floor),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color="0.35",
+        fontsize=9,
+    )
+    axes.set(title="Training loss", xlabel="step", ylabel="CLIP loss", xlim=(0, len(losses)))
+    axes.set_ylim(bottom=floor - 0.12 * (max(losses) - floor))
+
+
+def draw_similarity(axes: Axes, evaluation: Evaluation) -> None:
+    """Cosine of every held-out image (columns, by class) with every unseen caption (rows)."""
+    order = evaluation.gallery_labels.argsort(stable=True)
+    similarity = evaluation.gallery_similarity[:, order].T.numpy()
+    picture = axes.imshow(similarity, aspect="auto", cmap="viridis", interpolation="nearest")
+    per_digit = len(evaluation.gallery) // NUM_CLASSES
+    counts = evaluation.labels.bincount().numpy()
+    starts = counts.cumsum() - counts
+    axes.set_xticks(starts + counts / 2 - 0.5, range(NUM_CLASSES))
+    axes.set_yticks([(digit + 0.5) * per_digit - 0.5 for digit in range(NUM_CLASSES)], range(NUM_CLASSES))
+    axes.tick_params(length=0)
+    for digit in range(1, NUM_CLASSES):
+        axes.axvline(starts[digit] - 0.5, color="white", linewidth=0.5)
+        axes.axhline(digit * per_digit - 0.5, color="white", linewidth=0.5)
+    axes.spines[:].set_visible(False)
+    axes.set(
+        title="Cosine of held-out images and unseen captions",
+        xlabel="images, by the digit they show",
+        ylabel=f"captions, by digit ({per_digit} each)",
+    )
+    bar = axes.figure.colorbar(picture, ax=axes, pad=0.02)
+    bar.outline.set_visible(False)
+
+
+def draw_retrieval(axes: Axes, evaluation: Evaluation) -> None:
+    """One unseen caption per digit and its nearest images, best first; a wrong digit gets a red frame."""
+    per_digit = len(evaluation.gallery) // NUM_CLASSES
+    digits = range(NUM_CLASSES)
+    # An odd step through the captions of a digit takes its name and its symbol by turns.
+    shown = [(3 * digit % per_digit) * NUM_CLASSES + digit for digit in digits]
+    for digit, column in enumerate(shown):
+        nearest = evaluation.gallery_similarity[:, column].topk(RETRIEVED_IMAGES).indices
+        for rank, index in enumerate(nearest.tolist()):
+            extent = (rank - 0.42, rank + 0.42, digit + 0.42, digit - 0.42)
+            axes.imshow(evaluation.images[index, 0].numpy(), cmap="gray_r", extent=extent)
+            if evaluation.labels[index] != digit:
+                corner = (rank - 0.45, digit - 0.45)
+                axes.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=WRONG_COLOR, linewidth=2))
+    axes.set(xlim=(-0.6, RETRIEVED_IMAGES - 0.4), ylim=(NUM_CLASSES - 0.4, -0.6), xticks=[])
+    axes.set_yticks(digits, [evaluation.gallery[column] for column in shown])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("Held-out images nearest to unseen captions")
+
+
+def save_scaling(figures: list[Figure], path: Path) -> None:
+    """Time and peak memory of a step over the batch size, estimates hollow and dashed."""
+    figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    draw_cost(time_axes, figures, lambda item: item.seconds)
+    draw_cost(memory_axes, figures, lambda item: item.peak_bytes / 1e6)
+    time_axes.set(title="Time of a CLIP step, forward + backward", ylabel="seconds")
+    memory_axes.set(title="Peak memory the step adds", ylabel="MB")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_cost(axes: Axes, figures: list[Figure], cost: Callable[[Figure], float]) -> None:
+    """One log-log line per implementation."""
+    for implementation, color in COLORS.items():
+        points = [item for item in figures if item.implementation == implementation]
+        measured = [item for item in points if not item.estimated]
+        estimated = [item for item in points if item.estimated]
+        lines = {implementation: (measured, {})}
+        if estimated:
+            hollow = {"linestyle": "--", "markerfacecolor": "white", "zorder": 1}
+            lines[f"{implementation}, estimated"] = ([measured[-1], *estimated], hollow)
+        for label, (items, style) in lines.items():
+            sizes, costs = [item.n for item in items], [cost(item) for item in items]
+            axes.plot(sizes, costs, label=label, color=color, marker="o", linewidth=2, **style)
+    axes.legend(frameon=False)
+    axes.set(xscale="log", yscale="log", xlabel="pairs in the batch, N")
+    axes.set_xticks(sorted({item.n for item in figures}))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.grid(axis="y", color="0.9")

@@ -1,0 +1,140 @@
+"""The dispatcher: schemas, fakes, autograd, torch.compile, autocast, no_grad, FakeTensor, functional transforms."""
+
+import pytest
+import torch
+from accuracy import unit_rows
+
+from replearn_kernels import ClipLoss, clip_loss, count_work, info_nce_loss
+from replearn_kernels.engine.backends import native
+
+
+def arguments(symmetric, reduction, memory_budget, backend, own=False):
+    """A sample call of the pair_loss operator."""
+    query, key, queue = (torch.randn(n, 6, requires_grad=True) for n in (5, 7, 3))
+    negatives = torch.randn(5, 4, 6, requires_grad=True) if own else None
+    needs_grad = [True] * (5 if own else 4)
+    return (
+        query, [key, queue], negatives, torch.tensor([0, 6, 2, 2, 1]), torch.tensor(2.0, requires_grad=True),
+        "softmax", [float(symmetric), 0.1], reduction, backend, memory_budget, needs_grad,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("memory_budget", [0, 2**20])
+@pytest.mark.parametrize("own", [False, True])
+def test_opcheck(symmetric, reduction, memory_budget, own, backend):
+    torch.library.opcheck(
+        torch.ops.replearn_kernels.pair_loss.default, arguments(symmetric, reduction, memory_budget, backend, own)
+    )
+
+
+def test_opcheck_tile_passes():
+    if not native.available():
+        pytest.skip(native.why_missing())
+    s, target = torch.randn(5, 7), torch.tensor([0, 6, 2, 9, -3])
+    ops = torch.ops.replearn_kernels
+    torch.library.opcheck(ops.softmax_statistics_.default, (s, 2.0, target, 0, torch.zeros(3, 5), torch.zeros(2, 7)))
+    torch.library.opcheck(
+        ops.softmax_weights_.default, (s, torch.empty(5, 7), 2.0, None, 0, torch.zeros(5, 5), torch.zeros(4, 7))
+    )
+    torch.library.opcheck(ops.vector_exp.default, (-torch.rand(9),))
+
+
+@pytest.mark.parametrize("case", ["clip", "chunks", "queue", "own"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(case, dynamic, backend, rng):
+    """fullgraph, with the encoders around it: the same values and gradients as without."""
+    torch._dynamo.reset()
+    weight = torch.randn(8, 6, generator=rng)
+
+    def step(x, y, scale, weight):
+        q, k = x @ weight, y @ weight
+        if case == "clip":
+            return clip_loss(q, k, scale.exp(), normalize=True, backend=backend)
+        negatives = {"chunks": None, "queue": k.detach()[:3], "own": q.unsqueeze(1) * k[:4]}[case]
+        return info_nce_loss(
+            q, k, negatives=negatives, logit_scale=scale.exp(), normalize=True, backend=backend, memory_budget=0
+        )
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for n in (12, 20):
+        inputs = [torch.randn(n, 8, generator=rng), torch.randn(n, 8, generator=rng), torch.tensor(0.5), weight]
+        results = []
+        for function in (step, compiled):
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            loss = function(*leaves)
+            results.append([loss, *torch.autograd.grad(loss, leaves)])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b)
+
+
+def test_compile_module(rng):
+    x, y = unit_rows(rng, 9, 4), unit_rows(rng, 9, 4)
+    loss = torch.compile(ClipLoss(), fullgraph=True)(x, y, torch.tensor(3.0), output_dict=True)
+    torch.testing.assert_close(loss["contrastive_loss"], clip_loss(x, y, 3.0))
+
+
+def test_bad_values_are_found_in_a_compiled_graph(backend):
+    compiled = torch.compile(lambda q, t: info_nce_loss(q, q, target=t, backend=backend), fullgraph=True)
+    with pytest.raises(ValueError, match="target must be in"):
+        compiled(torch.randn(3, 2), torch.tensor([0, 1, 3]))
+
+
+def test_autocast(backend, rng):
+    """Features enter the products in autocast's dtype, also where the two towers differ; logits and loss stay fp32."""
+    x, y = unit_rows(rng, 30, 8).requires_grad_(), unit_rows(rng, 30, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = clip_loss(x, y.bfloat16(), torch.tensor(20.0), backend=backend)
+    assert loss.dtype == torch.float32
+    half = x.detach().bfloat16().requires_grad_()
+    expected = clip_loss(half, y.bfloat16(), 20.0, backend=backend)
+    assert torch.equal(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert x.grad.dtype == torch.float32
+    assert torch.equal(x.grad, half.grad.float())
+
+
+def test_autocast_leaves_double_alone(backend, rng):
+    x, y = (unit_rows(rng, 6, 4, dtype=torch.float64) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(clip_loss(x, y, 2.0, backend=backend), clip_loss(x, y, 2.0, backend=backend))
+        assert clip_loss(x, y, 2.0, backend=backend).dtype == torch.float64
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_one_unit(context, backend, rng):
+    x, y = unit_rows(rng, 300, 16).requires_grad_(), unit_rows(rng, 300, 16)
+    with context(), count_work() as work:
+        loss = clip_loss(x, y, 2.0, backend=backend)
+    assert not loss.requires_grad
+    assert work.units(300, 300, 16) == 1
+    torch.testing.assert_close(loss, clip_loss(x, y, 2.0, backend="eager").detach())
+
+
+def test_fake_tensors(backend):
+    with torch._subclasses.FakeTensorMode():
+        x = torch.randn(1000, 64, requires_grad=True)
+        loss = info_nce_loss(x, torch.randn(2000, 64), reduction="none", backend=backend)
+        assert loss.shape == (1000,)
+        loss.sum().backward()
+        assert x.grad.shape == (1000, 64)
+
+
+def test_second_derivative_through_the_dispatcher(backend):
+    args = arguments(True, "mean", 0, backend)
+    loss = torch.ops.replearn_kernels.pair_loss(*args)[0]
+    (gradient,) = torch.autograd.grad(loss, args[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+def test_activation_checkpointing(backend, rng):
+    """Activation checkpointing runs the forward pass again, with the same result."""
+    x, y = unit_rows(rng, 20, 8).requires_grad_(), unit_rows(rng, 20, 8)
+    plain = torch.autograd.grad(clip_loss(x, y, 9.0, backend=backend), x)[0]
+    loss = torch.utils.checkpoint.checkpoint(
+        lambda x, y: clip_loss(x, y, 9.0, backend=backend), x, y, use_reentrant=False
+    )
+    assert torch.equal(torch.autograd.grad(loss, x)[0], plain)

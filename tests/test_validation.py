@@ -1,0 +1,121 @@
+"""Every row of the README's table of bad input: the exception, and that its message names the argument."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from replearn_kernels import ClipLoss, clip_loss, info_nce_loss
+from replearn_kernels.engine.backends import native
+
+Q, K = torch.randn(4, 3), torch.randn(6, 3)
+NAN, INF = float("nan"), float("inf")
+
+TABLE = [
+    # query, key, keywords, exception, what the message must say
+    ([[1.0]], K, {}, TypeError, "query must be a torch.Tensor, got list"),
+    (Q, None, {}, TypeError, "key must be a torch.Tensor, got NoneType"),
+    (Q[0], K, {}, ValueError, r"query must have 2 dimensions \[N, d\], got shape \(3,\)"),
+    (Q, K[None], {}, ValueError, r"key must have 2 dimensions \[N, d\], got shape \(1, 6, 3\)"),
+    (Q, K[:, :2], {}, ValueError, "key and query must have the same width d, got 2 and 3"),
+    (Q, K.double(), {}, TypeError, "key and query must have the same dtype, got torch.float64 and torch.float32"),
+    (Q, K.to("meta"), {}, ValueError, "key and query must be on the same device, got meta and cpu"),
+    (Q.long(), K.long(), {}, TypeError, "query must be fp16, bf16, fp32 or fp64, got torch.int64"),
+    (Q.cfloat(), K.cfloat(), {}, TypeError, "query must be fp16, bf16, fp32 or fp64, got torch.complex64"),
+    (K, Q, {}, ValueError, "target is needed when there are more queries than keys, got N = 6 and M = 4"),
+    (Q, K, dict(target=[0, 1, 2, 3]), TypeError, "target must be a torch.Tensor, got list"),
+    (Q, K, dict(target=torch.zeros(4)), TypeError, "target must be int64, got torch.float32"),
+    (Q, K, dict(target=torch.arange(3)), ValueError, r"target must have shape \(4,\), one key per query, got \(3,\)"),
+    (Q, K, dict(target=torch.arange(4).to("meta")), ValueError, "target must be on the features' device cpu, got meta"),
+    (Q, K, dict(target=torch.tensor([0, 1, 2, 6])), ValueError, r"target must be in \[0, 6\), the keys' rows, got 6"),
+    (Q, K, dict(target=torch.tensor([0, 1, -1, 5])), ValueError, r"target must be in \[0, 6\), the keys' rows, got -1"),
+    (Q, K[:0], dict(target=torch.zeros(4).long()), ValueError, r"target must be in \[0, 0\)"),
+    (Q, K, dict(logit_scale=NAN), ValueError, "logit_scale must be finite, got nan"),
+    (Q, K, dict(logit_scale=INF), ValueError, "logit_scale must be finite, got inf"),
+    (Q, K, dict(logit_scale=torch.tensor(NAN)), ValueError, "logit_scale must be finite, got nan"),
+    (Q, K, dict(logit_scale=torch.ones(1)), ValueError, r"logit_scale must be a float or a 0-d tensor, got shape \(1,\)"),
+    (Q, K, dict(logit_scale=torch.tensor(2)), TypeError, "logit_scale must be floating-point, got torch.int64"),
+    (Q, K, dict(logit_scale=torch.tensor(2.0).to("meta")), ValueError, "logit_scale must be on the features' device"),
+    (Q, K, dict(logit_scale="10"), TypeError, "logit_scale must be a float or a 0-d tensor, got str"),
+    (Q, K, dict(negatives=torch.randn(3)), ValueError, "negatives must have 2 dimensions"),
+    (Q, K, dict(negatives=torch.randn(5, 2)), ValueError, "negatives and query must have the same width d, got 2 and 3"),
+    (Q, K, dict(negatives=torch.randn(5, 2, 3)), ValueError, "one set per query, got 5 for 4 queries"),
+    (Q, K, dict(negatives=torch.randn(5, 3).half()), TypeError, "negatives and query must have the same dtype"),
+    (Q, K, dict(reduction="avg"), ValueError, "reduction must be one of mean, sum, none, got 'avg'"),
+    (Q, K, dict(reduction=None), ValueError, "reduction must be one of mean, sum, none, got None"),
+    (Q, K, dict(backend="cuda"), ValueError, "backend must be one of auto, triton, cpp, torch, eager, got 'cuda'"),
+    (Q, K, dict(label_smoothing=1.5), ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+    (Q, K, dict(label_smoothing=NAN), ValueError, r"label_smoothing must be in \[0, 1\], got nan"),
+    (Q, K, dict(label_smoothing="a"), TypeError, "label_smoothing must be a float, got str"),
+    (Q, K, dict(memory_budget=-1), ValueError, "memory_budget must be at least 0 bytes, got -1"),
+    (Q, K, dict(memory_budget=1e9), TypeError, r"memory_budget must be an int \(bytes\), got float"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("query, key, keywords, exception, message", TABLE)
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_info_nce(query, key, keywords, exception, message, backend):
+    with pytest.raises(exception, match=message):
+        info_nce_loss(query, key, **{"backend": backend, **keywords})
+
+
+@pytest.mark.parametrize(
+    "image, text, scale, exception, message",
+    [
+        (Q, K, 1.0, ValueError, "image_features and text_features must have the same number of rows, got 4 and 6"),
+        (Q, Q.half(), 1.0, TypeError, "text_features and image_features must have the same dtype"),
+        (Q[0], Q, 1.0, ValueError, "image_features must have 2 dimensions"),
+        (Q, Q[:, :1], 1.0, ValueError, "text_features and image_features must have the same width d, got 1 and 3"),
+        (Q, Q, NAN, ValueError, "logit_scale must be finite"),
+        (Q, Q, None, TypeError, "logit_scale must be a float or a 0-d tensor, got NoneType"),
+    ],
+)
+def test_clip(image, text, scale, exception, message):
+    with pytest.raises(exception, match=message):
+        clip_loss(image, text, scale)
+    with pytest.raises(exception, match=message):
+        ClipLoss()(image, text, scale)
+
+
+@pytest.mark.parametrize("reduction, shape", [("mean", ()), ("sum", ()), ("none", (0,))])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("columns", [0, 5])
+@pytest.mark.parametrize("name", ["torch", "cpp", "eager"])
+def test_no_rows(reduction, shape, symmetric, columns, name):
+    """N = 0: the loss is 0 and the gradients are zeros."""
+    query = torch.randn(0, 3, requires_grad=True)
+    key = torch.randn(columns, 3, requires_grad=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    loss = info_nce_loss(
+        query, key, logit_scale=scale, symmetric=symmetric, reduction=reduction, backend=name, memory_budget=0
+    )
+    assert loss.shape == shape and (loss == 0).all()
+    loss.sum().backward()
+    assert query.grad.shape == (0, 3) and (key.grad == 0).all() and scale.grad == 0
+
+
+def test_triton_without_gpu_or_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="backend='triton' needs"):
+        info_nce_loss(Q, K, backend="triton")
+
+
+def test_cpp_where_it_was_not_built(monkeypatch):
+    """Asked for by name it is an error; "auto" takes the torch backend, and says so once."""
+    monkeypatch.setattr(native, "_missing", "it was not built")
+    with pytest.raises(RuntimeError, match="backend='cpp' is not available: it was not built"):
+        info_nce_loss(Q, K, backend="cpp")
+    from replearn_kernels.engine import backends
+
+    backends._warn_without_native.cache_clear()
+    with pytest.warns(UserWarning, match="slower 'torch' backend"):
+        loss = info_nce_loss(Q, K)
+    torch.testing.assert_close(loss, info_nce_loss(Q, K, backend="eager"))
+
+
+def test_import_is_quiet_and_needs_no_triton():
+    """Importing the package imports neither triton nor anything that prints."""
+    code = "import sys, replearn_kernels; assert 'triton' not in sys.modules or 'torch._inductor' in sys.modules"
+    result = subprocess.run([sys.executable, "-W", "error::UserWarning:replearn_kernels", "-c", code], capture_output=True)
+    assert result.returncode == 0 and result.stdout == b"", result.stderr.decode()

@@ -1,0 +1,160 @@
+"""Block sizes: a default per kernel, kind of product and architecture, and an opt-in search for better ones."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """A program's tile of ``block_m x block_n`` similarities, formed ``block_k`` features at a time (0: all of d).
+
+    ``column_blocks``: how many blocks of columns a program of the statistics kernel visits in turn.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    column_blocks: int = 8
+
+
+# The largest sizes that no variant spills at, ragged ones too: `python -m bench.triton_resources` compiles them and
+# writes the figures to bench/results/triton_resources.md. How fast they are is not measured yet. What decides:
+# - Registers, 255 a thread at most. 128 x 128 entries in 8 warps are 64 a thread, over 32 columns, each with a partial
+#   max and sum (statistics) or three coefficients (weights): 220 to 255 registers. 128 x 256 spills on every GPU, and
+#   so do 128 x 128 in 4 warps.
+# - The weights kernel forms one block and ends, so only another program on the same multiprocessor can hide its
+#   epilogue. 128 x 64 takes 128 registers on sm_90: two programs of 96 KiB fit. On sm_100 a thread holds one row and
+#   twice the columns, where 128 x 128 spills.
+# - Shared memory, (block_m + block_n) * block_k * bytes * stages, a stage less on sm_80: 48 and 64 KiB there, 96 and
+#   128 KiB of 227 on sm_90 and sm_100. The gradient kernel holds whole rows: 64 to 84 KiB at d = 128. sm_80's defaults
+#   stay below the 99 KiB of the small GPUs that take them too.
+# - "ieee" products have no matrix instruction: every thread multiplies its own entries, in small blocks.
+DEFAULTS: dict[tuple[str, str, int], Config] = {
+    ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
+    ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),
+    ("statistics", "half", 100): Config(128, 128, 64, warps=8, stages=4),
+    ("statistics", "tf32", 80): Config(128, 128, 32, warps=8, stages=3),
+    ("statistics", "tf32", 90): Config(128, 128, 32, warps=8, stages=4),
+    ("statistics", "tf32", 100): Config(128, 128, 32, warps=8, stages=4),
+    ("statistics", "ieee", 80): Config(128, 64, 16, warps=8, stages=3),
+    ("weights", "half", 80): Config(128, 128, 32, warps=8, stages=4),
+    ("weights", "half", 90): Config(128, 64, 64, warps=8, stages=4),
+    ("weights", "half", 100): Config(128, 64, 64, warps=8, stages=4),
+    ("weights", "tf32", 80): Config(128, 128, 32, warps=8, stages=3),
+    ("weights", "tf32", 90): Config(128, 64, 32, warps=8, stages=4),
+    ("weights", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
+    ("weights", "ieee", 80): Config(128, 64, 16, warps=8, stages=3),
+    ("gradient", "half", 80): Config(128, 64, 0, warps=8, stages=2),
+    ("gradient", "tf32", 80): Config(64, 32, 0, warps=4, stages=2),
+    ("gradient", "ieee", 80): Config(32, 32, 0, warps=8, stages=1),
+}
+"""An architecture without an entry takes sm_80's."""
+
+CANDIDATES = [
+    Config(block_m, block_n, block_k, warps, stages)
+    for block_m, block_n in ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256))
+    for block_k in (32, 64)
+    for warps in (4, 8)
+    for stages in (2, 3, 4)
+]
+
+_found: dict[tuple, Config] = {}  # by the search, in this process
+_override: Config | None = None
+
+
+@contextmanager
+def use_config(config: Config) -> Iterator[None]:
+    """Run every kernel with ``config``: for tests and measurements."""
+    global _override
+    previous, _override = _override, config
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def pick(kernel: str, features: Tensor, trial: Callable[[Config], object]) -> Config:
+    """The config for ``kernel`` on these features: the default, or the fastest under REPLEARN_KERNELS_TUNE=1.
+
+    ``trial`` launches the kernel, and may be called any number of times.
+    """
+    if _override is not None:
+        return _override
+    if os.environ.get("REPLEARN_KERNELS_TUNE") == "1" and not triton.knobs.runtime.interpret:
+        return _fastest(kernel, features, trial)
+    return default(kernel, product_kind(features.dtype), architecture())
+
+
+def default(kernel: str, kind: str, arch: int) -> Config:
+    return DEFAULTS.get((kernel, kind, arch)) or DEFAULTS[kernel, kind, 80]
+
+
+def product_kind(dtype: torch.dtype) -> str:
+    """"half", or for fp32 what PyTorch's own products do: "ieee", or "tf32" if the user allowed it.
+
+    Read where torch.set_float32_matmul_precision too writes it; torch.get_float32_matmul_precision raises if the
+    setting was made through torch.backends.
+    """
+    if dtype.itemsize == 2:
+        return "half"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def architecture() -> int:
+    """80, 90 or 100: whose defaults this GPU takes.
+
+    What is neither Hopper nor datacentre Blackwell takes sm_80's, which stay below the 99 KiB of shared memory of
+    sm_86, sm_89 and sm_120.
+    """
+    if triton.knobs.runtime.interpret:
+        return 80
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return {90: 90, 100: 100, 103: 100}.get(arch, 80)
+
+
+def launch_options(config: Config, features: Tensor) -> dict:
+    """The keyword arguments that all kernels over features share."""
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k or max(triton.next_power_of_2(features.shape[1]), 16),
+        "PRECISION": "ieee" if product_kind(features.dtype) == "ieee" else "tf32",
+        "UPCAST": triton.knobs.runtime.interpret,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        # The default up to Triton 3.9. It cannot round a similarity in two ways: v - max has no product before it.
+        "enable_fp_fusion": True,
+    }
+
+
+def _fastest(kernel: str, features: Tensor, trial: Callable[[Config], object]) -> Config:
+    """The fastest candidate on this GPU, timed once per kernel, kind of product and width."""
+    kind = product_kind(features.dtype)
+    key = kernel, kind, features.device, features.shape[1]
+    if key not in _found:
+        shipped = default(kernel, kind, architecture())
+        others = CANDIDATES if shipped.block_k else [replace(config, block_k=0) for config in CANDIDATES]
+        candidates = dict.fromkeys([shipped, *others])
+        times = {config: _milliseconds(partial(trial, config)) for config in candidates}
+        _found[key] = min(times, key=times.get)
+    return _found[key]
+
+
+def _milliseconds(launch: Callable[[], object]) -> float:
+    """The median time of a launch; infinite where the GPU lacks the shared memory or registers for it."""
+    try:
+        return triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return math.inf

@@ -1,0 +1,122 @@
+"""Sweep 2: ``W = dL/dl`` of a tile, formed again from the features, and what becomes of it.
+
+weights_kernel    writes W, for two products by cuBLAS: 3 products in all, and W goes through L2.
+gradient_kernel   multiplies W with the features in registers. W goes nowhere, but each of the two gradients forms
+                  its similarities again: 4 products in all, so only for small d, where writing W costs more.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import Config, launch_options, pick
+from .tiles import Epilogue, TileInputs, aligned, product, similarity_tile
+
+# Programs that run at the same time share 8 blocks of rows, whose features (8 x 128 rows) then stay in L2.
+_GROUP = 8
+
+
+@triton.jit
+def weights_kernel(
+    query, query_stride,  # [R, d]
+    key, key_stride,  # [C, d]
+    weights, weights_stride,  # [R, C]
+    d,
+    inputs,
+    WEIGHTS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One block of W."""
+    row_blocks, column_blocks = tl.cdiv(inputs.rows, BLOCK_M), tl.cdiv(inputs.columns, BLOCK_N)
+    program = tl.program_id(0)
+    row_block, column_block = tl.swizzle2d(
+        program // column_blocks, program % column_blocks, row_blocks, column_blocks, GROUP
+    )
+    row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    near_row, near_column = tl.minimum(row, inputs.rows - 1), tl.minimum(column, inputs.columns - 1)
+    s = similarity_tile(query, query_stride, near_row, key, key_stride, near_column, d, BLOCK_K, PRECISION, UPCAST)
+    w = WEIGHTS(s, row[:, None], column[None, :], inputs)
+    inside = (row < inputs.rows)[:, None] & (column < inputs.columns)[None, :]
+    place = weights + row.to(tl.int64)[:, None] * weights_stride + column[None, :]
+    tl.store(place, w.to(weights.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_kernel(
+    own, own_stride,  # [rows, d], or [columns, d] where TRANSPOSED
+    other, other_stride,  # [columns, d], or [rows, d]
+    gradient, gradient_stride,  # like own, fp32
+    d,
+    inputs,
+    WEIGHTS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """``gradient += W @ other`` (TRANSPOSED: ``W.T @ other``) for BLOCK_M rows of ``own`` that no other program has."""
+    owned, others = inputs.rows, inputs.columns
+    if TRANSPOSED:
+        owned, others = others, owned
+    k = tl.arange(0, BLOCK_K)
+    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    near_index = tl.minimum(index, owned - 1)
+    x = tl.load(own + near_index.to(tl.int64)[:, None] * own_stride + k[None, :], mask=(k < d)[None, :], other=0.0)
+    total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for start in range(0, others, BLOCK_N):
+        other_index = start + tl.arange(0, BLOCK_N)
+        near_other = tl.minimum(other_index, others - 1)
+        y_block = other + near_other.to(tl.int64)[:, None] * other_stride + k[None, :]
+        y = tl.load(y_block, mask=(k < d)[None, :], other=0.0)  # [N, K]
+        s = product(x, y.trans(), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, UPCAST)
+        if TRANSPOSED:
+            w = WEIGHTS(s, other_index[None, :], index[:, None], inputs)
+        else:
+            w = WEIGHTS(s, index[:, None], other_index[None, :], inputs)
+        w = tl.where((other_index < others)[None, :], w, 0.0)  # past the edge W may be anything, even NaN
+        total = product(w.to(y.dtype), y, total, PRECISION, UPCAST)
+    place = gradient + near_index.to(tl.int64)[:, None] * gradient_stride + k[None, :]
+    inside = (index < owned)[:, None] & (k < d)[None, :]
+    tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
+
+
+def form_weights(epilogue: Epilogue, query: Tensor, key: Tensor, inputs: TileInputs, out: Tensor) -> None:
+    """``out[R, C] = W`` of the tile, in ``out``'s dtype."""
+    query, key = aligned(query), aligned(key)
+
+    def launch(config: Config) -> None:
+        blocks = triton.cdiv(out.shape[0], config.block_m) * triton.cdiv(out.shape[1], config.block_n)
+        weights_kernel[(blocks,)](
+            query, query.stride(0), key, key.stride(0), out, out.stride(0),
+            query.shape[1], inputs,
+            epilogue.weights, _GROUP, **launch_options(config, query),
+        )  # fmt: skip
+
+    launch(pick("weights", query, launch))
+
+
+def accumulate_gradient(
+    epilogue: Epilogue, own: Tensor, other: Tensor, inputs: TileInputs, gradient: Tensor, *, transposed: bool
+) -> None:
+    """``gradient += W @ other``, or ``W.T @ other`` if ``own`` are the columns (``transposed``). For small d.
+
+    Where the features are padded, so are the sums.
+    """
+    d, sums = own.shape[1], gradient
+    own, other = aligned(own), aligned(other)
+    if own.shape[1] != d:
+        sums = gradient.new_zeros(own.shape)
+
+    def launch(config: Config, into: Tensor) -> None:
+        gradient_kernel[(triton.cdiv(own.shape[0], config.block_m),)](
+            own, own.stride(0), other, other.stride(0), into, into.stride(0),
+            own.shape[1], inputs,
+            epilogue.weights, transposed, **launch_options(config, own),
+        )  # fmt: skip
+
+    launch(pick("gradient", own, lambda config: launch(config, torch.empty_like(sums))), sums)
+    if sums is not gradient:
+        gradient += sums[:, :d]

@@ -1,0 +1,126 @@
+"""What every kernel shares: the tile of similarities, and the view that an epilogue has of a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ALIGNMENT = 16  # elements: what the compiler takes to be divisible, it has to be by 16
+HIGHEST = tl.constexpr(torch.finfo(torch.float32).max)
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+"""The maximum of nothing. Finite, so that -inf (a masked entry) minus it is -inf, and its exp 0, never NaN."""
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What a loss plugs into the skeletons: ``@triton.jit`` functions of a tile.
+
+    A statistic is a tuple of fp32 vectors, one value a row (AXIS = 1: reduced along the columns) or one a column
+    (AXIS = 0); the tuple's length is that of the loss's table. ``row`` and ``column`` are the tile's indices, shaped
+    to broadcast over ``s`` (which may be transposed: an epilogue need not know). At the ragged edge they pass
+    ``inputs.rows`` and ``inputs.columns``: :func:`load_vector` masks them, and the skeleton drops W there.
+
+    empty(BLOCK, AXIS) -> statistic                     of no entries
+    reduce(s, row, column, inputs, AXIS) -> statistic   of the entries of a tile
+    merge(a, b, inputs) -> statistic                    of two disjoint sets of entries
+    weights(s, row, column, inputs) -> W                dL/dl of every entry
+    """
+
+    empty: Callable
+    reduce: Callable
+    merge: Callable
+    weights: Callable
+
+
+class TileInputs(NamedTuple):
+    """What there is to know of one tile ``[rows, columns]`` besides its features."""
+
+    rows: int
+    columns: int
+    scale: Tensor  # 0-d: the kernel reads it, so that no launch waits for its value
+    target: Tensor | None  # [rows] int64, the positives' columns
+    first_column: int  # of the tile; target counts from column 0
+    row_table: Tensor | None  # coefficients [quantities, rows]
+    row_stride: int
+    column_table: Tensor | None  # coefficients [quantities, columns]
+    column_stride: int
+
+    @classmethod
+    def of(cls, shape, scale, target=None, first_column=0, row_table=None, column_table=None) -> TileInputs:
+        """``scale`` is a number (in the interpreter) or a 0-d tensor; tables may have any row stride."""
+        scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
+        row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
+        return cls(*shape, scale, target, first_column, row_table, row_stride, column_table, column_stride)
+
+
+def aligned(features: Tensor) -> Tensor:
+    """``features`` with rows that vector loads can read: padded with zeros where d, stride or address do not fit.
+
+    A copy of one tile's features, where the unaligned kernel would load element by element, and spill.
+    """
+    rows, d = features.shape
+    if d % ALIGNMENT == 0 and features.stride(0) % ALIGNMENT == 0 and features.data_ptr() % 16 == 0:
+        return features
+    padded = features.new_zeros(rows, triton.cdiv(d, ALIGNMENT) * ALIGNMENT)
+    padded[:, :d] = features
+    return padded
+
+
+@triton.jit
+def load_vector(vector, index, size, OTHER: tl.constexpr = 0.0):
+    """``vector[index]``, OTHER from ``size`` on.
+
+    Masked and not clamped: a clamped index is not known to be contiguous, and would take an address of two registers
+    for every column (128 x 128 entries in 8 warps are 32 columns a thread).
+    """
+    return tl.load(vector + index, mask=index < size, other=OTHER)
+
+
+@triton.jit
+def similarity_tile(
+    x, x_stride, x_index, y, y_stride, y_index, d,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """``S[M, N] = x[x_index] @ y[y_index].T`` in fp32, over ``d`` in steps of BLOCK_K. Indices must be in range."""
+    k = tl.arange(0, BLOCK_K)
+    x_block = x + x_index.to(tl.int64)[:, None] * x_stride + k[None, :]  # [M, K]
+    y_block = y + y_index.to(tl.int64)[None, :] * y_stride + k[:, None]  # [K, N]
+    s = tl.zeros([x_index.shape[0], y_index.shape[0]], tl.float32)
+    for start in range(0, d, BLOCK_K):
+        inside = k < d - start
+        a = tl.load(x_block, mask=inside[None, :], other=0.0)  # [M, K]
+        b = tl.load(y_block, mask=inside[:, None], other=0.0)  # [K, N]
+        s = product(a, b, s, PRECISION, UPCAST)
+        x_block += BLOCK_K
+        y_block += BLOCK_K
+    return s
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """``accumulator + a @ b``. UPCAST is set in the interpreter, whose dot takes the bits of bf16 for integers."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def load_quantities(table, stride, index, inside, COUNT: tl.constexpr):
+    """``table[:, index]`` as a tuple of COUNT vectors."""
+    quantities = ()
+    for q in tl.static_range(COUNT):
+        quantities = quantities + (tl.load(table + q * stride + index, mask=inside, other=0.0),)
+    return quantities
+
+
+@triton.jit
+def store_quantities(table, stride, index, inside, quantities):
+    """``table[:, index] = quantities``."""
+    for q in tl.static_range(len(quantities)):
+        tl.store(table + q * stride + index, quantities[q], mask=inside)
