@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
       "Tensor row_coefficients, Tensor? column_coefficients) -> ()");
   m.def(
       "softmax_one_tile(Tensor query, Tensor key, Tensor target, float scale, bool symmetric, "
-      "bool needs_query, bool needs_key) -> (Tensor, Tensor, Tensor)");
+      "bool needs_query, bool needs_key) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("vector_exp(Tensor x) -> Tensor");
   m.def("instruction_set() -> str");
 }

@@ -64,29 +64,9 @@ def info_nce_loss(
             finite, an unknown reduction or backend, a negative budget.
         RuntimeError: the backend asked for is not available here.
     """
-    validation.check_features("query", query)
-    validation.check_features("key", key)
-    query, key, negatives = _autocast(query, key, negatives)
-    validation.check_features("key", key, like=("query", query))
-    queue, own = _split_negatives(negatives, query)
-    validation.check_reduction(reduction)
-    objective = Softmax(bool(symmetric), validation.check_fraction("label_smoothing", label_smoothing))
-    validation.check_target(target, query.shape[0], key.shape[0], query)
-    logit_scale = validation.check_scale("logit_scale", logit_scale, query)
-    validation.check_memory_budget(memory_budget)
-    backend = resolve_backend(backend, query.device, query.dtype)
-    if normalize:
-        query, key, queue, own = (None if t is None else F.normalize(t, dim=-1) for t in (query, key, queue, own))
-    if backend == "eager":
-        validation.check_values(target, key.shape[0], logit_scale)
-        return reference.info_nce_loss(
-            query, key, own, queue, target, logit_scale, objective.symmetric, objective.label_smoothing, reduction
-        )
-    keys = [key] if queue is None else [key, queue]
-    needs_grad = _needs_grad(query, *keys, *([] if own is None else [own]), logit_scale)
-    return pair_loss(
-        query, keys, own, target, logit_scale,
-        objective.name, objective.parameters, reduction, backend, memory_budget, needs_grad,
+    return _softmax_loss(
+        {"query": query, "key": key}, target, negatives, logit_scale, symmetric, label_smoothing, reduction, normalize,
+        backend, memory_budget,
     )  # fmt: skip
 
 
@@ -118,34 +98,63 @@ def clip_loss(
     The other arguments, the result and the exceptions are those of :func:`info_nce_loss`. Also raises ValueError
     where the two batches differ in size.
     """
-    validation.check_features("image_features", image_features)
-    validation.check_features("text_features", text_features)
-    image_features, text_features = _autocast(image_features, text_features)
-    validation.check_features("text_features", text_features, like=("image_features", image_features))
-    if image_features.shape[0] != text_features.shape[0]:
-        raise ValueError(
-            "image_features and text_features must have the same number of rows, "
-            f"got {image_features.shape[0]} and {text_features.shape[0]}"
+    if isinstance(image_features, Tensor) and isinstance(text_features, Tensor):
+        validation.check_same_rows("image_features", image_features, "text_features", text_features)
+    return _softmax_loss(
+        {"image_features": image_features, "text_features": text_features}, None, None, logit_scale, True,
+        label_smoothing, reduction, normalize, backend, memory_budget,
+    )  # fmt: skip
+
+
+def _softmax_loss(
+    features: dict[str, Tensor],
+    target: Tensor | None,
+    negatives: Tensor | None,
+    logit_scale: float | Tensor,
+    symmetric: bool,
+    label_smoothing: float,
+    reduction: str,
+    normalize: bool,
+    backend: str,
+    memory_budget: int,
+) -> Tensor:
+    """The family behind one check of arguments; ``features`` holds queries and keys under the caller's names."""
+    (query_name, query), (key_name, key) = features.items()
+    validation.check_features(query_name, query)
+    validation.check_features(key_name, key)
+    query, key, negatives = _autocast(query, key, negatives)
+    validation.check_alike(key_name, key, query_name, query)
+    queue, own = _split_negatives(negatives, query_name, query)
+    validation.check_reduction(reduction)
+    objective = Softmax(bool(symmetric), validation.check_fraction("label_smoothing", label_smoothing))
+    validation.check_target(target, query.shape[0], key.shape[0], query)
+    logit_scale = validation.check_scale("logit_scale", logit_scale, query)
+    validation.check_memory_budget(memory_budget)
+    backend = resolve_backend(backend, query.device, query.dtype)
+    if normalize:
+        query, key, queue, own = (None if t is None else F.normalize(t, dim=-1) for t in (query, key, queue, own))
+    if backend == "eager":
+        validation.check_values(target, key.shape[0], logit_scale)
+        return reference.info_nce_loss(
+            query, key, own, queue, target, logit_scale, objective.symmetric, objective.label_smoothing, reduction
         )
-    return info_nce_loss(
-        image_features,
-        text_features,
-        logit_scale=logit_scale,
-        symmetric=True,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-        normalize=normalize,
-        backend=backend,
-        memory_budget=memory_budget,
-    )
+    keys = [key] if queue is None else [key, queue]
+    differentiable = (query, *keys, logit_scale) if own is None else (query, *keys, own, logit_scale)
+    enabled = torch.is_grad_enabled()
+    needs_grad = [enabled and tensor.requires_grad for tensor in differentiable]
+    return pair_loss(
+        query, keys, own, target, logit_scale,
+        objective.name, objective.parameters, reduction, backend, memory_budget, needs_grad,
+    )  # fmt: skip
 
 
-def _split_negatives(negatives: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _split_negatives(negatives: Tensor | None, query_name: str, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """(queue ``[K, d]``, own ``[N, K, d]``): which of the two the negatives are."""
     if negatives is None:
         return None, None
     ndim = 3 if isinstance(negatives, Tensor) and negatives.ndim == 3 else 2
-    validation.check_features("negatives", negatives, ndim, like=("query", query))
+    validation.check_features("negatives", negatives, ndim)
+    validation.check_alike("negatives", negatives, query_name, query)
     if ndim == 2:
         return negatives, None
     if negatives.shape[0] != query.shape[0]:
@@ -165,8 +174,3 @@ def _autocast(*features: Tensor | None):
     return tuple(
         t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in features
     )
-
-
-def _needs_grad(*tensors: Tensor) -> list[bool]:
-    enabled = torch.is_grad_enabled()
-    return [enabled and tensor.requires_grad for tensor in tensors]

@@ -126,10 +126,27 @@ void softmax_weights_(Tensor s, Tensor out, double scale, std::optional<Tensor> 
     weights<float>(s, out, scale, target, first_column, row_coefficients, column_coefficients);
 }
 
-std::tuple<Tensor, Tensor, Tensor> softmax_one_tile(
+// <a, b> of contiguous tensors: products of a row in T, their sum over rows in fp64.
+template <typename T>
+double inner_product(const Tensor& a, const Tensor& b) {
+  const T *x = static_cast<const T*>(a.const_data_ptr()), *y = static_cast<const T*>(b.const_data_ptr());
+  const int64_t rows = b.size(0), d = b.size(1), x_stride = a.stride(0), y_stride = b.stride(0);
+  double total = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    T sums[8] = {};
+    for (int64_t k = 0; k < d; ++k) sums[k % 8] += x[i * x_stride + k] * y[i * y_stride + k];
+    for (const T sum : sums) total += sum;
+  }
+  return total;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_one_tile(
     Tensor query, Tensor key, Tensor target, double scale, bool symmetric, bool needs_query, bool needs_key) {
   STD_TORCH_CHECK(query.dim() == 2 && key.dim() == 2 && query.size(1) == key.size(1),
                   "query and key must be [N, d] and [M, d]");
+  STD_TORCH_CHECK(needs_query || needs_key, "one of the sums must be needed");
+  query = torch::stable::contiguous(query);
+  key = torch::stable::contiguous(key);
   const int64_t n = query.size(0), m = key.size(0);
   STD_TORCH_CHECK(target.is_cpu() && target.scalar_type() == ScalarType::Long && target.dim() == 1 && target.size(0) == n,
                   "target must be an int64 CPU tensor with one entry per row of query");
@@ -146,7 +163,11 @@ std::tuple<Tensor, Tensor, Tensor> softmax_one_tile(
   Tensor d_query = needs_query ? torch::stable::matmul(s, key) : torch::stable::new_empty(s, {0});
   Tensor d_key = needs_key ? torch::stable::matmul(torch::stable::transpose(s, 0, 1), query)
                            : torch::stable::new_empty(s, {0});
-  return {losses, d_query, d_key};
+  Tensor d_scale = torch::stable::new_empty(s, {}, ScalarType::Double);
+  const Tensor &features = needs_query ? query : key, &gradient = needs_query ? d_query : d_key;
+  *static_cast<double*>(d_scale.mutable_data_ptr()) =
+      is_double(s) ? inner_product<double>(features, gradient) : inner_product<float>(features, gradient);
+  return {losses, d_query, d_key, d_scale};
 }
 
 }  // namespace replearn

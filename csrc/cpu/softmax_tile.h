@@ -19,9 +19,10 @@ void softmax_weights_(Tensor s, Tensor out, double scale, std::optional<Tensor> 
                       Tensor row_coefficients, std::optional<Tensor> column_coefficients);
 
 // A whole problem of one tile: losses [N], and the sums W key [N, d] and W^T query [M, d] for the gradients of the
-// losses' sum (empty where not needed). The passes above and what stands between them in one call: at 16 x 16 the
+// losses' sum (empty where not needed, at least one is), and
+// the gradient of the scale, read off either, in fp64. The passes above and what stands between them in one call: at 16 x 16 the
 // calls themselves are what takes time.
-std::tuple<Tensor, Tensor, Tensor> softmax_one_tile(
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_one_tile(
     Tensor query, Tensor key, Tensor target, double scale, bool symmetric, bool needs_query, bool needs_key);
 
 }  // namespace replearn

@@ -17,7 +17,7 @@ from torch import Tensor
 from .counters import count_product
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class SharedColumns:
     """Columns that every row sees: ``features[M, d]``."""
 
@@ -55,7 +55,7 @@ class SharedColumns:
             addmm_(d_features[tile.columns], weights.t(), tile.query)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OwnColumns:
     """Columns that belong to one row each: ``features[N, K, d]`` holds K for every row."""
 

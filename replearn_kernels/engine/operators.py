@@ -8,6 +8,8 @@ rule: operators written in Python cost 0.3 ms forward and backward, more than th
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -60,7 +62,7 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         (query, own, target, logit_scale), keys, saved = _load(ctx)
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             gradients = schedules.backward(grad_loss, saved, query, keys, own, target, logit_scale, *ctx.config)
         d_query, d_keys, d_own, d_scale = _unpack(ctx, gradients)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not look like constants

@@ -12,7 +12,7 @@ from .columns import OwnColumns, SharedColumns, Source, Tile
 from .plan import TileShape
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class Problem:
     """``N`` rows compared with the columns of every source.
 

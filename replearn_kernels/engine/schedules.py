@@ -33,9 +33,9 @@ def forward(
             losses, saved = _row_chunks(problem, plan, runner, needs_grad)
         else:
             losses, saved = _first_sweep(problem, plan, runner)
-        loss = losses if reduction == "none" else losses.sum()
-        if reduction == "mean":
-            loss = loss / max(problem.rows, 1)
+        loss = losses
+        if reduction != "none":
+            loss = losses.mean() if reduction == "mean" and problem.rows else losses.sum()
         return loss, saved if any(needs_grad) else []
 
 
@@ -57,15 +57,14 @@ def backward(
             gradients = _second_sweep(problem, plan, runner, saved, row_weights, needs_grad)
             scale_gradient = gradients.scale_gradient(problem) if needs_grad[-1] else None
             sums, multiply = [gradients.query, *gradients.sources], Tensor.mul_
-    if reduction == "mean":
-        factor = factor / max(query.shape[0], 1)
+    share = 1 / query.shape[0] if reduction == "mean" and query.shape[0] else 1
     inputs = (query, *keys) if own is None else (query, *keys, own)
-    by_scale = factor * scale
+    by_scale = factor * (scale * share)
     results = [
         multiply(gradient, by_scale).to(tensor.dtype) if needs else query.new_empty(0)
         for tensor, gradient, needs in zip(inputs, sums, needs_grad)
     ]
-    results.append((scale_gradient * factor).to(logit_scale.dtype) if needs_grad[-1] else query.new_empty(0))
+    results.append((scale_gradient * (factor * share)).to(logit_scale.dtype) if needs_grad[-1] else query.new_empty(0))
     return results
 
 
@@ -131,8 +130,7 @@ def _row_chunks(problem: Problem, plan: Plan, runner, needs_grad) -> tuple[Tenso
     """
     with_query = sums_over_columns(problem, needs_grad[0], needs_grad[-1])
     if plan.gradient_tile.rows == problem.rows and (results := runner.one_tile(problem, with_query)) is not None:
-        losses, *sums = results
-        return losses, _saved_gradients(problem, Gradients(*sums), needs_grad)
+        return results
     kept = _kept_tiles(problem, plan)
     gradients = Gradients.zeros(problem, with_query)
     losses = []

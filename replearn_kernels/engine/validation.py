@@ -16,8 +16,8 @@ REDUCTIONS = ("mean", "sum", "none")
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_features(name: str, features: Tensor, ndim: int = 2, like: tuple[str, Tensor] | None = None) -> None:
-    """A floating-point tensor of ``ndim`` dimensions; with ``like``, of that tensor's width, dtype and device."""
+def check_features(name: str, features: Tensor, ndim: int = 2) -> None:
+    """A floating-point tensor of ``ndim`` dimensions."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
     if features.ndim != ndim:
@@ -25,9 +25,10 @@ def check_features(name: str, features: Tensor, ndim: int = 2, like: tuple[str, 
         raise ValueError(f"{name} must have {ndim} dimensions {shape}, got shape {tuple(features.shape)}")
     if features.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {features.dtype}")
-    if like is None:
-        return
-    other_name, other = like
+
+
+def check_alike(name: str, features: Tensor, other_name: str, other: Tensor) -> None:
+    """Of the other's width, dtype and device."""
     if features.shape[-1] != other.shape[-1]:
         raise ValueError(
             f"{name} and {other_name} must have the same width d, "
@@ -40,6 +41,14 @@ def check_features(name: str, features: Tensor, ndim: int = 2, like: tuple[str, 
     if features.device != other.device:
         raise ValueError(
             f"{name} and {other_name} must be on the same device, got {features.device} and {other.device}"
+        )
+
+
+def check_same_rows(name: str, features: Tensor, other_name: str, other: Tensor) -> None:
+    """As many rows, where both have rows: what else is wrong with them is found later."""
+    if features.ndim == other.ndim == 2 and features.shape[0] != other.shape[0]:
+        raise ValueError(
+            f"{name} and {other_name} must have the same number of rows, got {features.shape[0]} and {other.shape[0]}"
         )
 
 

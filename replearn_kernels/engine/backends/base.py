@@ -75,8 +75,11 @@ class Backend(ABC):
         """``accumulator += a @ b``, accumulated in the accumulator's dtype."""
         accumulator.addmm_(a, b)
 
-    def one_tile(self, problem: Problem, needs_query: bool) -> tuple[Tensor, Tensor | None, list[Tensor | None]] | None:
-        """A small problem at once, if the backend has a single call for it: losses, ``W Y``, and ``W.T X`` per source."""
+    def one_tile(self, problem: Problem, needs_query: bool) -> tuple[Tensor, list[Tensor]] | None:
+        """A small problem at once, if the backend has a single call for it.
+
+        Losses, and ``W Y``, ``W.T X`` per source, and the scale's gradient: empty tensors where none is needed.
+        """
         return None
 
     def workspace(self) -> tuple[Tensor, ...]:

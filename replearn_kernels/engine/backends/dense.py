@@ -83,14 +83,16 @@ class CppBackend(TorchBackend):
     def _weights_pass(self):
         return getattr(torch.ops.replearn_kernels, f"{self.objective.name}_weights_").default
 
-    def one_tile(self, problem: Problem, needs_query: bool):
+    def one_tile(self, problem: Problem, needs_query: bool) -> tuple[Tensor, list[Tensor]] | None:
         source, *others = problem.sources
-        native = getattr(torch.ops.replearn_kernels, f"{self.objective.name}_one_tile").default
         parameters = self.objective.one_tile_parameters
         if others or parameters is None or problem.query.dtype != problem.statistics_dtype:
             return None
+        if not (needs_query or source.needs_grad):
+            return None
         count_product(problem.query, source.width * (1 + needs_query + source.needs_grad))
-        losses, d_query, d_source = native(
+        native = getattr(torch.ops.replearn_kernels, f"{self.objective.name}_one_tile").default
+        losses, *sums = native(
             problem.query, source.features, problem.target, problem.scale, *parameters, needs_query, source.needs_grad
         )
-        return losses, d_query if needs_query else None, [d_source if source.needs_grad else None]
+        return losses, sums

@@ -35,6 +35,7 @@ def _fake_one_tile(query, key, target, scale, symmetric, needs_query, needs_key)
         query.new_empty(query.shape[0]),
         query.new_empty(query.shape if needs_query else 0),
         key.new_empty(key.shape if needs_key else 0),
+        query.new_empty((), dtype=torch.float64),
     )
 
 
