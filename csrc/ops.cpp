@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "cpu/memory.h"
 #include "cpu/softmax_tile.h"
 #include "cpu/tile_operators.h"
 
@@ -40,6 +41,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
   m.def(
       "softmax_one_tile(Tensor query, Tensor key, Tensor target, float scale, bool symmetric, "
       "bool needs_query, bool needs_key) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   m.def("vector_exp(Tensor x) -> Tensor");
   m.def("instruction_set() -> str");
 }
@@ -48,6 +50,7 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("softmax_statistics_", TORCH_BOX(&replearn::softmax_statistics_));
   m.impl("softmax_weights_", TORCH_BOX(&replearn::softmax_weights_));
   m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));
+  m.impl("advise_huge_pages_", TORCH_BOX(&replearn::advise_huge_pages_));
   m.impl("vector_exp", TORCH_BOX(&vector_exp));
 }
 

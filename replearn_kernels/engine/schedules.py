@@ -108,7 +108,7 @@ def fake_forward(
 
 def _first_sweep(problem: Problem, plan: Plan, runner) -> tuple[Tensor, list[Tensor]]:
     """Statistics now, gradients in the backward call."""
-    kept = _kept_tiles(problem, plan)
+    kept = KeptTiles(runner.new_kept(problem, plan.kept_elements))
     row_table, column_table = sweep_statistics(problem, plan, runner, kept)
     losses = runner.objective.row_losses(problem, row_table, column_table)
     return losses, [row_table, kept.buffer] if column_table is None else [row_table, kept.buffer, column_table]
@@ -131,7 +131,7 @@ def _row_chunks(problem: Problem, plan: Plan, runner, needs_grad) -> tuple[Tenso
     with_query = sums_over_columns(problem, needs_grad[0], needs_grad[-1])
     if plan.gradient_tile.rows == problem.rows and (results := runner.one_tile(problem, with_query)) is not None:
         return results
-    kept = _kept_tiles(problem, plan)
+    kept = KeptTiles(runner.new_kept(problem, plan.kept_elements))
     gradients = Gradients.zeros(problem, with_query)
     losses = []
     for rows in blocks(problem.rows, plan.gradient_tile.rows):
@@ -162,10 +162,6 @@ def _row_weights(grad_loss: Tensor, reduction: str, problem: Problem) -> tuple[T
     largest = grad_loss.abs().amax() if problem.rows else grad_loss.new_ones(())
     factor = torch.where(largest == 0, torch.ones_like(largest), largest)
     return grad_loss / factor, factor
-
-
-def _kept_tiles(problem: Problem, plan: Plan) -> KeptTiles:
-    return KeptTiles(problem.query.new_empty(plan.kept_elements, dtype=problem.statistics_dtype))
 
 
 def _plan(

@@ -75,6 +75,10 @@ class Backend(ABC):
         """``accumulator += a @ b``, accumulated in the accumulator's dtype."""
         accumulator.addmm_(a, b)
 
+    def new_kept(self, problem: Problem, elements: int) -> Tensor:
+        """An uninitialised buffer for kept similarities."""
+        return problem.query.new_empty(elements, dtype=problem.statistics_dtype)
+
     def one_tile(self, problem: Problem, needs_query: bool) -> tuple[Tensor, list[Tensor]] | None:
         """A small problem at once, if the backend has a single call for it.
 

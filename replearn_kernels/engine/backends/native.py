@@ -24,7 +24,7 @@ def _load() -> str | None:
 
 def _register_fakes() -> None:
     """Shapes without data, for torch.compile: the tile passes return nothing and write in place."""
-    for op in ("softmax_statistics_", "softmax_weights_"):
+    for op in ("softmax_statistics_", "softmax_weights_", "advise_huge_pages_"):
         torch.library.register_fake(f"replearn_kernels::{op}", lambda *args: None)
     torch.library.register_fake("replearn_kernels::softmax_one_tile", _fake_one_tile)
     torch.library.register_fake("replearn_kernels::vector_exp", torch.empty_like)
