@@ -21,7 +21,7 @@ test: install
 	$(BIN)/python -m pytest -m "not interpreter and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
 	$(BIN)/python -m pytest bench/regression.py --benchmark-disable
-	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry
+	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry --no-install --output build/gpu_dry
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

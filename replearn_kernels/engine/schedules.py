@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and the tensors that :func:`backward` needs (none if no input needs a gradient)."""
     check_values(target, keys[0].shape[0], logit_scale)
-    with _no_autocast(query):
+    with _on_device_of(query):
         plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
         problem = Problem.build(query, keys, own, target, scale_of(logit_scale), needs_grad)
         runner = make_backend(backend, OBJECTIVES[objective].from_parameters(parameters))
@@ -46,7 +46,7 @@ def backward(
     """Gradients in the order of ``needs_grad``: query, keys, own, logit_scale; an empty tensor where none is due."""
     plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
     scale = scale_of(logit_scale)
-    with _no_autocast(query):
+    with _on_device_of(query):
         if plan.schedule == "row_chunks":
             *sums, scale_gradient = saved
             factor, multiply = grad_loss, torch.mul  # not in place: saved tensors may be needed again
@@ -181,7 +181,11 @@ def _plan(
     )  # fmt: skip
 
 
-def _no_autocast(query: Tensor):
-    """The products inside are of the dtype chosen for them, whatever autocast says of matrix products."""
-    device = query.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+def _on_device_of(query: Tensor) -> ExitStack:
+    """The features' GPU as the current one, and products of the dtype chosen for them, whatever autocast says."""
+    stack, device = ExitStack(), query.device.type
+    if device == "cuda":
+        stack.enter_context(torch.cuda.device_of(query))
+    if torch.is_autocast_enabled(device):
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
