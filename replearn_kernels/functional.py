@@ -126,7 +126,7 @@ def _softmax_loss(
     validation.check_alike(key_name, key, query_name, query)
     queue, own = _split_negatives(negatives, query_name, query)
     validation.check_reduction(reduction)
-    objective = Softmax(bool(symmetric), validation.check_fraction("label_smoothing", label_smoothing))
+    objective = Softmax(validation.check_flag("symmetric", symmetric), validation.check_fraction("label_smoothing", label_smoothing))
     validation.check_target(target, query.shape[0], key.shape[0], query)
     logit_scale = validation.check_scale("logit_scale", logit_scale, query)
     validation.check_memory_budget(memory_budget)
@@ -134,7 +134,7 @@ def _softmax_loss(
     if normalize:
         query, key, queue, own = (None if t is None else F.normalize(t, dim=-1) for t in (query, key, queue, own))
     if backend == "eager":
-        validation.check_values(target, key.shape[0], logit_scale)
+        validation.check_values(target, key.shape[0], logit_scale, query.dtype)
         return reference.info_nce_loss(
             query, key, own, queue, target, logit_scale, objective.symmetric, objective.label_smoothing, reduction
         )
@@ -167,7 +167,7 @@ def _split_negatives(negatives: Tensor | None, query_name: str, query: Tensor) -
 def _autocast(*features: Tensor | None):
     """Under autocast, features enter the products in its dtype, as in any matrix product; logits stay fp32."""
     device = features[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return features
     dtype = torch.get_autocast_dtype(device)
     castable = (torch.float16, torch.bfloat16, torch.float32)

@@ -56,11 +56,17 @@ def test_any_shape_equals_the_specification(name, n, extra, d, scale, budget, se
         torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-10)
 
 
-def test_second_derivative_is_refused_not_zero(backend):
-    x = torch.randn(4, 3, requires_grad=True)
-    for symmetric in (False, True):
-        loss = info_nce_loss(x, torch.randn(4, 3), symmetric=symmetric, backend=backend, memory_budget=0)
-        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+def test_second_derivative_is_refused_not_zero(symmetric, wanted, backend):
+    """Whichever input the gradient is of, and for the upstream gradient too."""
+    inputs = [torch.randn(4, 3), torch.randn(4, 3), torch.tensor(2.0)]
+    inputs[wanted].requires_grad_()
+    for upstream in (torch.tensor(1.0), torch.tensor(1.0, requires_grad=True)):
+        loss = info_nce_loss(
+            *inputs[:2], logit_scale=inputs[2], symmetric=symmetric, backend=backend, memory_budget=0
+        )
+        (gradient,) = torch.autograd.grad(loss * upstream, inputs[wanted], create_graph=True)
         with pytest.raises(NotImplementedError, match="differentiable once.*backend='eager'"):
             gradient.sum().backward()
 

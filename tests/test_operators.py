@@ -75,6 +75,15 @@ def test_compile_module(rng):
     torch.testing.assert_close(loss["contrastive_loss"], clip_loss(x, y, 3.0))
 
 
+def test_compile_with_a_symbolic_float(backend, rng):
+    compiled = torch.compile(
+        lambda x, s: clip_loss(x, x, s, backend=backend), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    x = unit_rows(rng, 9, 4)
+    for scale in (1.0, 2.0, 3.5):
+        torch.testing.assert_close(compiled(x, scale), clip_loss(x, x, scale))
+
+
 def test_bad_values_are_found_in_a_compiled_graph(backend):
     compiled = torch.compile(lambda q, t: info_nce_loss(q, q, target=t, backend=backend), fullgraph=True)
     with pytest.raises(ValueError, match="target must be in"):

@@ -31,9 +31,13 @@ TABLE = [
     (Q, K, dict(target=torch.tensor([0, 1, 2, 6])), ValueError, r"target must be in \[0, 6\), the keys' rows, got 6"),
     (Q, K, dict(target=torch.tensor([0, 1, -1, 5])), ValueError, r"target must be in \[0, 6\), the keys' rows, got -1"),
     (Q, K[:0], dict(target=torch.zeros(4).long()), ValueError, r"target must be in \[0, 0\)"),
-    (Q, K, dict(logit_scale=NAN), ValueError, "logit_scale must be finite, got nan"),
-    (Q, K, dict(logit_scale=INF), ValueError, "logit_scale must be finite, got inf"),
-    (Q, K, dict(logit_scale=torch.tensor(NAN)), ValueError, "logit_scale must be finite, got nan"),
+    (Q, K, dict(logit_scale=NAN), ValueError, "logit_scale must be finite in torch.float32, got nan"),
+    (Q, K, dict(logit_scale=INF), ValueError, "logit_scale must be finite in torch.float32, got inf"),
+    (Q, K, dict(logit_scale=torch.tensor(NAN)), ValueError, "logit_scale must be finite in torch.float32, got nan"),
+    (Q, K, dict(logit_scale=1e39), ValueError, "logit_scale must be finite in torch.float32, got 1e\\+39"),
+    (Q, K, dict(logit_scale=torch.tensor(1e39, dtype=torch.float64)), ValueError, "logit_scale must be finite"),
+    (Q.to_sparse(), K, {}, TypeError, "query must be a dense .strided. tensor, got layout torch.sparse_coo"),
+    (Q, K, dict(symmetric="no"), TypeError, "symmetric must be a bool, got str"),
     (Q, K, dict(logit_scale=torch.ones(1)), ValueError, r"logit_scale must be a float or a 0-d tensor, got shape \(1,\)"),
     (Q, K, dict(logit_scale=torch.tensor(2)), TypeError, "logit_scale must be floating-point, got torch.int64"),
     (Q, K, dict(logit_scale=torch.tensor(2.0).to("meta")), ValueError, "logit_scale must be on the features' device"),
@@ -119,3 +123,31 @@ def test_import_is_quiet_and_needs_no_triton():
     code = "import sys, replearn_kernels; assert 'triton' not in sys.modules or 'torch._inductor' in sys.modules"
     result = subprocess.run([sys.executable, "-W", "error::UserWarning:replearn_kernels", "-c", code], capture_output=True)
     assert result.returncode == 0 and result.stdout == b"", result.stderr.decode()
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.jacfwd])
+def test_functional_transforms_are_refused(transform):
+    argument = torch.randn(2, 4, 3) if transform is torch.func.vmap else Q
+    with pytest.raises(NotImplementedError, match="torch.func transforms.*backend='eager'"):
+        transform(lambda q: info_nce_loss(q, K))(argument)
+
+
+@pytest.mark.parametrize("name", ["auto", "torch"])
+@pytest.mark.parametrize("make", [lambda: torch.tensor(2).expand(4), lambda: torch.arange(24).view(4, 6)[:, 0] // 6])
+def test_target_of_any_strides(make, name):
+    for reduction in ("mean", "none"):
+        losses = [info_nce_loss(Q, K, target=make(), reduction=reduction, backend=b) for b in (name, "eager")]
+        torch.testing.assert_close(*losses)
+
+
+def test_meta_tensors_have_shapes():
+    loss = info_nce_loss(Q.to("meta"), K.to("meta"), reduction="none")
+    assert loss.shape == (4,) and loss.is_meta
+
+
+def test_infinite_upstream_gradient_stays_in_its_row():
+    query = Q.clone().requires_grad_()
+    info_nce_loss(query, K, reduction="none").backward(torch.tensor([0.0, 1.0, 1.0, INF]))
+    expected = Q.clone().requires_grad_()
+    info_nce_loss(expected, K, reduction="none", backend="eager").backward(torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    torch.testing.assert_close(query.grad[:3], expected.grad[:3])

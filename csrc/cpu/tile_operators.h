@@ -74,9 +74,10 @@ Tile<T> rows_of(Tile<T> tile, int64_t first, int64_t count) {
 template <typename T>
 class Table {
  public:
-  Table(const Tensor& t, const char* name, int64_t quantities, int64_t count)
-      : data_(static_cast<T*>(t.mutable_data_ptr())), stride_(t.stride(0)) {
+  Table(const Tensor& t, const char* name, int64_t quantities, int64_t count) {
     check_matrix<T>(t, name, quantities, count);
+    data_ = static_cast<T*>(t.mutable_data_ptr());
+    stride_ = t.stride(0);
   }
   T* operator[](int64_t quantity) const { return data_ + quantity * stride_; }
 

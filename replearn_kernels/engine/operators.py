@@ -34,7 +34,15 @@ def pair_loss(query, keys, own, target, logit_scale, *config) -> Tensor:
 
     ``config``: objective's name and parameters, reduction, backend, memory_budget, and which of
     (query, *keys, own, logit_scale) need a gradient.
+
+    Raises:
+        NotImplementedError: inside a torch.func transform.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "replearn_kernels losses have no rule for torch.func transforms (grad, vmap, jvp, ...); "
+            "use torch.autograd, or backend='eager'."
+        )
     if _needs_dispatcher(query, *keys, logit_scale):
         return torch.ops.replearn_kernels.pair_loss(query, keys, own, target, logit_scale, *config)[0]
     return _PairLoss.apply(config, query, own, target, logit_scale, *keys)
@@ -44,9 +52,8 @@ def _needs_dispatcher(*tensors: Tensor) -> bool:
     """Whether somebody traces or wraps these tensors, so that only a registered operator will do."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta for tensor in tensors)
     )
 
 
@@ -66,18 +73,19 @@ class _PairLoss(torch.autograd.Function):
             gradients = schedules.backward(grad_loss, saved, query, keys, own, target, logit_scale, *ctx.config)
         d_query, d_keys, d_own, d_scale = _unpack(ctx, gradients)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not look like constants
+            inputs = [t for t in (grad_loss, query, *keys, own, logit_scale) if t is not None]
             d_query, d_own, d_scale, *d_keys = _RefuseSecondDerivative.apply(
-                query, d_query, d_own, d_scale, *d_keys
+                len(inputs), *inputs, d_query, d_own, d_scale, *d_keys
             )
         return None, d_query, d_own, None, d_scale, *d_keys
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Passes gradients on; differentiating them again is an error, not a silent zero."""
+    """Passes gradients on as functions of all ``inputs``: differentiating them is an error, not a silent zero."""
 
     @staticmethod
-    def forward(ctx, query, *gradients):
-        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in gradients)
+    def forward(ctx, inputs, *tensors):
+        return tuple(None if gradient is None else gradient.view_as(gradient) for gradient in tensors[inputs:])
 
     @staticmethod
     def backward(ctx, *grads):

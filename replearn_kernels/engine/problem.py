@@ -36,7 +36,7 @@ class Problem:
             sources.append(OwnColumns(own, needs_grad[1 + len(keys)]))
         if target is None:
             target = torch.arange(query.shape[0], device=query.device)
-        return cls(_rows_contiguous(query), tuple(sources), target, scale)
+        return cls(_rows_contiguous(query), tuple(sources), target.contiguous(), scale)
 
     @property
     def rows(self) -> int:

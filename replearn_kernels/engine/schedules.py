@@ -24,7 +24,7 @@ def forward(
     query, keys, own, target, logit_scale, objective, parameters, reduction, backend, memory_budget, needs_grad
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and the tensors that :func:`backward` needs (none if no input needs a gradient)."""
-    check_values(target, keys[0].shape[0], logit_scale)
+    check_values(target, keys[0].shape[0], logit_scale, query.dtype)
     with _on_device_of(query):
         plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
         problem = Problem.build(query, keys, own, target, scale_of(logit_scale), needs_grad)
@@ -160,7 +160,8 @@ def _row_weights(grad_loss: Tensor, reduction: str, problem: Problem) -> tuple[T
     if reduction != "none":
         return torch.ones((), dtype=grad_loss.dtype, device=grad_loss.device).expand(problem.rows), grad_loss
     largest = grad_loss.abs().amax() if problem.rows else grad_loss.new_ones(())
-    factor = torch.where(largest == 0, torch.ones_like(largest), largest)
+    usable = (largest > 0) & largest.isfinite()  # an infinite one must not make NaN of the other rows
+    factor = torch.where(usable, largest, 1)
     return grad_loss / factor, factor
 
 

@@ -7,10 +7,10 @@ out of range trips a device-side assertion, and a NaN scale gives a NaN loss.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from .problem import statistics_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -20,6 +20,9 @@ def check_features(name: str, features: Tensor, ndim: int = 2) -> None:
     """A floating-point tensor of ``ndim`` dimensions."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
+    if features.is_nested or features.layout is not torch.strided:
+        kind = "a nested tensor" if features.is_nested else f"layout {features.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
     if features.ndim != ndim:
         shape = {2: "[N, d]", 3: "[N, K, d]"}[ndim]
         raise ValueError(f"{name} must have {ndim} dimensions {shape}, got shape {tuple(features.shape)}")
@@ -64,10 +67,21 @@ def check_scale(name: str, scale: float | Tensor, query: Tensor) -> Tensor:
         return scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"{name} must be finite, got {scale}")
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(query.dtype)
+    check_finite(name, scale, dtype)
     return torch.full((), scale, dtype=dtype, device=query.device)
+
+
+def check_finite(name: str, value: float, dtype: torch.dtype) -> None:
+    """Neither NaN nor beyond what the statistics' dtype holds. As one comparison, which a traced graph can make."""
+    if not abs(value) <= torch.finfo(dtype).max:
+        raise ValueError(f"{name} must be finite in {dtype}, got {value}")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
 
 
 def check_target(target: Tensor | None, rows: int, columns: int, query: Tensor) -> None:
@@ -110,10 +124,10 @@ def check_memory_budget(memory_budget: int) -> int:
     return memory_budget
 
 
-def check_values(target: Tensor | None, columns: int, logit_scale: Tensor) -> None:
+def check_values(target: Tensor | None, columns: int, logit_scale: Tensor, features: torch.dtype) -> None:
     """The checks that read data: target within the keys, scale finite."""
-    if logit_scale.device.type == "cpu" and not math.isfinite(value := logit_scale.item()):
-        raise ValueError(f"logit_scale must be finite, got {value}")
+    if logit_scale.device.type == "cpu":
+        check_finite("logit_scale", logit_scale.item(), statistics_dtype(features))
     if target is None or target.numel() == 0:
         return
     if target.device.type == "cpu":
