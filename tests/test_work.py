@@ -5,7 +5,7 @@ import torch
 from accuracy import unit_rows
 
 from replearn_kernels import clip_loss, count_work, info_nce_loss
-from replearn_kernels.engine.plan import TileShape, balanced_block, make_plan
+from replearn_kernels.engine.plan import balanced_block, make_plan
 
 N, M, D = 2100, 3000, 32
 MIB = 2**20
@@ -106,4 +106,3 @@ def test_balanced_blocks():
     for size in (5, 100, 1023, 3000, 12345):
         block = balanced_block(size, 512)
         assert block <= 512 and -(-size // block) == -(-size // 512)
-    assert TileShape(16, 16)
