@@ -11,7 +11,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
-HEADERS = sorted(str(path.relative_to(ROOT)) for pattern in ("*.h", "*.inl") for path in ROOT.glob(f"csrc/**/{pattern}"))
+HEADERS = sorted(str(path.relative_to(ROOT)) for kind in ("h", "inl") for path in ROOT.glob(f"csrc/**/*.{kind}"))
 
 
 def compiler_works() -> bool:

@@ -22,9 +22,10 @@ from unittest import mock
 
 import torch
 import triton
-from replearn_kernels.triton_kernels import EPILOGUES, TileInputs, accumulate_gradient, form_weights, update_statistics
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+
+from replearn_kernels.triton_kernels import EPILOGUES, TileInputs, accumulate_gradient, form_weights, update_statistics
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

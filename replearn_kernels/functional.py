@@ -126,7 +126,9 @@ def _softmax_loss(
     validation.check_alike(key_name, key, query_name, query)
     queue, own = _split_negatives(negatives, query_name, query)
     validation.check_reduction(reduction)
-    objective = Softmax(validation.check_flag("symmetric", symmetric), validation.check_fraction("label_smoothing", label_smoothing))
+    objective = Softmax(
+        validation.check_flag("symmetric", symmetric), validation.check_fraction("label_smoothing", label_smoothing)
+    )
     validation.check_target(target, query.shape[0], key.shape[0], query)
     logit_scale = validation.check_scale("logit_scale", logit_scale, query)
     validation.check_memory_budget(memory_budget)

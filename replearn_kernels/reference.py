@@ -1,4 +1,4 @@
-"""The specification: every loss as a plain formula on the full matrix, for any dtype, differentiable any number of times.
+"""The specification: every loss as a plain formula on the full matrix, differentiable any number of times.
 
 This is what ``backend="eager"`` runs and what the tests hold the fused losses against. It takes the memory that the
 library exists to save.
@@ -22,7 +22,7 @@ def info_nce_loss(
     label_smoothing: float,
     reduction: str,
 ) -> Tensor:
-    """Cross entropy of every row over keys, queue and own negatives; symmetric: averaged with the keys' over queries."""
+    """Cross entropy of every row over keys, queue and own negatives; symmetric: averaged with the columns'."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     query, key = query.to(dtype), key.to(dtype)
     rows = torch.arange(len(query), device=query.device)

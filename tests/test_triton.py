@@ -15,11 +15,10 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
 
-from replearn_kernels.triton_kernels.configs import Config, use_config
-
 from replearn_kernels import info_nce_loss
 from replearn_kernels.engine.backends.triton import TritonBackend
 from replearn_kernels.engine.counters import count_work
+from replearn_kernels.triton_kernels.configs import Config, use_config
 
 INTERPRETED = triton.knobs.runtime.interpret
 interpreter = [

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from ..objectives import OBJECTIVES
-from .backends import KeptTiles, backend_class, make_backend
+from .backends import backend_class, make_backend
+from .backends.base import KeptTiles
 from .plan import Plan, make_plan
 from .problem import Problem, blocks, scale_of, statistics_dtype
 from .sweeps import Gradients, sums_over_columns, sweep_gradients, sweep_statistics
 from .validation import check_values
+
 
 def forward(
     query, keys, own, target, logit_scale, objective, parameters, reduction, backend, memory_budget, needs_grad

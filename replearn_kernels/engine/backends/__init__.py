@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from . import native
-from .base import Backend, KeptTiles
+from .base import Backend
 from .dense import CppBackend, TorchBackend
 
 BACKENDS: dict[str, type[Backend]] = {"torch": TorchBackend, "cpp": CppBackend}

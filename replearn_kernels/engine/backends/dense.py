@@ -10,7 +10,6 @@ from ..counters import count_product
 from ..problem import Problem, statistics_dtype
 from .base import Backend, tables_of, target_of
 
-
 # Rows a power of two apart fall into the same few cache sets, and W.T @ X reads W down its columns: at 1024 x 1024 and
 # d = 128 that product runs at 50 GFLOP/s a core without padding, and at 69 with it; at 1024 x 512 at 87.
 _ROW_PADDING = 16
