@@ -29,6 +29,18 @@ def test_opcheck(symmetric, reduction, memory_budget, own, backend):
     )
 
 
+@pytest.mark.parametrize("wanted", range(3))
+def test_opcheck_of_one_tile_where_not_all_is_needed(wanted, backend):
+    """Real and fake kernels agree on what is saved for (query, key, scale), whichever needs a gradient."""
+    inputs = [torch.randn(5, 6), torch.randn(5, 6), torch.tensor(2.0)]
+    inputs[wanted].requires_grad_()
+    query, key, scale = inputs
+    config = ("softmax", [1.0, 0.0], "mean", backend, 2**20, [i == wanted for i in range(3)])
+    torch.library.opcheck(
+        torch.ops.replearn_kernels.pair_loss.default, (query, [key], None, None, scale, *config)
+    )
+
+
 def test_opcheck_tile_passes():
     if not native.available():
         pytest.skip(native.why_missing())

@@ -97,10 +97,7 @@ def fake_forward(
     if plan.schedule == "row_chunks":
         problem = Problem.build(query, keys, own, target, 1.0, needs_grad)
         gradients = Gradients.zeros(problem, sums_over_columns(problem, needs_grad[0], needs_grad[-1]))
-        empty = query.new_empty(0)
-        saved = [empty.clone() if g is None else g for g in (gradients.query, *gradients.sources)]
-        scale_gradient = query.new_empty((), dtype=torch.float64) if needs_grad[-1] else empty
-        return loss, [*saved, scale_gradient]
+        return loss, _saved_gradients(problem, gradients, query.new_empty((), dtype=torch.float64), needs_grad)
     like = query.new_empty((), dtype=dtype)
     maker = OBJECTIVES[objective].from_parameters(parameters)
     row_table, column_table = maker.new_statistics(rows, keys[0].shape[0], like)
@@ -132,7 +129,8 @@ def _row_chunks(problem: Problem, plan: Plan, runner, needs_grad) -> tuple[Tenso
     """
     with_query = sums_over_columns(problem, needs_grad[0], needs_grad[-1])
     if plan.gradient_tile.rows == problem.rows and (results := runner.one_tile(problem, with_query)) is not None:
-        return results
+        losses, (*sums, scale_gradient) = results
+        return losses, [*sums, scale_gradient if needs_grad[-1] else problem.query.new_empty(0)]
     kept = KeptTiles(runner.new_kept(problem, plan.kept_elements))
     gradients = Gradients.zeros(problem, with_query)
     losses = []
@@ -144,13 +142,14 @@ def _row_chunks(problem: Problem, plan: Plan, runner, needs_grad) -> tuple[Tenso
         coefficients = runner.objective.coefficients(chunk, *statistics, torch.ones_like(losses[-1]))
         kept.rewind()
         sweep_gradients(chunk, plan, runner, kept, coefficients, gradients.of_rows(problem, rows))
-    return torch.cat(losses), _saved_gradients(problem, gradients, needs_grad)
+    scale_gradient = gradients.scale_gradient(problem) if needs_grad[-1] else None
+    return torch.cat(losses), _saved_gradients(problem, gradients, scale_gradient, needs_grad)
 
 
-def _saved_gradients(problem: Problem, gradients: Gradients, needs_grad) -> list[Tensor]:
-    empty = problem.query.new_empty(0)
-    scale_gradient = gradients.scale_gradient(problem) if needs_grad[-1] else empty
-    return [*(empty if g is None else g for g in (gradients.query, *gradients.sources)), scale_gradient]
+def _saved_gradients(problem: Problem, gradients: Gradients, scale_gradient: Tensor | None, needs_grad) -> list[Tensor]:
+    """The sums and the scale's gradient, an empty tensor of its own for each that is not needed."""
+    saved = (gradients.query, *gradients.sources, scale_gradient if needs_grad[-1] else None)
+    return [problem.query.new_empty(0) if tensor is None else tensor for tensor in saved]
 
 
 def _row_weights(grad_loss: Tensor, reduction: str, problem: Problem) -> tuple[Tensor, Tensor]:
