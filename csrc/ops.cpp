@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
       "softmax_weights_(Tensor s, Tensor(a!) out, float scale, Tensor? target, int first_column, "
       "Tensor row_coefficients, Tensor? column_coefficients) -> ()");
   m.def(
-      "softmax_one_tile(Tensor query, Tensor key, Tensor target, float scale, bool symmetric, "
+      "softmax_one_tile(Tensor query, Tensor key, Tensor? target, float scale, float share, bool symmetric, "
       "bool needs_query, bool needs_key) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   m.def("vector_exp(Tensor x) -> Tensor");

@@ -18,11 +18,11 @@ void softmax_statistics_(Tensor s, double scale, std::optional<Tensor> target, i
 void softmax_weights_(Tensor s, Tensor out, double scale, std::optional<Tensor> target, int64_t first_column,
                       Tensor row_coefficients, std::optional<Tensor> column_coefficients);
 
-// A whole problem of one tile: losses [N], and the sums W key [N, d] and W^T query [M, d] for the gradients of the
-// losses' sum (empty where not needed, at least one is), and
-// the gradient of the scale, read off either, in fp64. The passes above and what stands between them in one call: at 16 x 16 the
-// calls themselves are what takes time.
+// A whole problem of one tile: `share` times the sum of the rows' losses, and its gradients for query [N, d], key [M, d]
+// (empty where not needed, at least one is) and scale (0-d fp64). Without a target, row i's positive is column i. The
+// passes above and what stands between them in one call: at 16 x 16 the calls themselves are what takes time.
 std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_one_tile(
-    Tensor query, Tensor key, Tensor target, double scale, bool symmetric, bool needs_query, bool needs_key);
+    Tensor query, Tensor key, std::optional<Tensor> target, double scale, double share, bool symmetric,
+    bool needs_query, bool needs_key);
 
 }  // namespace replearn

@@ -7,7 +7,6 @@ shapes, so the plan never travels between them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from .columns import OwnColumns, Source
@@ -53,7 +52,6 @@ class TileShape(NamedTuple):
         return self
 
 
-@lru_cache(maxsize=1024)
 def make_plan(
     rows: int,
     widths: tuple[int, ...],

@@ -22,7 +22,7 @@ class Problem:
 
     query: Tensor  # [N, d]
     sources: tuple[Source, ...]
-    target: Tensor  # [N] int64
+    given_target: Tensor | None  # [N] int64; None: row i's positive is column i
     scale: float | Tensor
 
     @classmethod
@@ -34,9 +34,15 @@ class Problem:
         ]
         if own is not None:
             sources.append(OwnColumns(own, needs_grad[1 + len(keys)]))
-        if target is None:
-            target = torch.arange(query.shape[0], device=query.device)
-        return cls(_rows_contiguous(query), tuple(sources), target.contiguous(), scale)
+        target = None if target is None else target.contiguous()
+        return cls(_rows_contiguous(query), tuple(sources), target, scale)
+
+    @property
+    def target(self) -> Tensor:
+        """``[N]`` int64."""
+        if self.given_target is None:
+            self.given_target = torch.arange(self.rows, device=self.query.device)
+        return self.given_target
 
     @property
     def rows(self) -> int:

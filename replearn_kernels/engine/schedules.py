@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,13 +32,11 @@ def forward(
         plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
         problem = Problem.build(query, keys, own, target, scale_of(logit_scale), needs_grad)
         runner = make_backend(backend, OBJECTIVES[objective].from_parameters(parameters))
+        share = _share(problem.rows, reduction)
         if plan.schedule == "row_chunks":
-            losses, saved = _row_chunks(problem, plan, runner, needs_grad)
-        else:
-            losses, saved = _first_sweep(problem, plan, runner)
-        loss = losses
-        if reduction != "none":
-            loss = losses.mean() if reduction == "mean" and problem.rows else losses.sum()
+            return _row_chunks(problem, plan, runner, share, needs_grad)
+        losses, saved = _first_sweep(problem, plan, runner)
+        loss = losses if reduction == "none" else losses.sum() * share
         return loss, saved if any(needs_grad) else []
 
 
@@ -47,27 +46,18 @@ def backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients in the order of ``needs_grad``: query, keys, own, logit_scale; an empty tensor where none is due."""
     plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
-    scale = scale_of(logit_scale)
+    inputs = (query, *keys, logit_scale) if own is None else (query, *keys, own, logit_scale)
     with _on_device_of(query):
-        if plan.schedule == "row_chunks":
-            *sums, scale_gradient = saved
-            factor, multiply = grad_loss, torch.mul  # not in place: saved tensors may be needed again
+        if plan.schedule == "row_chunks":  # not in place: what was saved may be needed again
+            results = [gradient * grad_loss if needs else gradient for gradient, needs in zip(saved, needs_grad)]
         else:
-            problem = Problem.build(query, keys, own, target, scale, needs_grad)
+            problem = Problem.build(query, keys, own, target, scale_of(logit_scale), needs_grad)
             row_weights, factor = _row_weights(grad_loss, reduction, problem)
             runner = make_backend(backend, OBJECTIVES[objective].from_parameters(parameters))
             gradients = _second_sweep(problem, plan, runner, saved, row_weights, needs_grad)
-            scale_gradient = gradients.scale_gradient(problem) if needs_grad[-1] else None
-            sums, multiply = [gradients.query, *gradients.sources], Tensor.mul_
-    share = 1 / query.shape[0] if reduction == "mean" and query.shape[0] else 1
-    inputs = (query, *keys) if own is None else (query, *keys, own)
-    by_scale = factor * (scale * share)
-    results = [
-        multiply(gradient, by_scale).to(tensor.dtype) if needs else query.new_empty(0)
-        for tensor, gradient, needs in zip(inputs, sums, needs_grad)
-    ]
-    results.append((scale_gradient * (factor * share)).to(logit_scale.dtype) if needs_grad[-1] else query.new_empty(0))
-    return results
+            results = _results(problem, gradients, factor * _share(problem.rows, reduction), needs_grad)
+        return [result.to(tensor.dtype) if needs else query.new_empty(0)
+                for tensor, result, needs in zip(inputs, results, needs_grad)]
 
 
 def fake_backward(
@@ -87,7 +77,7 @@ def fake_forward(
 ) -> tuple[Tensor, list[Tensor]]:
     """What :func:`forward` returns, without the data."""
     plan = _plan(
-        query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad, make_plan.__wrapped__
+        query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad, _make_plan.__wrapped__
     )  # shapes may be symbols, which no cache can hold
     dtype = statistics_dtype(query.dtype)
     rows = query.shape[0]
@@ -97,7 +87,7 @@ def fake_forward(
     if plan.schedule == "row_chunks":
         problem = Problem.build(query, keys, own, target, 1.0, needs_grad)
         gradients = Gradients.zeros(problem, sums_over_columns(problem, needs_grad[0], needs_grad[-1]))
-        return loss, _saved_gradients(problem, gradients, query.new_empty((), dtype=torch.float64), needs_grad)
+        return loss, _results(problem, gradients, 1.0, needs_grad)
     like = query.new_empty((), dtype=dtype)
     maker = OBJECTIVES[objective].from_parameters(parameters)
     row_table, column_table = maker.new_statistics(rows, keys[0].shape[0], like)
@@ -122,15 +112,16 @@ def _second_sweep(problem: Problem, plan: Plan, runner, saved, row_weights, need
     return gradients
 
 
-def _row_chunks(problem: Problem, plan: Plan, runner, needs_grad) -> tuple[Tensor, list[Tensor]]:
+def _row_chunks(problem: Problem, plan: Plan, runner, share: float, needs_grad) -> tuple[Tensor, list[Tensor]]:
     """Both sweeps over one chunk of rows after another: every tile is formed once.
 
-    The gradients are those of the sum of the rows' losses; one upstream gradient scales them later.
+    The gradients saved are those under an upstream gradient of 1; the one that comes scales them later.
     """
     with_query = sums_over_columns(problem, needs_grad[0], needs_grad[-1])
-    if plan.gradient_tile.rows == problem.rows and (results := runner.one_tile(problem, with_query)) is not None:
-        losses, (*sums, scale_gradient) = results
-        return losses, [*sums, scale_gradient if needs_grad[-1] else problem.query.new_empty(0)]
+    if plan.gradient_tile.rows == problem.rows:
+        if (results := runner.one_tile(problem, share, with_query)) is not None:
+            loss, gradients = results
+            return loss, [g if needs else problem.query.new_empty(0) for g, needs in zip(gradients, needs_grad)]
     kept = KeptTiles(runner.new_kept(problem, plan.kept_elements))
     gradients = Gradients.zeros(problem, with_query)
     losses = []
@@ -142,14 +133,25 @@ def _row_chunks(problem: Problem, plan: Plan, runner, needs_grad) -> tuple[Tenso
         coefficients = runner.objective.coefficients(chunk, *statistics, torch.ones_like(losses[-1]))
         kept.rewind()
         sweep_gradients(chunk, plan, runner, kept, coefficients, gradients.of_rows(problem, rows))
-    scale_gradient = gradients.scale_gradient(problem) if needs_grad[-1] else None
-    return torch.cat(losses), _saved_gradients(problem, gradients, scale_gradient, needs_grad)
+    return torch.cat(losses).sum() * share, _results(problem, gradients, share, needs_grad)
 
 
-def _saved_gradients(problem: Problem, gradients: Gradients, scale_gradient: Tensor | None, needs_grad) -> list[Tensor]:
-    """The sums and the scale's gradient, an empty tensor of its own for each that is not needed."""
-    saved = (gradients.query, *gradients.sources, scale_gradient if needs_grad[-1] else None)
-    return [problem.query.new_empty(0) if tensor is None else tensor for tensor in saved]
+def _share(rows: int, reduction: str) -> float:
+    """Of a row in the loss."""
+    return 1 / rows if reduction == "mean" and rows else 1.0
+
+
+def _results(problem: Problem, gradients: Gradients, factor: float | Tensor, needs_grad) -> list[Tensor]:
+    """Gradients for queries, sources and scale: the sums, in place, times ``factor`` (and the scale).
+
+    An empty tensor of its own for each that is not needed.
+    """
+    scale_gradient = gradients.scale_gradient(problem) * factor if needs_grad[-1] else None
+    by_scale = factor * problem.scale
+    results = [
+        sums.mul_(by_scale) if needs else None for sums, needs in zip((gradients.query, *gradients.sources), needs_grad)
+    ]
+    return [problem.query.new_empty(0) if tensor is None else tensor for tensor in (*results, scale_gradient)]
 
 
 def _row_weights(grad_loss: Tensor, reduction: str, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -166,26 +168,37 @@ def _row_weights(grad_loss: Tensor, reduction: str, problem: Problem) -> tuple[T
     return grad_loss / factor, factor
 
 
-def _plan(
-    query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad, make=make_plan
-) -> Plan:
-    kind = backend_class(backend)
+def _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad, make=None) -> Plan:
     widths = [key.shape[0] for key in keys] + ([] if own is None else [own.shape[1]])
-    needs_columns = OBJECTIVES[objective].from_parameters(parameters).needs_columns
+    make = _make_plan if make is None else make
     return make(
-        query.shape[0], tuple(widths), query.shape[1],
-        itemsize=statistics_dtype(query.dtype).itemsize if kind.keeps_tiles else 0,
-        tile_shapes=tuple(kind.tile_shape(sweep, query) for sweep in ("statistics", "gradients")),
-        memory_budget=memory_budget,
-        needs_grad=any(needs_grad),
-        one_gradient=reduction != "none",
-        needs_columns=needs_columns,
+        query.shape[0], tuple(widths), query.shape[1], query.dtype, query.device.type, objective, tuple(parameters),
+        reduction != "none", backend, memory_budget, True in needs_grad,
     )  # fmt: skip
 
 
-def _on_device_of(query: Tensor) -> ExitStack:
+@lru_cache(maxsize=1024)
+def _make_plan(
+    rows, widths, d, dtype, device, objective, parameters, one_gradient, backend, memory_budget, needs_grad
+) -> Plan:
+    kind = backend_class(backend)
+    return make_plan(
+        rows, widths, d,
+        itemsize=statistics_dtype(dtype).itemsize if kind.keeps_tiles else 0,
+        tile_shapes=tuple(kind.tile_shape(sweep, d, dtype, device) for sweep in ("statistics", "gradients")),
+        memory_budget=memory_budget,
+        needs_grad=needs_grad,
+        one_gradient=one_gradient,
+        needs_columns=OBJECTIVES[objective].from_parameters(parameters).needs_columns,
+    )  # fmt: skip
+
+
+def _on_device_of(query: Tensor) -> AbstractContextManager:
     """The features' GPU as the current one, and products of the dtype chosen for them, whatever autocast says."""
-    stack, device = ExitStack(), query.device.type
+    device = query.device.type
+    if device == "cpu" and not torch.is_autocast_enabled(device):
+        return nullcontext()
+    stack = ExitStack()
     if device == "cuda":
         stack.enter_context(torch.cuda.device_of(query))
     if torch.is_autocast_enabled(device):

@@ -45,10 +45,10 @@ class Backend(ABC):
 
     @staticmethod
     @abstractmethod
-    def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
         """Most rows and columns of a tile in the sweep "statistics" or "gradients".
 
-        The same for both where tiles are kept. Reads only the query's shape, dtype and device.
+        The same for both where tiles are kept. ``d``, ``dtype`` and ``device``: of the features.
         """
 
     @abstractmethod
@@ -79,10 +79,11 @@ class Backend(ABC):
         """An uninitialised buffer for kept similarities."""
         return problem.query.new_empty(elements, dtype=problem.statistics_dtype)
 
-    def one_tile(self, problem: Problem, needs_query: bool) -> tuple[Tensor, list[Tensor]] | None:
+    def one_tile(self, problem: Problem, share: float, needs_query: bool) -> tuple[Tensor, list[Tensor]] | None:
         """A small problem at once, if the backend has a single call for it.
 
-        Losses, and ``W Y``, ``W.T X`` per source, and the scale's gradient: empty tensors where none is needed.
+        ``share`` times the sum of the losses, and its gradients for query, sources and scale: empty tensors where
+        none is needed.
         """
         return None
 

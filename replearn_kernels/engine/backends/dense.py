@@ -26,9 +26,9 @@ class TorchBackend(Backend):
         self._buffer: Tensor | None = None
 
     @staticmethod
-    def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
         # On a GPU a tile has to fill the machine; on a CPU it has to stay in the caches.
-        return (1024, 512) if query.device.type == "cpu" else (4096, 4096)
+        return (1024, 512) if device == "cpu" else (4096, 4096)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return statistics_dtype(dtype)
@@ -71,10 +71,10 @@ class CppBackend(TorchBackend):
     name = "cpp"
 
     @staticmethod
-    def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
         # The three products of N = 8,192 on two cores: d = 128: 0.30 s at 2048 x 512, 0.33 s at 2048 x 1024;
         # d = 512: 1.20 s and 1.13 s, where one tile of 8 MB is still small beside the gradients.
-        return 2048, 512 if query.shape[1] < 256 else 1024
+        return 2048, 512 if d < 256 else 1024
 
     @property
     def _statistics_pass(self):
@@ -89,7 +89,7 @@ class CppBackend(TorchBackend):
         torch.ops.replearn_kernels.advise_huge_pages_.default(buffer)
         return buffer
 
-    def one_tile(self, problem: Problem, needs_query: bool) -> tuple[Tensor, list[Tensor]] | None:
+    def one_tile(self, problem: Problem, share: float, needs_query: bool) -> tuple[Tensor, list[Tensor]] | None:
         source, *others = problem.sources
         parameters = self.objective.one_tile_parameters
         if others or parameters is None or problem.query.dtype != problem.statistics_dtype:
@@ -97,8 +97,12 @@ class CppBackend(TorchBackend):
         if not (needs_query or source.needs_grad):
             return None
         count_product(problem.query, source.width * (1 + needs_query + source.needs_grad))
-        native = getattr(torch.ops.replearn_kernels, f"{self.objective.name}_one_tile").default
-        losses, *sums = native(
-            problem.query, source.features, problem.target, problem.scale, *parameters, needs_query, source.needs_grad
-        )
-        return losses, sums
+        loss, *gradients = self._one_tile_pass(
+            problem.query, source.features, problem.given_target, problem.scale, share,
+            *parameters, needs_query, source.needs_grad,
+        )  # fmt: skip
+        return loss, gradients
+
+    @property
+    def _one_tile_pass(self):
+        return getattr(torch.ops.replearn_kernels, f"{self.objective.name}_one_tile").default

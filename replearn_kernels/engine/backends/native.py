@@ -30,9 +30,9 @@ def _register_fakes() -> None:
     torch.library.register_fake("replearn_kernels::vector_exp", torch.empty_like)
 
 
-def _fake_one_tile(query, key, target, scale, symmetric, needs_query, needs_key):
+def _fake_one_tile(query, key, target, scale, share, symmetric, needs_query, needs_key):
     return (
-        query.new_empty(query.shape[0]),
+        query.new_empty(()),
         query.new_empty(query.shape if needs_query else 0),
         key.new_empty(key.shape if needs_key else 0),
         query.new_empty((), dtype=torch.float64),

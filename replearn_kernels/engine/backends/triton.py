@@ -36,13 +36,13 @@ class TritonBackend(Backend):
         self._partials: tuple[Tensor, ...] = ()
 
     @staticmethod
-    def tile_shape(sweep: str, query: Tensor) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
         if sweep == "statistics":
             # Partial statistics of a tile take 17 MB; merging them, 4 % of the time of its product (modelled).
             return 16384, 16384
-        if query.shape[1] <= FUSED_WIDTH:
+        if d <= FUSED_WIDTH:
             return 65536, 65536  # no buffer: as many rows as fill any GPU
-        return 4096, _WEIGHTS_BYTES // (4096 * query.element_size())  # W stays in L2
+        return 4096, _WEIGHTS_BYTES // (4096 * dtype.itemsize)  # W stays in L2
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
