@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/memory.h"
+#include "cpu/sigmoid_tile.h"
 #include "cpu/softmax_tile.h"
 #include "cpu/tile_operators.h"
 
@@ -14,17 +15,24 @@ namespace {
 
 using torch::stable::Tensor;
 
-// exp as the tile passes compute it, for the test of its error.
+template <typename T>
+Tensor map(const Tensor& x, void (*function)(const T*, T*, int64_t)) {
+  Tensor out = torch::stable::empty_like(x);
+  function(static_cast<const T*>(x.const_data_ptr()), static_cast<T*>(out.mutable_data_ptr()), x.numel());
+  return out;
+}
+
+// exp and log1p as the tile passes compute them, for the tests of their error.
 Tensor vector_exp(Tensor x) {
   x = torch::stable::contiguous(x);
-  Tensor out = torch::stable::empty_like(x);
-  if (replearn::is_double(x))
-    replearn::instruction_set().f64.exp(
-        static_cast<const double*>(x.const_data_ptr()), static_cast<double*>(out.mutable_data_ptr()), x.numel());
-  else
-    replearn::instruction_set().f32.exp(
-        static_cast<const float*>(x.const_data_ptr()), static_cast<float*>(out.mutable_data_ptr()), x.numel());
-  return out;
+  const auto& set = replearn::instruction_set();
+  return replearn::is_double(x) ? map<double>(x, set.f64.exp) : map<float>(x, set.f32.exp);
+}
+
+Tensor vector_log1p(Tensor x) {
+  x = torch::stable::contiguous(x);
+  const auto& set = replearn::instruction_set();
+  return replearn::is_double(x) ? map<double>(x, set.f64.log1p) : map<float>(x, set.f32.log1p);
 }
 
 std::string instruction_set_name() { return replearn::instruction_set().name; }
@@ -32,26 +40,35 @@ std::string instruction_set_name() { return replearn::instruction_set().name; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
-  m.def(
-      "softmax_statistics_(Tensor s, float scale, Tensor? target, int first_column, "
-      "Tensor(a!) row_table, Tensor(b!)? column_table) -> ()");
-  m.def(
-      "softmax_weights_(Tensor s, Tensor(a!) out, float scale, Tensor? target, int first_column, "
-      "Tensor row_coefficients, Tensor? column_coefficients) -> ()");
+  // A tile's passes: what is known of its pairs, what the family wants to know beyond that, and its tables.
+#define PAIRS                                                                                      \
+  "float scale, float bias, Tensor? target, Tensor? row_group, Tensor? column_group, int first_column, " \
+  "bool diagonal, "
+  m.def("softmax_statistics_(Tensor(a!) s, " PAIRS
+        "bool target_apart, bool groups_ignored, Tensor(b!) row_table, Tensor(c!)? column_table) -> ()");
+  m.def("softmax_weights_(Tensor(a!) s, Tensor(b!) out, " PAIRS
+        "bool target_apart, bool groups_ignored, Tensor row_coefficients, Tensor? column_coefficients) -> ()");
+  m.def("sigmoid_statistics_(Tensor s, " PAIRS "Tensor(a!) row_table, Tensor? column_table) -> ()");
+  m.def("sigmoid_weights_(Tensor s, Tensor(a!) out, " PAIRS "Tensor(b!) row_table, Tensor? column_table) -> ()");
+#undef PAIRS
   m.def(
       "softmax_one_tile(Tensor query, Tensor key, Tensor? target, float scale, float share, bool symmetric, "
       "bool needs_query, bool needs_key) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   m.def("vector_exp(Tensor x) -> Tensor");
+  m.def("vector_log1p(Tensor x) -> Tensor");
   m.def("instruction_set() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("softmax_statistics_", TORCH_BOX(&replearn::softmax_statistics_));
   m.impl("softmax_weights_", TORCH_BOX(&replearn::softmax_weights_));
+  m.impl("sigmoid_statistics_", TORCH_BOX(&replearn::sigmoid_statistics_));
+  m.impl("sigmoid_weights_", TORCH_BOX(&replearn::sigmoid_weights_));
   m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));
   m.impl("advise_huge_pages_", TORCH_BOX(&replearn::advise_huge_pages_));
   m.impl("vector_exp", TORCH_BOX(&vector_exp));
+  m.impl("vector_log1p", TORCH_BOX(&vector_log1p));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CompositeExplicitAutograd, m) {

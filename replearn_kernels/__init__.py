@@ -1,7 +1,28 @@
 """Fused losses for representation learning: all pairs of a batch, tile by tile, never the N x N matrix."""
 
 from .engine.counters import count_work
-from .functional import clip_loss, info_nce_loss
+from .functional import (
+    arcface_loss,
+    clip_loss,
+    cosface_loss,
+    info_nce_loss,
+    n_pair_loss,
+    nt_xent_loss,
+    siglip_loss,
+    sup_con_loss,
+)
 from .losses import ClipLoss, InfoNCELoss
 
-__all__ = ["ClipLoss", "InfoNCELoss", "clip_loss", "count_work", "info_nce_loss"]
+__all__ = [
+    "ClipLoss",
+    "InfoNCELoss",
+    "arcface_loss",
+    "clip_loss",
+    "cosface_loss",
+    "count_work",
+    "info_nce_loss",
+    "n_pair_loss",
+    "nt_xent_loss",
+    "siglip_loss",
+    "sup_con_loss",
+]

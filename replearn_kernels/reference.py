@@ -6,47 +6,97 @@ library exists to save.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .engine.problem import Inputs, statistics_dtype
+from .objectives import MarginSoftmax, Softmax
 
-def info_nce_loss(
-    query: Tensor,
-    key: Tensor,
-    own: Tensor | None,
-    queue: Tensor | None,
-    target: Tensor | None,
-    logit_scale: Tensor,
-    symmetric: bool,
-    label_smoothing: float,
-    reduction: str,
-) -> Tensor:
+
+def softmax_loss(inputs: Inputs, objective: Softmax, reduction: str) -> Tensor:
     """Cross entropy of every row over keys, queue and own negatives; symmetric: averaged with the columns'."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    query, key = query.to(dtype), key.to(dtype)
+    query, key, *_ = _features(inputs)
     rows = torch.arange(len(query), device=query.device)
-    target = rows if target is None else target
-    logits = query @ key.t()
-    columns = [logits]
-    if queue is not None:
-        columns.append(query @ queue.to(dtype).t())
-    if own is not None:
-        columns.append(torch.einsum("nd,nkd->nk", query, own.to(dtype)))
-    loss = _cross_entropy(logit_scale * torch.cat(columns, dim=1), target, label_smoothing)
-    if symmetric:
-        by_column = logit_scale * logits.t()[target]
-        loss = (loss + _cross_entropy(by_column, rows, label_smoothing)) / 2
+    target = rows if inputs.target is None else inputs.target
+    logits = inputs.logit_scale * query @ key.t()
+    if objective.groups_ignored:
+        ignored = (inputs.row_group.unsqueeze(1) == inputs.column_group).scatter(1, target.unsqueeze(1), False)
+        logits = logits.masked_fill(ignored, -torch.inf)
+    loss = _cross_entropy(torch.cat([logits, *_negative_logits(inputs)], dim=1), target, objective.label_smoothing)
+    if objective.symmetric:
+        by_column = _cross_entropy(logits.t()[target], rows, objective.label_smoothing)
+        loss = (loss + by_column) / 2
     return reduce(loss, reduction)
+
+
+def siglip_loss(inputs: Inputs, reduction: str) -> Tensor:
+    """Binary cross entropy of every pair, summed over each row."""
+    query, key = _features(inputs)
+    logits = inputs.logit_scale * query @ key.t()
+    if inputs.logit_bias is not None:
+        logits = logits + inputs.logit_bias
+    if inputs.row_group is None:
+        positive = torch.eye(len(query), device=query.device, dtype=torch.bool)
+    else:
+        positive = inputs.row_group.unsqueeze(1) == inputs.column_group
+    return reduce(-F.logsigmoid(torch.where(positive, logits, -logits)).sum(1), reduction)
+
+
+def sup_con_loss(inputs: Inputs, reduction: str) -> Tensor:
+    """Log of the softmax over the other rows, averaged over each row's positives; the mean is over rows with one."""
+    (z,) = _features(inputs)
+    itself = torch.eye(len(z), device=z.device, dtype=torch.bool)
+    positive = (inputs.row_group.unsqueeze(1) == inputs.row_group) & ~itself
+    counts = positive.sum(1)
+    logits = (inputs.logit_scale * z @ z.t()).masked_fill(itself, torch.finfo(z.dtype).min)
+    log_softmax = F.log_softmax(logits, dim=1)
+    loss = -(log_softmax * positive).sum(1) / counts.clamp(min=1)
+    return reduce(loss, reduction, (counts > 0).sum())
+
+
+def margin_loss(inputs: Inputs, objective: MarginSoftmax, reduction: str) -> Tensor:
+    """Cross entropy over cosines, the true class's with the margin."""
+    query, weight = _features(inputs)
+    cosine = query @ F.normalize(weight, dim=1).t()
+    true = cosine.gather(1, inputs.target.unsqueeze(1))
+    m = objective.margin
+    if objective.angular:
+        sine = ((1 - true) * (1 + true)).clamp(min=torch.finfo(true.dtype).eps).sqrt()
+        phi = torch.where(true > -math.cos(m), true * math.cos(m) - sine * math.sin(m), true - m * math.sin(m))
+    else:
+        phi = true - m
+    logits = inputs.logit_scale * cosine.scatter(1, inputs.target.unsqueeze(1), phi)
+    return reduce(_cross_entropy(logits, inputs.target, 0.0), reduction)
+
+
+def _features(inputs: Inputs) -> list[Tensor]:
+    """Rows and keys in the dtype of the statistics."""
+    dtype = statistics_dtype(inputs.query.dtype)
+    return [features.to(dtype) for features in (inputs.query, *inputs.keys)]
+
+
+def _negative_logits(inputs: Inputs) -> list[Tensor]:
+    """Of a queue and of own negatives."""
+    query, _, *queue = _features(inputs)
+    logits = [inputs.logit_scale * query @ features.t() for features in queue]
+    if inputs.own is not None:
+        logits.append(inputs.logit_scale * torch.einsum("nd,nkd->nk", query, inputs.own.to(query.dtype)))
+    return logits
 
 
 def _cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
 
 
-def reduce(losses: Tensor, reduction: str) -> Tensor:
-    """"mean" | "sum" | "none"; the mean over no rows is 0."""
+def reduce(losses: Tensor, reduction: str, count: int | Tensor | None = None) -> Tensor:
+    """"mean" (over ``count`` rows; default all) | "sum" | "none"; the mean over no rows is 0."""
     if reduction == "none":
         return losses
-    total = losses.sum()
-    return total / max(losses.numel(), 1) if reduction == "mean" else total
+    if reduction == "sum":
+        return losses.sum()
+    if isinstance(count, Tensor):
+        return losses.sum() / count.clamp(min=1)
+    return losses.sum() / max(losses.numel(), 1)

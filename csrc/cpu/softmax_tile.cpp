@@ -14,26 +14,27 @@ namespace replearn {
 
 namespace {
 
-// Rows whose column statistics are one partial. Fixed, so that the order of every sum, and with it the bits of the
-// result, does not depend on the number of threads. 64 rows of 2,048 columns are 512 KiB: both readings of the slab
-// find it in the L2 cache.
-constexpr int64_t kSlabRows = 64;
+template <typename T>
+Statistics<T> at(Statistics<T> of, int64_t first) {
+  return {of.max + first, of.sum + first, of.positive + first};
+}
 
 template <typename T>
-void fold_statistics(const Tile<T>& tile, SumExp<T> rows, T* positive, SumExp<T> columns) {
-  const auto& kernels = kernels_of<T>();
-  const int64_t slabs = (tile.rows + kSlabRows - 1) / kSlabRows, padded = padded_columns(tile.columns);
-  std::unique_ptr<T[]> partials;
-  if (columns.max) partials.reset(new T[2 * slabs * padded]);
+Coefficients<T> at(Coefficients<T> of, int64_t first) {
+  return {of.max + first, of.log_sum + first, of.weight + first, of.positive + first, of.offset + first};
+}
 
-  parallel(slabs, kSlabRows * tile.columns, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t first = k * kSlabRows;
-      T* partial = partials ? partials.get() + 2 * k * padded : nullptr;
-      kernels.softmax_statistics(
-          rows_of(tile, first, std::min(kSlabRows, tile.rows - first)), {rows.max + first, rows.sum + first},
-          positive + first, {partial, partial ? partial + padded : nullptr});
-    }
+template <typename T>
+void fold_statistics(const Tile<T>& tile, SoftmaxRoles roles, Statistics<T> rows, Statistics<T> columns) {
+  const auto& kernels = kernels_of<T>();
+  const int64_t slabs = slabs_of(tile.rows), padded = padded_columns(tile.columns), step = (columns.positive ? 3 : 2) * padded;
+  std::unique_ptr<T[]> partials;
+  if (columns.max) partials.reset(new T[slabs * step]);
+  for_slabs(tile, [&](int64_t k, int64_t first, const Tile<T>& slab) {
+    T* partial = partials ? partials.get() + k * step : nullptr;
+    Statistics<T> of_columns{};
+    if (partial) of_columns = {partial, partial + padded, columns.positive ? partial + 2 * padded : nullptr};
+    kernels.softmax_statistics(slab, roles, at(rows, first), of_columns);
   });
   if (!columns.max) return;
   parallel(padded / kPadding, slabs * kPadding, [&](int64_t begin, int64_t end) {
@@ -43,52 +44,48 @@ void fold_statistics(const Tile<T>& tile, SumExp<T> rows, T* positive, SumExp<T>
 }
 
 template <typename T>
-void form_weights(const Tile<T>& tile, T* out, int64_t out_stride, Coefficients<T> rows, const T* positive_weight,
+void form_weights(const Tile<T>& tile, SoftmaxRoles roles, T* out, int64_t out_stride, Coefficients<T> rows,
                   Coefficients<T> columns) {
-  const int64_t slabs = (tile.rows + kSlabRows - 1) / kSlabRows;
-  parallel(slabs, kSlabRows * tile.columns, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t first = k * kSlabRows;
-      kernels_of<T>().softmax_weights(
-          rows_of(tile, first, std::min(kSlabRows, tile.rows - first)), out + first * out_stride, out_stride,
-          {rows.max + first, rows.log_sum + first, rows.weight + first, rows.offset + first}, positive_weight + first,
-          columns);
-    }
+  for_slabs(tile, [&](int64_t, int64_t first, const Tile<T>& slab) {
+    kernels_of<T>().softmax_weights(slab, roles, out + first * out_stride, out_stride, at(rows, first), columns);
   });
 }
 
 template <typename T>
-void statistics(const Tensor& s, double scale, const std::optional<Tensor>& target, int64_t first_column,
-                const Tensor& row_table, const std::optional<Tensor>& column_table) {
-  const Tile<T> tile = tile_of<T>(s, scale, target, first_column);
+void statistics(const Tensor& s, const Pairs& pairs, SoftmaxRoles roles, const Tensor& row_table,
+                const std::optional<Tensor>& column_table) {
+  const Tile<T> tile = tile_of<T>(s, pairs);
   const Table<T> rows(row_table, "row_table", 3, tile.rows);
-  SumExp<T> columns{};
+  Statistics<T> columns{};
   if (column_table) {
-    const Table<T> table(*column_table, "column_table", 2, tile.columns);
-    columns = {table[0], table[1]};
+    const bool positives = column_table->dim() == 2 && column_table->size(0) == 3;
+    const Table<T> table(*column_table, "column_table", positives ? 3 : 2, tile.columns);
+    columns = {table[0], table[1], positives ? table[2] : nullptr};
   }
-  fold_statistics(tile, {rows[0], rows[1]}, rows[2], columns);
+  fold_statistics(tile, roles, {rows[0], rows[1], rows[2]}, columns);
 }
 
 template <typename T>
-void weights(const Tensor& s, const Tensor& out, double scale, const std::optional<Tensor>& target, int64_t first_column,
-             const Tensor& row_table, const std::optional<Tensor>& column_table) {
-  const Tile<T> tile = tile_of<T>(s, scale, target, first_column);
+Coefficients<T> coefficients(const Tensor& t, const char* name, int64_t count) {
+  const Table<T> table(t, name, 5, count);
+  return {table[0], table[1], table[2], table[3], table[4]};
+}
+
+template <typename T>
+void weights(const Tensor& s, const Tensor& out, const Pairs& pairs, SoftmaxRoles roles, const Tensor& row_table,
+             const std::optional<Tensor>& column_table) {
+  const Tile<T> tile = tile_of<T>(s, pairs);
   check_matrix<T>(out, "out", tile.rows, tile.columns);
-  const Table<T> rows(row_table, "row_coefficients", 5, tile.rows);
   Coefficients<T> columns{};
-  if (column_table) {
-    const Table<T> table(*column_table, "column_coefficients", 4, tile.columns);
-    columns = {table[0], table[1], table[2], table[3]};
-  }
-  form_weights(tile, static_cast<T*>(out.mutable_data_ptr()), out.stride(0), {rows[0], rows[1], rows[2], rows[4]},
-               rows[3], columns);
+  if (column_table) columns = coefficients<T>(*column_table, "column_coefficients", tile.columns);
+  form_weights(tile, roles, static_cast<T*>(out.mutable_data_ptr()), out.stride(0),
+               coefficients<T>(row_table, "row_coefficients", tile.rows), columns);
 }
 
 // The sum of the losses and, in place, W of the products s: the passes above with the O(N) combination between them.
 template <typename T>
 double whole(Tensor& s, const std::optional<Tensor>& target, double scale, bool symmetric) {
-  Tile<T> tile = tile_of<T>(s, scale, target, 0);
+  Tile<T> tile = tile_of<T>(s, {scale, 0, target, {}, {}, 0, false});
   const int64_t n = tile.rows, m = tile.columns;
   std::vector<int64_t> diagonal(target ? 0 : n);
   if (!target) {
@@ -97,10 +94,11 @@ double whole(Tensor& s, const std::optional<Tensor>& target, double scale, bool 
   }
   std::vector<T> row(5 * n, 0), column(symmetric ? 4 * m : 0, 0);
   T *max = row.data(), *sum = max + n, *positive = sum + n, *weight = positive + n, *zero = weight + n;
-  T *column_max = column.data(), *column_sum = column_max + m, *column_weight = column_sum + m;
+  T *column_max = column.data(), *column_sum = column_max + m, *column_weight = column_sum + m, *column_zero = column_weight + m;
   std::fill_n(max, n, std::numeric_limits<T>::lowest());
   if (symmetric) std::fill_n(column_max, m, std::numeric_limits<T>::lowest());
-  fold_statistics(tile, {max, sum}, positive, symmetric ? SumExp<T>{column_max, column_sum} : SumExp<T>{});
+  fold_statistics(tile, {}, {max, sum, positive},
+                  symmetric ? Statistics<T>{column_max, column_sum, nullptr} : Statistics<T>{});
 
   const T share = symmetric ? T(0.5) : T(1);  // of each direction in a row's loss
   double total = 0;
@@ -117,8 +115,9 @@ double whole(Tensor& s, const std::optional<Tensor>& target, double scale, bool 
     total += share * loss;
   }
   std::fill_n(positive, n, T(1));  // from here on the positive's weight
-  form_weights(tile, static_cast<T*>(s.mutable_data_ptr()), tile.stride, {max, sum, weight, zero}, positive,
-               symmetric ? Coefficients<T>{column_max, column_sum, column_weight, column_weight + m} : Coefficients<T>{});
+  Coefficients<T> columns{};
+  if (symmetric) columns = {column_max, column_sum, column_weight, column_zero, column_zero};
+  form_weights(tile, {}, tile.s, tile.stride, {max, sum, weight, positive, zero}, columns);
   return total;
 }
 
@@ -166,20 +165,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> one_tile(const Tensor& query, const T
 
 }  // namespace
 
-void softmax_statistics_(Tensor s, double scale, std::optional<Tensor> target, int64_t first_column,
-                         Tensor row_table, std::optional<Tensor> column_table) {
-  if (is_double(s))
-    statistics<double>(s, scale, target, first_column, row_table, column_table);
-  else
-    statistics<float>(s, scale, target, first_column, row_table, column_table);
+void softmax_statistics_(Tensor s, double scale, double bias, std::optional<Tensor> target,
+                         std::optional<Tensor> row_group, std::optional<Tensor> column_group, int64_t first_column,
+                         bool diagonal, bool target_apart, bool groups_ignored, Tensor row_table,
+                         std::optional<Tensor> column_table) {
+  const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
+  const auto run = is_double(s) ? statistics<double> : statistics<float>;
+  run(s, pairs, {target_apart, groups_ignored}, row_table, column_table);
 }
 
-void softmax_weights_(Tensor s, Tensor out, double scale, std::optional<Tensor> target, int64_t first_column,
-                      Tensor row_coefficients, std::optional<Tensor> column_coefficients) {
-  if (is_double(s))
-    weights<double>(s, out, scale, target, first_column, row_coefficients, column_coefficients);
-  else
-    weights<float>(s, out, scale, target, first_column, row_coefficients, column_coefficients);
+void softmax_weights_(Tensor s, Tensor out, double scale, double bias, std::optional<Tensor> target,
+                      std::optional<Tensor> row_group, std::optional<Tensor> column_group, int64_t first_column,
+                      bool diagonal, bool target_apart, bool groups_ignored, Tensor row_coefficients,
+                      std::optional<Tensor> column_coefficients) {
+  const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
+  const auto run = is_double(s) ? weights<double> : weights<float>;
+  run(s, out, pairs, {target_apart, groups_ignored}, row_coefficients, column_coefficients);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_one_tile(

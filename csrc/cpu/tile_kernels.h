@@ -1,43 +1,61 @@
-// The tile passes on raw pointers: what the operators (tile_operators.cpp) call, and each instruction set provides.
+// The tile passes on raw pointers: what the operators (*_tile.cpp) call, and each instruction set provides.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace replearn {
 
-// One tile of products s[rows, columns], row-major with leading dimension `stride`.
+// Group ids, as wide as the tile's entries, so that a vector of them matches a vector of similarities.
+template <typename T>
+using Group = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// One tile of products s[rows, columns], row-major with leading dimension `stride`, and what is known of its pairs.
 template <typename T>
 struct Tile {
-  const T* s;
+  T* s;
   int64_t stride, rows, columns;
-  T sign, steepness;      // of the logit scale: v = sign * s, logit = steepness * v
+  T scale, bias;          // logit = scale * s + bias
+  T sign, steepness;      // of the scale: v = sign * s, scaled by steepness > 0
   const int64_t* target;  // [rows] or null: the column of each row's positive, counted from the source's first
   int64_t first_column;   // the tile's, counted the same way
+  const Group<T>*row_group, *column_group;  // [rows] and [columns], or null
+  bool diagonal;                            // rows and columns are the same: the pairs (i, i) do not count
+  int64_t first_row;                        // of these rows in the whole tile, for its diagonal
 };
 
 // The quantities of the softmax family, each a contiguous array over the tile's rows or columns; what they mean
-// stands in replearn_kernels/objectives/softmax.py.
+// stands in replearn_kernels/objectives/softmax.py. Null where there are none.
 template <typename T>
-struct SumExp {
-  T *max, *sum;
+struct Statistics {
+  T *max, *sum, *positive;
 };
 template <typename T>
 struct Coefficients {
-  const T *max, *log_sum, *weight, *offset;
+  const T *max, *log_sum, *weight, *positive, *offset;
+};
+
+// What the softmax family makes of positives beyond the usual.
+struct SoftmaxRoles {
+  bool target_apart;    // the target's entry is no part of the sums, and its W is given
+  bool groups_ignored;  // pairs of a group are left out, but for the target; otherwise they are the positives
 };
 
 template <typename T>
 struct TileKernels {
-  // Folds the tile into its rows' (max, sum, positive), and sets `partial` to its columns' (max, sum) if not null.
+  // Folds the tile into its rows' statistics, and sets `partial` to its columns' if not null. Masks the tile.
   // The arrays of `partial` have room for a whole last vector (padded_columns).
-  void (*softmax_statistics)(const Tile<T>&, SumExp<T> rows, T* positive, SumExp<T> partial);
-  // Folds `count` partials of columns [begin, end), `padded` apart, into the columns' (max, sum), in order.
+  void (*softmax_statistics)(const Tile<T>&, SoftmaxRoles, Statistics<T> rows, Statistics<T> partial);
+  // Folds `count` partials of columns [begin, end), each `quantities` arrays of `padded`, into the columns', in order.
   void (*softmax_merge)(const T* partials, int64_t count, int64_t padded, int64_t begin, int64_t end, T steepness,
-                        SumExp<T> columns);
+                        Statistics<T> columns);
   // out = dL/dl of the tile; `columns.max` null: no column direction. `out` may be the tile itself.
   void (*softmax_weights)(
-      const Tile<T>&, T* out, int64_t out_stride, Coefficients<T> rows, const T* positive_weight, Coefficients<T> columns);
+      const Tile<T>&, SoftmaxRoles, T* out, int64_t out_stride, Coefficients<T> rows, Coefficients<T> columns);
+  // Adds every row's loss to loss[rows] and its sum of W to weight_sum[rows]; writes weight[i] W unless `out` is null.
+  void (*sigmoid)(const Tile<T>&, T* out, int64_t out_stride, const T* weight, T* loss, T* weight_sum);
   void (*exp)(const T* x, T* out, int64_t count);
+  void (*log1p)(const T* x, T* out, int64_t count);
 };
 
 // All arrays that a kernel may write whole vectors to are padded to this many elements.

@@ -47,18 +47,37 @@ void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t colum
   STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must have adjacent columns");
 }
 
+// A contiguous vector of `count` integers, one per row or column of the tile; null if there is none.
+template <typename I>
+const I* vector_of(const std::optional<Tensor>& t, const char* name, const char* of, int64_t count) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == (sizeof(I) == 4 ? ScalarType::Int : ScalarType::Long) &&
+                      t->dim() == 1 && t->size(0) == count && (count <= 1 || t->stride(0) == 1),
+                  name, " must be a contiguous int", 8 * sizeof(I), " CPU tensor with one entry per ", of, " of s");
+  return static_cast<const I*>(t->const_data_ptr());
+}
+
+// What the operators know of a tile's pairs besides the products (engine/backends/base.py: Pairs).
+struct Pairs {
+  double scale, bias;
+  std::optional<Tensor> target, row_group, column_group;
+  int64_t first_column;
+  bool diagonal;
+};
+
 template <typename T>
-Tile<T> tile_of(const Tensor& s, double scale, const std::optional<Tensor>& target, int64_t first_column) {
+Tile<T> tile_of(const Tensor& s, const Pairs& pairs) {
   check_matrix<T>(s, "s", -1, -1);
-  const int64_t* columns = nullptr;
-  if (target) {
-    STD_TORCH_CHECK(target->is_cpu() && target->scalar_type() == ScalarType::Long && target->dim() == 1 &&
-                        target->size(0) == s.size(0) && (target->size(0) <= 1 || target->stride(0) == 1),
-                    "target must be a contiguous int64 CPU tensor with one entry per row of s");
-    columns = static_cast<const int64_t*>(target->const_data_ptr());
-  }
-  return {static_cast<const T*>(s.const_data_ptr()), s.stride(0), s.size(0), s.size(1), static_cast<T>(scale < 0 ? -1 : 1),
-          static_cast<T>(scale < 0 ? -scale : scale), columns, first_column};
+  const int64_t rows = s.size(0), columns = s.size(1);
+  STD_TORCH_CHECK(!pairs.diagonal || rows == columns, "a tile on the diagonal must be square");
+  STD_TORCH_CHECK(pairs.row_group.has_value() == pairs.column_group.has_value(), "groups of rows and columns go together");
+  // A scale of 0 would turn a masked similarity, which is infinite, into NaN; 1e-30 changes no logit.
+  const double scale = pairs.scale == 0 ? 1e-30 : pairs.scale, sign = scale < 0 ? -1 : 1;
+  return {static_cast<T*>(s.mutable_data_ptr()), s.stride(0), rows, columns,
+          static_cast<T>(scale), static_cast<T>(pairs.bias), static_cast<T>(sign), static_cast<T>(scale * sign),
+          vector_of<int64_t>(pairs.target, "target", "row", rows), pairs.first_column,
+          vector_of<Group<T>>(pairs.row_group, "row_group", "row", rows),
+          vector_of<Group<T>>(pairs.column_group, "column_group", "column", columns), pairs.diagonal, 0};
 }
 
 // Rows [first, first + count) of a tile.
@@ -66,7 +85,9 @@ template <typename T>
 Tile<T> rows_of(Tile<T> tile, int64_t first, int64_t count) {
   tile.s += first * tile.stride;
   tile.rows = count;
+  tile.first_row += first;
   if (tile.target) tile.target += first;
+  if (tile.row_group) tile.row_group += first;
   return tile;
 }
 
@@ -86,6 +107,11 @@ class Table {
   int64_t stride_;
 };
 
+// Rows that are one task. Fixed, so that the order of every sum, and with it the bits of the result, does not depend on
+// the number of threads. 64 rows of 2,048 columns are 512 KiB: both readings of the slab find it in the L2 cache.
+constexpr int64_t kSlabRows = 64;
+inline int64_t slabs_of(int64_t rows) { return (rows + kSlabRows - 1) / kSlabRows; }
+
 // Calls body(begin, end) over [0, count) on torch's threads; `cost` elements per item. Below 32,768 elements, some
 // 10 us, waking another thread costs more than it saves.
 template <typename F>
@@ -96,6 +122,17 @@ void parallel(int64_t count, int64_t cost, const F& body) {
     body(0, count);
   else
     torch::stable::parallel_for(0, count, grain, body);
+}
+
+// Calls body(slab, first row, rows of the tile) for every slab, on torch's threads.
+template <typename T, typename F>
+void for_slabs(const Tile<T>& tile, const F& body) {
+  parallel(slabs_of(tile.rows), kSlabRows * tile.columns, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t first = k * kSlabRows;
+      body(k, first, rows_of(tile, first, std::min(kSlabRows, tile.rows - first)));
+    }
+  });
 }
 
 }  // namespace replearn

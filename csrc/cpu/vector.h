@@ -64,6 +64,34 @@ inline V max(V a, V b) {
 }
 
 template <typename T>
+inline Bits<T> load_groups(const Group<T>* from, Whole<T> = {}) {
+  Bits<T> v;
+  __builtin_memcpy(&v, from, sizeof(v));
+  return v;
+}
+template <typename T>
+inline Bits<T> load_groups(const Group<T>* from, Part part) {
+  Bits<T> v{};
+  __builtin_memcpy(&v, from, part.count * sizeof(Group<T>));
+  return v;
+}
+
+// j, j + 1, ...: the columns that the lanes of a vector at column j stand for.
+template <typename T>
+inline Bits<T> lane_index(int64_t j) {
+  Bits<T> index;
+  for (int64_t k = 0; k < lanes<T>; ++k) index[k] = k;
+  return index + static_cast<Group<T>>(j);
+}
+
+template <typename T>
+inline bool any(Bits<T> mask) {
+  Group<T> bits = 0;
+  for (int64_t k = 0; k < lanes<T>; ++k) bits |= mask[k];
+  return bits != 0;
+}
+
+template <typename T>
 inline T horizontal_sum(Vec<T> v) {
   T total = 0;
   for (int64_t k = 0; k < lanes<T>; ++k) total += v[k];
@@ -125,4 +153,37 @@ inline Vec<T> exp(Vec<T> x) {
   __builtin_memcpy(&power, &bits, sizeof(power));
   const Vec<T> result = p * power;
   return vanishes ? Vec<T>{} : result;
+}
+
+// log1p's constants: minimax polynomials of log1p(u) / u in u - 1/2, relative error over 0 <= u <= 1.
+template <typename T>
+struct Log1p;
+template <>
+struct Log1p<float> {
+  static constexpr int degree = 9;
+  static constexpr float coefficients[] = {  // 5.4e-9
+      0.810930219913f, -0.288527101372f, 0.132609015777f, -0.067688189654f, 0.0366352341663f, -0.0205631824322f,
+      0.0115776851824f, -0.00678801695194f, 0.00525027067807f, -0.00317605701843f};
+};
+template <>
+struct Log1p<double> {
+  static constexpr int degree = 20;
+  static constexpr double coefficients[] = {  // 1.1e-17
+      0.81093021621632876396, -0.28852709909932389665, 0.1326097537542037542, -0.067688643310964295617,
+      0.036611854523044425134, -0.020548811919120714228, 0.01183379211549827359, -0.0069453949749855129362,
+      0.0041361789694925788747, -0.0024918411947988624697, 0.0015153851053375096103, -0.00092885742792773235461,
+      0.00057304460846778672227, -0.0003548204878310238112, 0.00022119170895766565693, -0.00014210002289999029629,
+      0.000089333034068192713812, -0.000044828443252232563419, 0.000028278083585626543757, -0.000038362374451601245332,
+      0.000024437973948580947113};
+};
+
+// log1p(u) for 0 <= u <= 1, to two units in the last place (tests/test_cpp.py), however small u is.
+template <typename T>
+inline Vec<T> log1p(Vec<T> u) {
+  using C = Log1p<T>;
+  const Vec<T> x = u - T(0.5);
+  Vec<T> p = splat<T>(C::coefficients[C::degree]);
+#pragma GCC unroll 32
+  for (int k = C::degree - 1; k >= 0; --k) p = p * x + C::coefficients[k];
+  return u * p;
 }

@@ -1,13 +1,13 @@
 """Sources of columns: what the rows of a batch are compared with.
 
-A row of the (never materialised) similarity matrix is the concatenation of its sources: the keys,
-a queue of extra negatives, negatives of its own, and, in a distributed run, the keys of another rank.
-A source knows how to form a tile of products and how to turn a tile of dL/dS into gradients;
-it knows nothing of the loss.
+A row of the (never materialised) similarity matrix is the concatenation of its sources: the keys, a queue of extra
+negatives, negatives of its own; or the batch itself. A source knows which columns a block of rows has to visit, how
+to form a tile of products, and how to turn a tile of dL/dS into gradients; it knows nothing of the loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +23,8 @@ class SharedColumns:
 
     features: Tensor
     needs_grad: bool
-    has_target: bool = False  # the labels of the batch index into this source
+    has_positives: bool = False  # targets and groups are about this source
+    inverse_norms: Tensor | None = None  # [M]: the columns are the features times these
 
     @property
     def width(self) -> int:
@@ -33,12 +34,19 @@ class SharedColumns:
         """The columns that a chunk of rows sees: all."""
         return self
 
+    def column_blocks(self, rows: slice, size: int) -> Iterator[slice]:
+        """The blocks of columns that a block of rows visits: all."""
+        return blocks(self.width, size)
+
     def total(self, dtype: torch.dtype) -> Tensor:
         """Sum over the columns, ``[1, d]``: the same for every row."""
         return self.features.sum(0, dtype=dtype, keepdim=True)
 
     def block(self, tile: Tile) -> Tensor:
-        return self.features[tile.columns].to(tile.query.dtype)
+        features = self.features[tile.columns].to(tile.query.dtype)
+        if self.inverse_norms is None:
+            return features
+        return features * self.inverse_norms[tile.columns].unsqueeze(1).to(tile.query.dtype)
 
     def product(self, tile: Tile, out: Tensor) -> Tensor:
         """``out[R, C] = query[R, d] @ features[C, d].T``."""
@@ -55,13 +63,34 @@ class SharedColumns:
             addmm_(d_features[tile.columns], weights.t(), tile.query)
 
 
+@dataclass(slots=True, eq=False)
+class BatchColumns(SharedColumns):
+    """The rows themselves as columns: every pair of a batch, and of (i, j) and (j, i) only one is visited.
+
+    The matrix of similarities is symmetric, so tiles on and above its diagonal tell all. A tile above it stands for
+    its mirror image too: its row and column statistics, and its two products, go to the same tables and the same
+    accumulator. A tile on the diagonal holds both images, and pairs of a row with itself, which do not count.
+    """
+
+    def column_blocks(self, rows: slice, size: int) -> Iterator[slice]:
+        """The tile on the diagonal, and what is to the right of it."""
+        yield rows
+        for columns in blocks(self.width - rows.stop, size):
+            yield slice(columns.start + rows.stop, columns.stop + rows.stop)
+
+    def accumulate(self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None):
+        """``d_query[rows] += W @ features``, and above the diagonal ``d_query[columns] += W.T @ query``."""
+        SharedColumns.accumulate(self, tile, weights, addmm_, d_query, None if tile.diagonal else d_query)
+
+
 @dataclass(eq=False)
 class OwnColumns:
     """Columns that belong to one row each: ``features[N, K, d]`` holds K for every row."""
 
     features: Tensor
     needs_grad: bool
-    has_target = False
+    has_positives = False
+    inverse_norms = None
 
     @property
     def width(self) -> int:
@@ -70,6 +99,9 @@ class OwnColumns:
     def of_rows(self, rows: slice) -> OwnColumns:
         """The columns that a chunk of rows sees: its own."""
         return OwnColumns(self.features[rows], self.needs_grad)
+
+    def column_blocks(self, rows: slice, size: int) -> Iterator[slice]:
+        return blocks(self.width, size)
 
     def total(self, dtype: torch.dtype) -> Tensor:
         """Sum over the columns, ``[N, d]``: every row has its own."""
@@ -93,7 +125,7 @@ class OwnColumns:
             d_features[tile.rows, tile.columns] = weights.unsqueeze(2) * tile.query.unsqueeze(1)
 
 
-Source = SharedColumns | OwnColumns
+Source = SharedColumns | BatchColumns | OwnColumns
 
 
 class Tile(NamedTuple):
@@ -108,3 +140,19 @@ class Tile(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the columns are the rows, so that the entries (i, i) are no pairs."""
+        return isinstance(self.source, BatchColumns) and self.columns == self.rows
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the tile stands for its mirror image too: its columns are rows elsewhere."""
+        return isinstance(self.source, BatchColumns) and self.columns != self.rows
+
+
+def blocks(count: int, size: int) -> Iterator[slice]:
+    """Cut ``range(count)`` into slices of at most ``size``."""
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))

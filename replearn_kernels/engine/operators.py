@@ -14,26 +14,41 @@ import torch
 from torch import Tensor
 
 from . import schedules
+from .problem import Inputs
+from .schedules import Config
 
-_CONFIG = (
-    "str objective, float[] parameters, str reduction, str backend, int memory_budget, bool[] needs_grad"
+_INPUTS = (
+    "Tensor query, Tensor[] keys, Tensor? own, Tensor? target, Tensor? row_group, Tensor? column_group, "
+    "Tensor logit_scale, Tensor? logit_bias"
 )
-_INPUTS = "Tensor query, Tensor[] keys, Tensor? own, Tensor? target, Tensor logit_scale"
+_CONFIG = "str objective, float[] parameters, str reduction, str backend, int memory_budget, bool[] needs_grad"
+_COUNT = len(Inputs._fields)
+
+
+def _split(arguments) -> tuple[Inputs, Config]:
+    """The operator's flat arguments as the schedules take them."""
+    return Inputs(*arguments[:_COUNT]), Config(*arguments[_COUNT:])
+
+
+def _forward_with(function):
+    return lambda *arguments: function(*_split(arguments))
+
+
+def _backward_with(function):
+    return lambda grad_loss, saved, *arguments: function(grad_loss, saved, *_split(arguments))
+
 
 _library = torch.library.Library("replearn_kernels", "FRAGMENT")
 _library.define(f"pair_loss({_INPUTS}, {_CONFIG}) -> (Tensor, Tensor[])")
 _library.define(f"pair_loss_backward(Tensor grad_loss, Tensor[] saved, {_INPUTS}, {_CONFIG}) -> Tensor[]")
-_library.impl("pair_loss", schedules.forward, "CompositeExplicitAutograd")
-_library.impl("pair_loss_backward", schedules.backward, "CompositeExplicitAutograd")
-torch.library.register_fake("replearn_kernels::pair_loss", schedules.fake_forward)
-torch.library.register_fake("replearn_kernels::pair_loss_backward", schedules.fake_backward)
+_library.impl("pair_loss", _forward_with(schedules.forward), "CompositeExplicitAutograd")
+_library.impl("pair_loss_backward", _backward_with(schedules.backward), "CompositeExplicitAutograd")
+torch.library.register_fake("replearn_kernels::pair_loss", _forward_with(schedules.fake_forward))
+torch.library.register_fake("replearn_kernels::pair_loss_backward", _backward_with(schedules.fake_backward))
 
 
-def pair_loss(query, keys, own, target, logit_scale, *config) -> Tensor:
-    """The loss of ``query`` against the columns of ``keys`` and ``own``, differentiable once.
-
-    ``config``: objective's name and parameters, reduction, backend, memory_budget, and which of
-    (query, *keys, own, logit_scale) need a gradient.
+def pair_loss(inputs: Inputs, config: Config) -> Tensor:
+    """The loss of every row against its columns, differentiable once.
 
     Raises:
         NotImplementedError: inside a torch.func transform.
@@ -43,9 +58,9 @@ def pair_loss(query, keys, own, target, logit_scale, *config) -> Tensor:
             "replearn_kernels losses have no rule for torch.func transforms (grad, vmap, jvp, ...); "
             "use torch.autograd, or backend='eager'."
         )
-    if _needs_dispatcher(query, *keys, logit_scale):
-        return torch.ops.replearn_kernels.pair_loss(query, keys, own, target, logit_scale, *config)[0]
-    return _PairLoss.apply(config, query, own, target, logit_scale, *keys)
+    if _needs_dispatcher(*inputs.differentiable):
+        return torch.ops.replearn_kernels.pair_loss(*inputs, *config)[0]
+    return _PairLoss.apply(config, len(inputs.keys), *_flat(inputs))
 
 
 def _needs_dispatcher(*tensors: Tensor) -> bool:
@@ -57,27 +72,38 @@ def _needs_dispatcher(*tensors: Tensor) -> bool:
     )
 
 
+def _flat(inputs: Inputs) -> list[Tensor | None]:
+    """All tensors in a row, as autograd takes them: those that are no keys, then the keys."""
+    query, keys, *rest = inputs
+    return [query, *rest, *keys]
+
+
+def _unflat(tensors, key_count: int) -> tuple[Inputs, list[Tensor]]:
+    """The inverse of :func:`_flat`, and what comes after the keys."""
+    query, *rest = tensors[: _COUNT - 1]
+    keys, others = tensors[_COUNT - 1 :][:key_count], tensors[_COUNT - 1 + key_count :]
+    return Inputs(query, list(keys), *rest), list(others)
+
+
 class _PairLoss(torch.autograd.Function):
     """The eager route: the rule of the operators, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx, config, query, own, target, logit_scale, *keys):
-        loss, saved = schedules.forward(query, keys, own, target, logit_scale, *config)
-        _save(ctx, config, query, own, target, logit_scale, keys, saved)
+    def forward(ctx, config, key_count, *tensors):
+        inputs, _ = _unflat(tensors, key_count)
+        loss, saved = schedules.forward(inputs, config)
+        _save(ctx, config, inputs, saved)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        (query, own, target, logit_scale), keys, saved = _load(ctx)
+        inputs, saved = _load(ctx)
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            gradients = schedules.backward(grad_loss, saved, query, keys, own, target, logit_scale, *ctx.config)
-        d_query, d_keys, d_own, d_scale = _unpack(ctx, gradients)
+            gradients = _placed(schedules.backward(grad_loss, saved, inputs, ctx.config), inputs, ctx.config)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not look like constants
-            inputs = [t for t in (grad_loss, query, *keys, own, logit_scale) if t is not None]
-            d_query, d_own, d_scale, *d_keys = _RefuseSecondDerivative.apply(
-                len(inputs), *inputs, d_query, d_own, d_scale, *d_keys
-            )
-        return None, d_query, d_own, None, d_scale, *d_keys
+            sources = [grad_loss, *inputs.differentiable]
+            gradients = _unflat(_RefuseSecondDerivative.apply(len(sources), *sources, *_flat(gradients)), ctx.key_count)[0]
+        return None, None, *_flat(gradients)
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
@@ -100,41 +126,37 @@ def _refuse_second_derivative(*args):
 
 
 def _setup_context(ctx, inputs, output):
-    query, keys, own, target, logit_scale, *config = inputs
-    _, saved = output
     ctx.set_materialize_grads(False)
-    _save(ctx, config, query, own, target, logit_scale, keys, saved)
+    arguments, config = _split(inputs)
+    _save(ctx, config, arguments, output[1])
 
 
 def _dispatched_backward(ctx, grad_loss, _):
-    (query, own, target, logit_scale), keys, saved = _load(ctx)
-    gradients = torch.ops.replearn_kernels.pair_loss_backward(
-        grad_loss, saved, query, keys, own, target, logit_scale, *ctx.config
-    )
-    d_query, d_keys, d_own, d_scale = _unpack(ctx, gradients)
-    return d_query, d_keys, d_own, None, d_scale, *[None] * len(ctx.config)
+    inputs, saved = _load(ctx)
+    gradients = torch.ops.replearn_kernels.pair_loss_backward(grad_loss, saved, *inputs, *ctx.config)
+    return *_placed(gradients, inputs, ctx.config), *[None] * len(ctx.config)
 
 
 torch.library.register_autograd(
     "replearn_kernels::pair_loss", _dispatched_backward, setup_context=_setup_context, lib=_library
 )
-torch.library.register_autograd(
-    "replearn_kernels::pair_loss_backward", _refuse_second_derivative, lib=_library
-)
+torch.library.register_autograd("replearn_kernels::pair_loss_backward", _refuse_second_derivative, lib=_library)
 
 
-def _save(ctx, config, query, own, target, logit_scale, keys, saved) -> None:
-    ctx.config, ctx.key_count, ctx.has_own = config, len(keys), own is not None
-    ctx.save_for_backward(query, own, target, logit_scale, *keys, *saved)
+def _save(ctx, config: Config, inputs: Inputs, saved: list[Tensor]) -> None:
+    ctx.config, ctx.key_count = config, len(inputs.keys)
+    ctx.save_for_backward(*_flat(inputs), *saved)
 
 
-def _load(ctx) -> tuple[tuple, list[Tensor], list[Tensor]]:
-    query, own, target, logit_scale, *rest = ctx.saved_tensors  # read once: checkpointing allows no more
-    return (query, own, target, logit_scale), rest[: ctx.key_count], rest[ctx.key_count :]
+def _load(ctx) -> tuple[Inputs, list[Tensor]]:
+    return _unflat(ctx.saved_tensors, ctx.key_count)  # read once: checkpointing allows no more
 
 
-def _unpack(ctx, gradients: list[Tensor]):
-    """The operator's list of gradients, an empty tensor for each that is not due, as autograd wants them."""
-    due = [g if needs else None for g, needs in zip(gradients, ctx.config[-1])]
-    d_query, d_keys, rest = due[0], due[1 : 1 + ctx.key_count], due[1 + ctx.key_count :]
-    return d_query, d_keys, rest[0] if ctx.has_own else None, rest[-1]
+def _placed(gradients: list[Tensor], inputs: Inputs, config: Config) -> Inputs:
+    """The list of gradients, an empty tensor for each that is not due, in the places of the inputs; None elsewhere."""
+    due = iter([g if needs else None for g, needs in zip(gradients, config.needs_grad)])
+    return Inputs(
+        query=next(due), keys=[next(due) for _ in inputs.keys], own=None if inputs.own is None else next(due),
+        target=None, row_group=None, column_group=None,
+        logit_scale=next(due), logit_bias=None if inputs.logit_bias is None else next(due),
+    )  # fmt: skip

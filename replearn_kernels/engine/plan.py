@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .columns import OwnColumns, Source
+from .columns import OwnColumns, Source, blocks
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes of similarities kept between the sweeps: 8192 x 8192 in fp32, where eager PyTorch holds four or more."""
@@ -30,7 +30,7 @@ _OWN_TILE_ELEMENTS = 4 * 2**20
 
 @dataclass(frozen=True)
 class Plan:
-    """``schedule``: "two_sweeps" (statistics, then gradients) or "row_chunks" (both, a chunk of rows at a time)."""
+    """``schedule``: "two_sweeps", "row_chunks" or "one_sweep": see :mod:`.schedules`."""
 
     schedule: str
     statistics_tile: TileShape
@@ -63,6 +63,8 @@ def make_plan(
     needs_grad: bool,
     one_gradient: bool,
     needs_columns: bool,
+    needs_statistics: bool = True,
+    is_batch: bool = False,
 ) -> Plan:
     """Choose the schedule that does the least work within ``memory_budget``.
 
@@ -72,13 +74,20 @@ def make_plan(
         tile_shapes: the most rows and columns of a tile in either sweep, equal if tiles are kept between them.
         one_gradient: one upstream gradient scales the gradients of all rows.
         needs_columns: W needs the statistics of whole columns.
+        needs_statistics: W needs statistics at all.
+        is_batch: the columns are the rows, and only tiles on and above the diagonal are visited.
     """
     width = sum(widths)
-    kept = min(rows * width, memory_budget // itemsize) if needs_grad and itemsize else 0
     statistics_tile, gradient_tile = (
         TileShape(balanced_block(rows, most_rows), balanced_block(max(widths), most_columns))
         for most_rows, most_columns in tile_shapes
     )
+    if not needs_statistics and needs_grad and one_gradient:
+        return Plan("one_sweep", gradient_tile, gradient_tile, 0)
+    elements = rows * width
+    if is_batch:
+        elements = sum((block.stop - block.start) * (rows - block.start) for block in blocks(rows, statistics_tile.rows))
+    kept = min(elements, memory_budget // itemsize) if needs_grad and needs_statistics and itemsize else 0
     if needs_grad and one_gradient and itemsize and rows and width:
         chunk_rows = 0
         if rows <= tile_shapes[0][0] and rows * width == kept <= _SMALL_ELEMENTS:

@@ -3,39 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .columns import OwnColumns, SharedColumns, Source, Tile
+from .columns import BatchColumns, OwnColumns, SharedColumns, Source, Tile, blocks
 from .plan import TileShape
+
+
+class Inputs(NamedTuple):
+    """The tensors that the operator is called with."""
+
+    query: Tensor  # [N, d]
+    keys: list[Tensor]  # [M, d] each; without keys and own, the rows are compared with each other
+    own: Tensor | None  # [N, K, d]
+    target: Tensor | None  # [N] int64; None: row i's positive is column i, or groups say
+    row_group: Tensor | None  # [N] int64
+    column_group: Tensor | None  # [M] int64, of the first keys
+    logit_scale: Tensor  # 0-d
+    logit_bias: Tensor | None  # 0-d
+
+    @property
+    def features(self) -> list[Tensor]:
+        """The rows, then the sources of columns that are not the rows."""
+        return [self.query, *self.keys] if self.own is None else [self.query, *self.keys, self.own]
+
+    @property
+    def differentiable(self) -> list[Tensor]:
+        """What may get a gradient, in the order of ``needs_grad``."""
+        scalars = [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]
+        return [*self.features, *scalars]
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the rows are compared with each other."""
+        return not self.keys and self.own is None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The columns of each source."""
+        if self.is_batch:
+            return (self.query.shape[0],)
+        widths = [key.shape[0] for key in self.keys]
+        return tuple(widths if self.own is None else [*widths, self.own.shape[1]])
 
 
 @dataclass(slots=True, eq=False)
 class Problem:
     """``N`` rows compared with the columns of every source.
 
-    ``scale`` multiplies the similarities: a float on the CPU, a 0-d tensor elsewhere, so that no kernel
-    launch waits for the value. ``target[i]`` is the column of the first source that is row i's positive.
+    ``scale`` multiplies the similarities, ``bias`` is added: floats on the CPU, 0-d tensors elsewhere, so that no
+    kernel launch waits for the value. ``target[i]`` is the column of the first source that is row i's positive.
     """
 
     query: Tensor  # [N, d]
     sources: tuple[Source, ...]
     given_target: Tensor | None  # [N] int64; None: row i's positive is column i
+    row_group: Tensor | None
+    column_group: Tensor | None
     scale: float | Tensor
+    bias: float | Tensor
+    _positive_counts: Tensor | None = None
 
     @classmethod
-    def build(cls, query, keys, own, target, scale, needs_grad) -> Problem:
-        """From the operator's arguments: ``needs_grad`` follows the order query, keys, own."""
+    def build(cls, inputs: Inputs, needs_grad: list[bool], objective) -> Problem:
+        """From the operator's arguments; ``needs_grad`` in the order of ``inputs.differentiable``."""
+        query = _rows_contiguous(inputs.query)
         sources: list[Source] = [
-            SharedColumns(_rows_contiguous(key), needs, has_target=i == 0)
-            for i, (key, needs) in enumerate(zip(keys, needs_grad[1:]))
-        ]
-        if own is not None:
-            sources.append(OwnColumns(own, needs_grad[1 + len(keys)]))
-        target = None if target is None else target.contiguous()
-        return cls(_rows_contiguous(query), tuple(sources), target, scale)
+            SharedColumns(
+                _rows_contiguous(key), needs, has_positives=i == 0,
+                inverse_norms=_inverse_norms(key) if objective.unit_keys else None,
+            )
+            for i, (key, needs) in enumerate(zip(inputs.keys, needs_grad[1:]))
+        ]  # fmt: skip
+        if inputs.own is not None:
+            sources.append(OwnColumns(inputs.own, needs_grad[1 + len(inputs.keys)]))
+        if inputs.is_batch:
+            sources.append(BatchColumns(query, needs_grad=False, has_positives=True))
+        target, row_group, column_group = (
+            None if t is None else t.contiguous() for t in (inputs.target, inputs.row_group, inputs.column_group)
+        )
+        column_group = row_group if inputs.is_batch else column_group
+        bias = 0.0 if inputs.logit_bias is None else number_of(inputs.logit_bias)
+        return cls(query, tuple(sources), target, row_group, column_group, number_of(inputs.logit_scale), bias)
+
+    @property
+    def rows(self) -> int:
+        return self.query.shape[0]
 
     @property
     def target(self) -> Tensor:
@@ -45,8 +101,13 @@ class Problem:
         return self.given_target
 
     @property
-    def rows(self) -> int:
-        return self.query.shape[0]
+    def positive_counts(self) -> Tensor:
+        """In a batch, how many other rows are in row i's group, ``[N]``; without reading back from a GPU."""
+        if self._positive_counts is None:
+            ordered = self.row_group.sort().values
+            first, last = (torch.searchsorted(ordered, self.row_group, right=right) for right in (False, True))
+            self._positive_counts = last - first - 1
+        return self._positive_counts
 
     @property
     def width(self) -> int:
@@ -54,16 +115,25 @@ class Problem:
         return sum(source.width for source in self.sources)
 
     @property
+    def is_batch(self) -> bool:
+        return isinstance(self.sources[0], BatchColumns)
+
+    @property
     def statistics_dtype(self) -> torch.dtype:
         return statistics_dtype(self.query.dtype)
 
     def of_rows(self, rows: slice) -> Problem:
-        """The same problem for a chunk of its rows."""
+        """The same problem for a chunk of its rows: all of them, where they are compared with each other."""
+        if rows.stop - rows.start == self.rows:
+            return self
         sources = tuple(source.of_rows(rows) for source in self.sources)
-        return Problem(self.query[rows], sources, self.target[rows], self.scale)
+        row_group = None if self.row_group is None else self.row_group[rows]
+        return replace(
+            self, query=self.query[rows], sources=sources, given_target=self.target[rows], row_group=row_group
+        )
 
     def tiles(self, shape: TileShape, compute_dtype: torch.dtype) -> Iterator[Tile]:
-        """The rectangular walk: sources, then blocks of rows, then blocks of columns, always in this order.
+        """The walk over tiles: sources, then blocks of rows, then blocks of columns, always in this order.
 
         The order fixes the order of every accumulation, and with it the bits of the result.
         """
@@ -71,8 +141,18 @@ class Problem:
             row_block, column_block = shape.fit(source)
             for rows in blocks(self.rows, row_block):
                 query = self.query[rows].to(compute_dtype)
-                for columns in blocks(source.width, column_block):
+                for columns in source.column_blocks(rows, column_block):
                     yield Tile(query, rows, source, position, columns)
+
+    def pairs(self, tile: Tile, uses_target: bool) -> Pairs:
+        """What a pass has to know of the tile's pairs."""
+        if not tile.source.has_positives:
+            return Pairs(self.scale, self.bias, None, None, None, tile.columns.start, False)
+        target = self.target[tile.rows] if uses_target else None
+        groups = (None, None)
+        if self.row_group is not None:
+            groups = self.row_group[tile.rows], self.column_group[tile.columns]
+        return Pairs(self.scale, self.bias, target, *groups, tile.columns.start, tile.diagonal)
 
     def total_logits(self) -> Tensor:
         """``sum_j l_ij`` over all columns of row i, ``[N]``, in O((N + M) d)."""
@@ -86,9 +166,35 @@ class Problem:
         return (self.sources[0].features.to(dtype) @ self.query.sum(0, dtype=dtype)) * self.scale
 
 
-def scale_of(logit_scale: Tensor) -> float | Tensor:
-    """The scale as :class:`Problem` wants it."""
-    return logit_scale.item() if logit_scale.device.type == "cpu" else logit_scale
+class Pairs(NamedTuple):
+    """What a pass over a tile ``s[R, C]`` of products has to know of its pairs."""
+
+    scale: float | Tensor
+    bias: float | Tensor
+    target: Tensor | None  # [R] int64: the column of each row's positive, counted from the source's first
+    row_group: Tensor | None  # [R]
+    column_group: Tensor | None  # [C]
+    first_column: int  # of the tile, counted like the targets
+    diagonal: bool  # the columns are the rows: the entries (i, i) are no pairs
+
+    def inside(self, width: int) -> tuple[Tensor, Tensor]:
+        """Which rows have their target in this tile, ``[R]``, and its column there, ``[R, 1]`` (0 where not).
+
+        A mask and not a list of rows: finding how many there are would make a GPU wait.
+        """
+        column = self.target - self.first_column
+        inside = (column >= 0) & (column < width)
+        return inside, torch.where(inside, column, 0).unsqueeze(1)
+
+    def same_group(self) -> Tensor:
+        """``[R, C]``: which entries are pairs of one group; never a row with itself."""
+        same = self.row_group.unsqueeze(1) == self.column_group
+        return same.fill_diagonal_(False) if self.diagonal else same
+
+
+def number_of(scalar: Tensor) -> float | Tensor:
+    """A 0-d tensor as :class:`Problem` wants it."""
+    return scalar.item() if scalar.device.type == "cpu" else scalar
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -96,10 +202,10 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def blocks(count: int, size: int) -> Iterator[slice]:
-    """Cut ``range(count)`` into slices of at most ``size``."""
-    for start in range(0, count, size):
-        yield slice(start, min(start + size, count))
+def _inverse_norms(features: Tensor) -> Tensor:
+    """``1 / |row|``, ``[M]``, as F.normalize has it."""
+    norms = torch.linalg.vector_norm(features, dim=1, dtype=statistics_dtype(features.dtype))
+    return norms.clamp_(min=1e-12).reciprocal_()
 
 
 def _rows_contiguous(features: Tensor) -> Tensor:

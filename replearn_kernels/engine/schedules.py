@@ -4,12 +4,15 @@
     row_chunks    both sweeps over one chunk of rows after another, in the forward call: every tile is formed once.
                   Under one upstream gradient, which scales them later, and without statistics of whole columns,
                   unless the one chunk holds all rows.
+    one_sweep     gradients and losses from one sweep in the forward call, where W needs no statistics.
+                  Under one upstream gradient.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,113 +20,169 @@ from torch import Tensor
 from ..objectives import OBJECTIVES
 from .backends import backend_class, make_backend
 from .backends.base import KeptTiles
+from .columns import blocks
 from .plan import Plan, make_plan
-from .problem import Problem, blocks, scale_of, statistics_dtype
+from .problem import Inputs, Problem, statistics_dtype
 from .sweeps import Gradients, sums_over_columns, sweep_gradients, sweep_statistics
 from .validation import check_values
 
 
-def forward(
-    query, keys, own, target, logit_scale, objective, parameters, reduction, backend, memory_budget, needs_grad
-) -> tuple[Tensor, list[Tensor]]:
+class Config(NamedTuple):
+    """How the operator is called, beyond its tensors."""
+
+    objective: str
+    parameters: list[float]
+    reduction: str
+    backend: str
+    memory_budget: int
+    needs_grad: list[bool]  # in the order of Inputs.differentiable
+
+    def make_objective(self):
+        return OBJECTIVES[self.objective].from_parameters(self.parameters)
+
+
+def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
     """The loss, and the tensors that :func:`backward` needs (none if no input needs a gradient)."""
-    check_values(target, keys[0].shape[0], logit_scale, query.dtype)
-    with _on_device_of(query):
-        plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
-        problem = Problem.build(query, keys, own, target, scale_of(logit_scale), needs_grad)
-        runner = make_backend(backend, OBJECTIVES[objective].from_parameters(parameters))
-        share = _share(problem.rows, reduction)
-        if plan.schedule == "row_chunks":
-            return _row_chunks(problem, plan, runner, share, needs_grad)
-        losses, saved = _first_sweep(problem, plan, runner)
-        loss = losses if reduction == "none" else losses.sum() * share
-        return loss, saved if any(needs_grad) else []
+    check_values(inputs, OBJECTIVES[config.objective].target_name)
+    with _on_device_of(inputs.query):
+        run = _Run.of(inputs, config)
+        if run.plan.schedule == "row_chunks":
+            return _row_chunks(run)
+        if run.plan.schedule == "one_sweep":
+            return _one_sweep(run)
+        losses, saved = _first_sweep(run)
+        loss = losses if config.reduction == "none" else losses.sum() * run.share
+        return loss, saved if any(config.needs_grad) else []
 
 
-def backward(
-    grad_loss, saved, query, keys, own, target, logit_scale,
-    objective, parameters, reduction, backend, memory_budget, needs_grad,
-) -> list[Tensor]:  # fmt: skip
-    """Gradients in the order of ``needs_grad``: query, keys, own, logit_scale; an empty tensor where none is due."""
-    plan = _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad)
-    inputs = (query, *keys, logit_scale) if own is None else (query, *keys, own, logit_scale)
-    with _on_device_of(query):
-        if plan.schedule == "row_chunks":  # not in place: what was saved may be needed again
-            results = [gradient * grad_loss if needs else gradient for gradient, needs in zip(saved, needs_grad)]
-        else:
-            problem = Problem.build(query, keys, own, target, scale_of(logit_scale), needs_grad)
-            row_weights, factor = _row_weights(grad_loss, reduction, problem)
-            runner = make_backend(backend, OBJECTIVES[objective].from_parameters(parameters))
-            gradients = _second_sweep(problem, plan, runner, saved, row_weights, needs_grad)
-            results = _results(problem, gradients, factor * _share(problem.rows, reduction), needs_grad)
-        return [result.to(tensor.dtype) if needs else query.new_empty(0)
-                for tensor, result, needs in zip(inputs, results, needs_grad)]
+def backward(grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config) -> list[Tensor]:
+    """Gradients in the order of ``inputs.differentiable``; an empty tensor where none is due."""
+    with _on_device_of(inputs.query):
+        if plan_of(inputs, config).schedule == "two_sweeps":
+            results = _second_sweep(_Run.of(inputs, config), saved, grad_loss)
+        else:  # not in place: what was saved may be needed again
+            results = [g * grad_loss if needs else g for g, needs in zip(saved, config.needs_grad)]
+        return [
+            result.to(tensor.dtype) if needs else inputs.query.new_empty(0)
+            for tensor, result, needs in zip(inputs.differentiable, results, config.needs_grad)
+        ]
 
 
-def fake_backward(
-    grad_loss, saved, query, keys, own, target, logit_scale,
-    objective, parameters, reduction, backend, memory_budget, needs_grad,
-) -> list[Tensor]:  # fmt: skip
+def fake_forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
+    """What :func:`forward` returns, without the data."""
+    # Shapes may be symbols, which no cache can hold.
+    plan = plan_of(inputs, config, _make_plan.__wrapped__)
+    query, dtype = inputs.query, statistics_dtype(inputs.query.dtype)
+    loss = query.new_empty((query.shape[0],) if config.reduction == "none" else (), dtype=dtype)
+    if not any(config.needs_grad):
+        return loss, []
+    if plan.schedule != "two_sweeps":
+        dtypes = [dtype] * len(inputs.features) + [torch.float64] * 2
+        return loss, [
+            query.new_empty(tensor.shape, dtype=kind) if needs else query.new_empty(0)
+            for tensor, kind, needs in zip(inputs.differentiable, dtypes, config.needs_grad)
+        ]
+    columns = inputs.widths[0]
+    tables = config.make_objective().new_statistics(query.shape[0], columns, query.new_empty((), dtype=dtype))
+    kept = query.new_empty(plan.kept_elements, dtype=dtype)
+    return loss, [kept, *(table for table in tables if table is not None)]
+
+
+def fake_backward(grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config) -> list[Tensor]:
     """What :func:`backward` returns, without the data."""
-    inputs = (query, *keys, logit_scale) if own is None else (query, *keys, own, logit_scale)
     return [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needs else query.new_empty(0)
-        for t, needs in zip(inputs, needs_grad)
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needs else inputs.query.new_empty(0)
+        for t, needs in zip(inputs.differentiable, config.needs_grad)
     ]
 
 
-def fake_forward(
-    query, keys, own, target, logit_scale, objective, parameters, reduction, backend, memory_budget, needs_grad
-) -> tuple[Tensor, list[Tensor]]:
-    """What :func:`forward` returns, without the data."""
-    plan = _plan(
-        query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad, _make_plan.__wrapped__
-    )  # shapes may be symbols, which no cache can hold
-    dtype = statistics_dtype(query.dtype)
-    rows = query.shape[0]
-    loss = query.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
-    if not any(needs_grad):
-        return loss, []
-    if plan.schedule == "row_chunks":
-        problem = Problem.build(query, keys, own, target, 1.0, needs_grad)
-        gradients = Gradients.zeros(problem, sums_over_columns(problem, needs_grad[0], needs_grad[-1]))
-        return loss, _results(problem, gradients, 1.0, needs_grad)
-    like = query.new_empty((), dtype=dtype)
-    maker = OBJECTIVES[objective].from_parameters(parameters)
-    row_table, column_table = maker.new_statistics(rows, keys[0].shape[0], like)
-    kept = query.new_empty(plan.kept_elements, dtype=dtype)
-    return loss, [row_table, kept] if column_table is None else [row_table, kept, column_table]
+class _Run(NamedTuple):
+    """One call at work."""
+
+    problem: Problem
+    plan: Plan
+    config: Config
+    runner: object  # a fresh backend
+
+    @classmethod
+    def of(cls, inputs: Inputs, config: Config) -> _Run:
+        objective = config.make_objective()
+        problem = Problem.build(inputs, config.needs_grad, objective)
+        return cls(problem, plan_of(inputs, config), config, make_backend(config.backend, objective))
+
+    @property
+    def objective(self):
+        return self.runner.objective
+
+    @property
+    def needs_grad_of_scalars(self) -> list[bool]:
+        """Of the scale, and of the bias if there is one."""
+        return self.config.needs_grad[1 + (0 if self.problem.is_batch else len(self.problem.sources)) :]
+
+    @property
+    def share(self) -> float | Tensor:
+        """Of a row in the loss."""
+        return 1 / self.objective.rows_counted(self.problem) if self.config.reduction == "mean" else 1.0
+
+    def new_gradients(self) -> Gradients:
+        return Gradients.zeros(self.problem, self.with_query)
+
+    @property
+    def with_query(self) -> bool:
+        return sums_over_columns(self.problem, self.config.needs_grad[0], self.needs_grad_of_scalars[0])
+
+    def results(self, gradients: Gradients, row_coefficients: Tensor | None, factor) -> list[Tensor]:
+        """Gradients for features, scale and bias, times ``factor``: an empty tensor of its own for each not needed."""
+        needs_scale, *needs_bias = self.needs_grad_of_scalars
+        scalars = [gradients.scale_gradient(self.problem) * factor if needs_scale else None]
+        if needs_bias:
+            scalars.append(self.objective.bias_gradient(row_coefficients) * factor if needs_bias[0] else None)
+        features = gradients.finish(self.problem, factor, self.config.needs_grad)
+        return [self.problem.query.new_empty(0) if tensor is None else tensor for tensor in (*features, *scalars)]
 
 
-def _first_sweep(problem: Problem, plan: Plan, runner) -> tuple[Tensor, list[Tensor]]:
+def _first_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
     """Statistics now, gradients in the backward call."""
-    kept = KeptTiles(runner.new_kept(problem, plan.kept_elements))
-    row_table, column_table = sweep_statistics(problem, plan, runner, kept)
-    losses = runner.objective.row_losses(problem, row_table, column_table)
-    return losses, [row_table, kept.buffer] if column_table is None else [row_table, kept.buffer, column_table]
+    kept = KeptTiles(run.runner.new_kept(run.problem, run.plan.kept_elements))
+    tables = sweep_statistics(run.problem, run.plan, run.runner, kept)
+    losses = run.objective.row_losses(run.problem, *tables)
+    return losses, [kept.buffer, *(table for table in tables if table is not None)]
 
 
-def _second_sweep(problem: Problem, plan: Plan, runner, saved, row_weights, needs_grad) -> Gradients:
-    row_table, kept, *column_table = saved
-    column_table = column_table[0] if column_table else None
-    coefficients = runner.objective.coefficients(problem, row_table, column_table, row_weights)
-    gradients = Gradients.zeros(problem, sums_over_columns(problem, needs_grad[0], needs_grad[-1]))
-    sweep_gradients(problem, plan, runner, KeptTiles(kept), coefficients, gradients)
-    return gradients
+def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Tensor]:
+    kept, row_table, *rest = saved
+    column_table = rest[0] if rest else None
+    row_weights, factor = _row_weights(grad_loss, run)
+    coefficients = run.objective.coefficients(run.problem, row_table, column_table, row_weights)
+    gradients = run.new_gradients()
+    sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients)
+    return run.results(gradients, coefficients[0], factor * run.share)
 
 
-def _row_chunks(problem: Problem, plan: Plan, runner, share: float, needs_grad) -> tuple[Tensor, list[Tensor]]:
+def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
+    """The sweep of gradients, whose passes fold the losses into the row table on their way."""
+    problem = run.problem
+    like = problem.query.new_empty((), dtype=problem.statistics_dtype)
+    tables = run.objective.new_statistics(problem.rows, problem.sources[0].width, like)
+    gradients = run.new_gradients()
+    sweep_gradients(problem, run.plan, run.runner, KeptTiles(like.new_empty(0)), tables, gradients, with_losses=True)
+    losses = run.objective.row_losses(problem, *tables)
+    return losses.sum() * run.share, run.results(gradients, tables[0], run.share)
+
+
+def _row_chunks(run: _Run) -> tuple[Tensor, list[Tensor]]:
     """Both sweeps over one chunk of rows after another: every tile is formed once.
 
     The gradients saved are those under an upstream gradient of 1; the one that comes scales them later.
     """
-    with_query = sums_over_columns(problem, needs_grad[0], needs_grad[-1])
+    problem, plan, runner = run.problem, run.plan, run.runner
     if plan.gradient_tile.rows == problem.rows:
-        if (results := runner.one_tile(problem, share, with_query)) is not None:
+        if (results := runner.one_tile(problem, run.share, run.with_query)) is not None:
             loss, gradients = results
-            return loss, [g if needs else problem.query.new_empty(0) for g, needs in zip(gradients, needs_grad)]
+            needed = zip(gradients, run.config.needs_grad)
+            return loss, [g if needs else problem.query.new_empty(0) for g, needs in needed]
     kept = KeptTiles(runner.new_kept(problem, plan.kept_elements))
-    gradients = Gradients.zeros(problem, with_query)
+    gradients = run.new_gradients()
     losses = []
     for rows in blocks(problem.rows, plan.gradient_tile.rows):
         chunk = problem.of_rows(rows)
@@ -133,63 +192,49 @@ def _row_chunks(problem: Problem, plan: Plan, runner, share: float, needs_grad) 
         coefficients = runner.objective.coefficients(chunk, *statistics, torch.ones_like(losses[-1]))
         kept.rewind()
         sweep_gradients(chunk, plan, runner, kept, coefficients, gradients.of_rows(problem, rows))
-    return torch.cat(losses).sum() * share, _results(problem, gradients, share, needs_grad)
+    return torch.cat(losses).sum() * run.share, run.results(gradients, None, run.share)
 
 
-def _share(rows: int, reduction: str) -> float:
-    """Of a row in the loss."""
-    return 1 / rows if reduction == "mean" and rows else 1.0
-
-
-def _results(problem: Problem, gradients: Gradients, factor: float | Tensor, needs_grad) -> list[Tensor]:
-    """Gradients for queries, sources and scale: the sums, in place, times ``factor`` (and the scale).
-
-    An empty tensor of its own for each that is not needed.
-    """
-    scale_gradient = gradients.scale_gradient(problem) * factor if needs_grad[-1] else None
-    by_scale = factor * problem.scale
-    results = [
-        sums.mul_(by_scale) if needs else None for sums, needs in zip((gradients.query, *gradients.sources), needs_grad)
-    ]
-    return [problem.query.new_empty(0) if tensor is None else tensor for tensor in (*results, scale_gradient)]
-
-
-def _row_weights(grad_loss: Tensor, reduction: str, problem: Problem) -> tuple[Tensor, Tensor]:
+def _row_weights(grad_loss: Tensor, run: _Run) -> tuple[Tensor, Tensor]:
     """Upstream gradients of the rows as (weights of order 1, common factor).
 
     W is formed from the weights and the factor multiplies the fp32 sums at the end: W may be rounded to half
     precision for the products, and 1 / N or a gradient scaler's 65,536 would take it out of range.
     """
-    if reduction != "none":
-        return torch.ones((), dtype=grad_loss.dtype, device=grad_loss.device).expand(problem.rows), grad_loss
-    largest = grad_loss.abs().amax() if problem.rows else grad_loss.new_ones(())
+    rows = run.problem.rows
+    if run.config.reduction != "none":
+        return torch.ones((), dtype=grad_loss.dtype, device=grad_loss.device).expand(rows), grad_loss
+    largest = grad_loss.abs().amax() if rows else grad_loss.new_ones(())
     usable = (largest > 0) & largest.isfinite()  # an infinite one must not make NaN of the other rows
     factor = torch.where(usable, largest, 1)
     return grad_loss / factor, factor
 
 
-def _plan(query, keys, own, objective, parameters, reduction, backend, memory_budget, needs_grad, make=None) -> Plan:
-    widths = [key.shape[0] for key in keys] + ([] if own is None else [own.shape[1]])
-    make = _make_plan if make is None else make
-    return make(
-        query.shape[0], tuple(widths), query.shape[1], query.dtype, query.device.type, objective, tuple(parameters),
-        reduction != "none", backend, memory_budget, True in needs_grad,
+def plan_of(inputs: Inputs, config: Config, make=None) -> Plan:
+    """The plan, a function of shapes and options: the same in every call that asks."""
+    query = inputs.query
+    return (make or _make_plan)(
+        query.shape[0], inputs.widths, query.shape[1], query.dtype, query.device.type, inputs.is_batch,
+        config.objective, tuple(config.parameters), config.reduction != "none", config.backend, config.memory_budget,
+        True in config.needs_grad,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def _make_plan(
-    rows, widths, d, dtype, device, objective, parameters, one_gradient, backend, memory_budget, needs_grad
+    rows, widths, d, dtype, device, is_batch, objective, parameters, one_gradient, backend, memory_budget, needs_grad
 ) -> Plan:
-    kind = backend_class(backend)
+    kind, objective = backend_class(backend), OBJECTIVES[objective].from_parameters(parameters)
     return make_plan(
         rows, widths, d,
         itemsize=statistics_dtype(dtype).itemsize if kind.keeps_tiles else 0,
-        tile_shapes=tuple(kind.tile_shape(sweep, d, dtype, device) for sweep in ("statistics", "gradients")),
+        tile_shapes=tuple(kind.tile_shape(sweep, d, dtype, device, is_batch) for sweep in ("statistics", "gradients")),
         memory_budget=memory_budget,
         needs_grad=needs_grad,
         one_gradient=one_gradient,
-        needs_columns=OBJECTIVES[objective].from_parameters(parameters).needs_columns,
+        needs_columns=objective.needs_columns,
+        needs_statistics=objective.needs_statistics,
+        is_batch=is_batch,
     )  # fmt: skip
 
 

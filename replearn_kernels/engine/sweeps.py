@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .backends.base import Backend, KeptTiles
+from .columns import SharedColumns, blocks
 from .counters import count_workspace
 from .plan import Plan
-from .problem import Problem, blocks
+from .problem import Problem
 
 Tables = tuple[Tensor, Tensor | None]
 
@@ -27,7 +28,10 @@ def sweep_statistics(problem: Problem, plan: Plan, backend: Backend, kept: KeptT
 
 @dataclass
 class Gradients:
-    """Sums ``W Y`` and ``W.T X`` of ``W = dL/dl``: the gradients before the factor ``logit_scale``."""
+    """Sums ``W Y`` and ``W.T X`` of ``W = dL/dl``: the gradients before the factor ``logit_scale``.
+
+    Where the rows are compared with each other there is one accumulator: the queries'.
+    """
 
     query: Tensor | None
     sources: list[Tensor | None]
@@ -49,12 +53,26 @@ class Gradients:
         return Gradients(None if self.query is None else self.query[rows], sources)
 
     def scale_gradient(self, problem: Problem) -> Tensor:
-        """``sum_ij W_ij S_ij = sum_i <x_i, (W Y)_i> = sum_j <y_j, (W.T X)_j>``: no further work on tiles."""
+        """``sum_ij W_ij S_ij = sum_i <x_i, (W Y)_i> = sum_j <y_j, (W.T X)_j>``: no further work on tiles.
+
+        Where the rows are compared with each other, ``(W + W.T) X`` counts every pair twice.
+        """
         pairs = [(problem.query, self.query)]
         if self.query is None:
             pairs = [(source.features, gradient) for source, gradient in zip(problem.sources, self.sources)]
         total = sum(_inner_product(features, gradient) for features, gradient in pairs)
-        return total if isinstance(total, Tensor) else pairs[0][0].new_zeros((), dtype=torch.float64)  # no rows
+        if not isinstance(total, Tensor):  # no rows
+            return problem.query.new_zeros((), dtype=torch.float64)
+        return total / 2 if problem.is_batch else total
+
+    def finish(self, problem: Problem, factor: float | Tensor, needs_grad: list[bool]) -> list[Tensor | None]:
+        """Gradients for queries and sources: the sums, in place, times ``factor`` and the scale. None: not needed."""
+        by_scale = factor * problem.scale
+        for source, gradient in zip(problem.sources, self.sources):
+            if gradient is not None and source.inverse_norms is not None:
+                _project_(gradient, source)
+        sums = [self.query] if problem.is_batch else [self.query, *self.sources]
+        return [gradient.mul_(by_scale) if needs else None for gradient, needs in zip(sums, needs_grad)]
 
 
 def sums_over_columns(problem: Problem, needs_query: bool, needs_scale: bool) -> bool:
@@ -63,19 +81,36 @@ def sums_over_columns(problem: Problem, needs_query: bool, needs_scale: bool) ->
 
 
 def sweep_gradients(
-    problem: Problem, plan: Plan, backend: Backend, kept: KeptTiles, coefficients: Tables, into: Gradients
+    problem: Problem,
+    plan: Plan,
+    backend: Backend,
+    kept: KeptTiles,
+    coefficients: Tables,
+    into: Gradients,
+    with_losses: bool = False,
 ) -> None:
-    """Sweep 2: W of every tile, from kept similarities or new ones, and its products with keys and queries."""
+    """Sweep 2: W of every tile, from kept similarities or new ones, and its products with keys and queries.
+
+    ``with_losses``: the passes fold the losses into ``coefficients``, so that no tile may be left out.
+    """
     for tile in problem.tiles(plan.gradient_tile, backend.compute_dtype(problem.query.dtype)):
         place = kept.place(tile)
         d_source = into.sources[tile.position]
-        if into.query is not None or d_source is not None:
+        if with_losses or into.query is not None or d_source is not None:
             backend.accumulate_gradients(problem, tile, place, coefficients, into.query, d_source)
     count_workspace(kept.buffer, *backend.workspace(), *coefficients)
 
 
 def _accumulator(features: Tensor, problem: Problem) -> Tensor:
     return torch.zeros(features.shape, dtype=problem.statistics_dtype, device=features.device)
+
+
+def _project_(gradient: Tensor, source: SharedColumns) -> None:
+    """From the gradient of ``y / |y|`` to that of ``y``, in place: ``(g - y <y, g> / |y|^2) / |y|``."""
+    for rows in blocks(gradient.shape[0], 4096):
+        g, inverse_norms = gradient[rows], source.inverse_norms[rows].unsqueeze(1)
+        unit = source.features[rows].to(g.dtype) * inverse_norms
+        g.sub_(unit * (unit * g).sum(1, keepdim=True)).mul_(inverse_norms)
 
 
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:

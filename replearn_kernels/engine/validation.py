@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import statistics_dtype
+from .problem import Inputs, statistics_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,22 +84,65 @@ def check_flag(name: str, value: bool) -> bool:
     return value
 
 
-def check_target(target: Tensor | None, rows: int, columns: int, query: Tensor) -> None:
-    """int64 ``[rows]``; None where row i's positive is column i."""
-    if target is None:
+def check_target(
+    target: Tensor | None, rows: int, columns: int, query: Tensor, *, name: str = "target", required: bool = False
+) -> None:
+    """int64 ``[rows]``; None, unless ``required``, where row i's positive is column i."""
+    if target is None and not required:
         if rows > columns:
             raise ValueError(
-                f"target is needed when there are more queries than keys, got N = {rows} and M = {columns}"
+                f"{name} is needed when there are more queries than keys, got N = {rows} and M = {columns}"
             )
         return
     if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(target).__name__}")
     if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64, got {target.dtype}")
+        raise TypeError(f"{name} must be int64, got {target.dtype}")
     if target.shape != (rows,):
-        raise ValueError(f"target must have shape ({rows},), one key per query, got {tuple(target.shape)}")
+        raise ValueError(f"{name} must have shape ({rows},), one key per query, got {tuple(target.shape)}")
     if target.device != query.device:
-        raise ValueError(f"target must be on the features' device {query.device}, got {target.device}")
+        raise ValueError(f"{name} must be on the features' device {query.device}, got {target.device}")
+
+
+def check_labels(name: str, labels: Tensor, rows: int, features: Tensor) -> Tensor:
+    """Integers ``[rows]`` on the features' device, as int64."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {labels.dtype}")
+    if labels.shape != (rows,):
+        raise ValueError(f"{name} must have shape ({rows},), one per row, got {tuple(labels.shape)}")
+    if labels.device != features.device:
+        raise ValueError(f"{name} must be on the features' device {features.device}, got {labels.device}")
+    return labels.to(torch.int64)
+
+
+def check_positive(name: str, value: float) -> float:
+    """A float above 0, and finite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+    return float(value)
+
+
+def check_temperature(name: str, temperature: float | Tensor, features: Tensor) -> Tensor:
+    """Positive; its inverse, the scale, as a 0-d tensor."""
+    if isinstance(temperature, Tensor):
+        temperature = check_scale(name, temperature, features)
+        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_positive(name, temperature.item())
+        return temperature.reciprocal()
+    return check_scale(f"1 / {name}", 1 / check_positive(name, temperature), features)
+
+
+def check_margin(margin: float, most: float) -> float:
+    """In [0, ``most``]."""
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise TypeError(f"margin must be a float, got {type(margin).__name__}")
+    if not 0 <= margin <= most:
+        raise ValueError(f"margin must be in [0, {most:.6g}], got {margin}")
+    return float(margin)
 
 
 def check_reduction(reduction: str) -> None:
@@ -124,16 +167,20 @@ def check_memory_budget(memory_budget: int) -> int:
     return memory_budget
 
 
-def check_values(target: Tensor | None, columns: int, logit_scale: Tensor, features: torch.dtype) -> None:
-    """The checks that read data: target within the keys, scale finite."""
-    if logit_scale.device.type == "cpu":
-        check_finite("logit_scale", logit_scale.item(), statistics_dtype(features))
+def check_values(inputs: Inputs, target_name: str) -> None:
+    """The checks that read data: target within the keys, scale and bias finite."""
+    for name, scalar in (("logit_scale", inputs.logit_scale), ("logit_bias", inputs.logit_bias)):
+        if scalar is not None and scalar.device.type == "cpu":
+            check_finite(name, scalar.item(), statistics_dtype(inputs.query.dtype))
+    target = inputs.target
     if target is None or target.numel() == 0:
         return
+    columns = inputs.widths[0]
     if target.device.type == "cpu":
         low, high = (int(bound) for bound in target.aminmax())
         if low < 0 or high >= columns:
-            raise ValueError(f"target must be in [0, {columns}), the keys' rows, got {low if low < 0 else high}")
+            wrong = low if low < 0 else high
+            raise ValueError(f"{target_name} must be in [0, {columns}), the keys' rows, got {wrong}")
     else:
         inside = ((target >= 0) & (target < columns)).all()
-        torch._assert_async(inside, f"target must be in [0, {columns}), the keys' rows")
+        torch._assert_async(inside, f"{target_name} must be in [0, {columns}), the keys' rows")

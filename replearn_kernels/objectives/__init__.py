@@ -1,5 +1,9 @@
 """The losses' mathematics: one file per family, found by name by the dispatcher's operators."""
 
+from .base import Objective
+from .margin_softmax import MarginSoftmax
+from .sigmoid import Sigmoid
 from .softmax import Softmax
+from .sup_con import SupCon
 
-OBJECTIVES = {objective.name: objective for objective in (Softmax,)}
+OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (Softmax, SupCon, Sigmoid, MarginSoftmax)}

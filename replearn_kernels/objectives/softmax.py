@@ -14,14 +14,17 @@ error of every probability formed from it, and so has a logit that is rounded be
 ``v - max`` loses nothing. For the same reason the positive's v is picked out of the tile that computed it, so that
 ``max - positive`` is exactly 0 when the positive is the largest.
 
-Tables (one row a quantity, so that a tile takes a slice of all of them at once):
+Tables (one row a quantity):
 
     row statistics      [3, N]  max, sum, positive         column statistics    [2, M]  max, sum
     row coefficients    [5, N]  max, log_sum, weight, positive_weight, offset
-    column coefficients [4, M]  max, log_sum, weight, offset
+    column coefficients [5, M]  the same, without positives
 
     W_ij = weight_i exp(|logit_scale| (v_ij - max_i) - log_sum_i) - offset_i - [j = t_i] positive_weight_i
          + weight_j exp(|logit_scale| (v_ij - max_j) - log_sum_j) - offset_j
+
+With ``groups_ignored``, columns of the row's own group are left out of its sum, but for its positive (Sohn's N-pair
+loss with labels).
 """
 
 from __future__ import annotations
@@ -31,72 +34,74 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..engine.problem import Problem
+from ..engine.problem import Pairs, Problem
+from .base import Objective, empty_table, sign, steepness
 
 
 @dataclass(frozen=True)
-class Softmax:
+class Softmax(Objective):
     """Cross entropy of every row, and with ``symmetric`` of every positive's column too."""
 
     symmetric: bool = False
     label_smoothing: float = 0.0
+    groups_ignored: bool = False
 
     name = "softmax"
+    family = "softmax"
 
     @classmethod
     def from_parameters(cls, parameters: list[float]) -> Softmax:
-        symmetric, label_smoothing = parameters
-        return cls(bool(symmetric), label_smoothing)
+        symmetric, label_smoothing, groups_ignored = parameters
+        return cls(bool(symmetric), label_smoothing, bool(groups_ignored))
 
     @property
     def parameters(self) -> list[float]:
-        return [float(self.symmetric), float(self.label_smoothing)]
+        return [float(self.symmetric), float(self.label_smoothing), float(self.groups_ignored)]
 
     @property
     def needs_columns(self) -> bool:
         return self.symmetric
 
     @property
+    def roles(self) -> tuple[bool, bool]:
+        return False, self.groups_ignored
+
+    @property
     def one_tile_parameters(self) -> tuple[bool] | None:
-        """What the native call for a single tile takes beyond features and target; None if it cannot serve."""
-        return None if self.label_smoothing else (self.symmetric,)
+        return None if self.label_smoothing or self.groups_ignored else (self.symmetric,)
 
     # -- sweep 1 ---------------------------------------------------------------------------------------------
 
     def new_statistics(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tables of an empty set: the lowest max, no sum, no positive."""
-        return _empty_table(3, rows, like), _empty_table(2, columns, like) if self.symmetric else None
+        return empty_table(3, rows, like), empty_table(2, columns, like) if self.symmetric else None
 
-    def update_statistics(self, s, scale, target, first_column, row_table, column_table) -> None:
-        """Fold a tile of products ``s[R, C]`` into the statistics of its rows and columns."""
-        v = s * sign(scale)
-        _fold_sum_exp(v, abs(scale), 1, row_table)
+    def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
+        v = s * sign(pairs.scale)
+        if pairs.target is not None:
+            pick_targets(v, pairs, row_table[2])
+        v = self._masked(v, pairs)
+        fold_sum_exp(v, steepness(pairs.scale), 1, row_table)
         if column_table is not None:
-            _fold_sum_exp(v, abs(scale), 0, column_table)
-        if target is not None:
-            inside, column = _targets_inside(target, first_column, s.shape[1])
-            row_table[2] = torch.where(inside, v.gather(1, column).squeeze(1), row_table[2])
+            fold_sum_exp(v, steepness(pairs.scale), 0, column_table)
 
     # -- combine ---------------------------------------------------------------------------------------------
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
-        """``L_i`` of every row, ``[N]``."""
         row_max, row_sum, positive = row_table
-        steepness = abs(problem.scale)
-        loss = (row_max - positive) * steepness + row_sum.log()
+        steep = abs(problem.scale)
+        loss = (row_max - positive) * steep + row_sum.log()
         if self.label_smoothing:
-            loss = loss + self.label_smoothing * (positive * steepness - problem.total_logits() / max(problem.width, 1))
+            loss = loss + self.label_smoothing * (positive * steep - problem.total_logits() / max(problem.width, 1))
         if self.symmetric:
             column_max, column_sum = column_table[:, problem.target]
-            column_loss = (column_max - positive) * steepness + column_sum.log()
+            column_loss = (column_max - positive) * steep + column_sum.log()
             if self.label_smoothing:
                 mean = problem.total_column_logits()[problem.target] / max(problem.rows, 1)
-                column_loss = column_loss + self.label_smoothing * (positive * steepness - mean)
+                column_loss = column_loss + self.label_smoothing * (positive * steep - mean)
             loss = (loss + column_loss) / 2
         return loss
 
     def coefficients(self, problem, row_table, column_table, grad_rows) -> tuple[Tensor, Tensor | None]:
-        """What a tile needs to know of its rows and columns to form W, for upstream gradients ``dL/dL_i``."""
         smoothing = self.label_smoothing
         weight = grad_rows / 2 if self.symmetric else grad_rows
         row_max, row_sum, _ = row_table
@@ -107,51 +112,49 @@ class Softmax:
         column_max, column_sum = column_table
         # A column that is no row's positive has weight 0, one that is several rows' has their sum.
         weight = torch.zeros_like(column_max).index_put_((problem.target,), weight, accumulate=True)
-        return rows, torch.stack([column_max, column_sum.log(), weight, weight * (smoothing / max(problem.rows, 1))])
+        offset = weight * (smoothing / max(problem.rows, 1))
+        return rows, torch.stack([column_max, column_sum.log(), weight, torch.zeros_like(weight), offset])
 
     # -- sweep 2 ---------------------------------------------------------------------------------------------
 
-    def weights(self, s, out, scale, target, first_column, row_coefficients, column_coefficients) -> Tensor:
-        """``out = W = dL/dl`` of a tile of products ``s``; the two may be the same tensor."""
-        v, steepness = s * sign(scale), abs(scale)
-        row_max, log_sum, weight, positive_weight, offset = row_coefficients.unsqueeze(2)
-        w = ((v - row_max) * steepness - log_sum).exp_() * weight - offset
-        if column_coefficients is not None:
-            column_max, log_sum, weight, offset = column_coefficients
-            w += ((v - column_max) * steepness - log_sum).exp_() * weight - offset
-        if target is not None:
-            inside, column = _targets_inside(target, first_column, s.shape[1])
-            w.scatter_add_(1, column, torch.where(inside.unsqueeze(1), -positive_weight, 0))
-        return out.copy_(w)
+    def weights(self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
+        w = probabilities(self._masked(s * sign(pairs.scale), pairs), pairs, row_table, column_table)
+        if pairs.target is not None:
+            inside, column = pairs.inside(s.shape[1])
+            w.scatter_add_(1, column, torch.where(inside, -row_table[3], 0).unsqueeze(1))
+        out.copy_(w)
+
+    def _masked(self, v: Tensor, pairs: Pairs) -> Tensor:
+        """``v`` with the entries that count in no sum at -inf."""
+        if not self.groups_ignored or pairs.row_group is None:
+            return v
+        inside, column = pairs.inside(v.shape[1])
+        kept = v.gather(1, column)
+        v = v.masked_fill(pairs.same_group(), -torch.inf)
+        return v.scatter(1, column, torch.where(inside.unsqueeze(1), kept, v.gather(1, column)))
 
 
-def _empty_table(quantities: int, count: int, like: Tensor) -> Tensor:
-    table = like.new_zeros((quantities, count))
-    table[0] = torch.finfo(like.dtype).min
-    return table
-
-
-def sign(scale: float | Tensor) -> int | Tensor:
-    """-1 for a negative scale, else 1; without reading the value of a tensor."""
-    if isinstance(scale, Tensor):
-        return torch.where(scale < 0, -1, 1)
-    return -1 if scale < 0 else 1
-
-
-def _fold_sum_exp(v: Tensor, steepness: float | Tensor, dim: int, table: Tensor) -> None:
-    """Merge the sum of ``exp(steepness (v - max))`` along ``dim`` into ``table = (max, sum, ...)``."""
+def fold_sum_exp(v: Tensor, steep: float | Tensor, dim: int, table: Tensor) -> None:
+    """Merge the sum of ``exp(steep (v - max))`` along ``dim`` into ``table = (max, sum, ...)``."""
     old_max, old_sum = table[0], table[1]
     new_max = torch.maximum(old_max, v.amax(dim))
-    total = ((v - new_max.unsqueeze(dim)) * steepness).exp_().sum(dim)
-    old_sum.mul_(((old_max - new_max) * steepness).exp_()).add_(total)
+    total = ((v - new_max.unsqueeze(dim)) * steep).exp_().sum(dim)
+    old_sum.mul_(((old_max - new_max) * steep).exp_()).add_(total)
     old_max.copy_(new_max)
 
 
-def _targets_inside(target: Tensor, first_column: int, width: int) -> tuple[Tensor, Tensor]:
-    """Which rows have their positive in this tile, ``[R]``, and its column there, ``[R, 1]`` (0 where not).
+def pick_targets(v: Tensor, pairs: Pairs, positive: Tensor) -> None:
+    """``positive[i] = v[i, target]`` for the rows that have their target in this tile."""
+    inside, column = pairs.inside(v.shape[1])
+    positive.copy_(torch.where(inside, v.gather(1, column).squeeze(1), positive))
 
-    A mask and not a list of rows: finding how many there are would make a GPU wait.
-    """
-    column = target - first_column
-    inside = (column >= 0) & (column < width)
-    return inside, torch.where(inside, column, 0).unsqueeze(1)
+
+def probabilities(v: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> Tensor:
+    """W without its positives: the weighted softmax of rows and columns, less the offsets."""
+    steep = steepness(pairs.scale)
+    row_max, log_sum, weight, _, offset = row_table.unsqueeze(2)
+    w = ((v - row_max) * steep - log_sum).exp_() * weight - offset
+    if column_table is not None:
+        column_max, log_sum, weight, _, offset = column_table
+        w += ((v - column_max) * steep - log_sum).exp_() * weight - offset
+    return w

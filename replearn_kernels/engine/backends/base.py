@@ -45,10 +45,11 @@ class Backend(ABC):
 
     @staticmethod
     @abstractmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, is_batch: bool) -> tuple[int, int]:
         """Most rows and columns of a tile in the sweep "statistics" or "gradients".
 
-        The same for both where tiles are kept. ``d``, ``dtype`` and ``device``: of the features.
+        The same for both where tiles are kept. ``d``, ``dtype`` and ``device``: of the features. ``is_batch``: rows
+        are compared with each other, and tiles on the diagonal, as wide as high, do half of their work twice.
         """
 
     @abstractmethod
@@ -92,12 +93,16 @@ class Backend(ABC):
         return ()
 
 
-def tables_of(tile: Tile, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The tile's part of a row table and, in the source that has one, of the column table."""
-    rows = row_table[:, tile.rows]
-    return rows, column_table[:, tile.columns] if column_table is not None and tile.source.has_target else None
+def statistics_of(tile: Tile, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The tile's part of the statistics: of its rows and, where it tells of whole columns, of its columns."""
+    if tile.mirrored:
+        return row_table[:, tile.rows], row_table[:, tile.columns]
+    has_columns = column_table is not None and tile.source.has_positives
+    return row_table[:, tile.rows], column_table[:, tile.columns] if has_columns else None
 
 
-def target_of(problem: Problem, tile: Tile) -> Tensor | None:
-    """The positives of the tile's rows, if its source is the one that holds positives."""
-    return problem.target[tile.rows] if tile.source.has_target else None
+def coefficients_of(tile: Tile, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The tile's part of the coefficients; a tile on the diagonal is its own mirror image."""
+    if tile.diagonal:
+        return row_table[:, tile.rows], row_table[:, tile.columns]
+    return statistics_of(tile, row_table, column_table)

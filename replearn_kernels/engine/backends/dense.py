@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..columns import Tile
 from ..counters import count_product
-from ..problem import Problem, statistics_dtype
-from .base import Backend, tables_of, target_of
+from ..problem import Pairs, Problem, statistics_dtype
+from .base import Backend, coefficients_of, statistics_of
 
 # Rows a power of two apart fall into the same few cache sets, and W.T @ X reads W down its columns: at 1024 x 1024 and
 # d = 128 that product runs at 50 GFLOP/s a core without padding, and at 69 with it; at 1024 x 512 at 87.
@@ -26,35 +26,38 @@ class TorchBackend(Backend):
         self._buffer: Tensor | None = None
 
     @staticmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, is_batch: bool) -> tuple[int, int]:
         # On a GPU a tile has to fill the machine; on a CPU it has to stay in the caches.
-        return (1024, 512) if device == "cpu" else (4096, 4096)
+        if device != "cpu":
+            return (1024, 4096) if is_batch else (4096, 4096)
+        return (512, 512) if is_batch else (1024, 512)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return statistics_dtype(dtype)
 
     def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
         s = tile.source.product(tile, self._tile_buffer(tile) if kept is None else kept)
-        rows, columns = tables_of(tile, *statistics)
-        self._statistics_pass(s, problem.scale, target_of(problem, tile), tile.columns.start, rows, columns)
+        self._statistics_pass(s, self._pairs(problem, tile), *statistics_of(tile, *statistics))
 
     def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
         out = self._tile_buffer(tile)
         s = tile.source.product(tile, out) if kept is None else kept
-        rows, columns = tables_of(tile, *coefficients)
-        self._weights_pass(s, out, problem.scale, target_of(problem, tile), tile.columns.start, rows, columns)
+        self._weights_pass(s, out, self._pairs(problem, tile), *coefficients_of(tile, *coefficients))
         return out
 
     def workspace(self) -> tuple[Tensor, ...]:
         return () if self._buffer is None else (self._buffer,)
 
-    @property
-    def _statistics_pass(self):
-        return self.objective.update_statistics
+    def _statistics_pass(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
+        self.objective.update_statistics(s, pairs, row_table, column_table)
 
-    @property
-    def _weights_pass(self):
-        return self.objective.weights
+    def _weights_pass(
+        self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None
+    ) -> None:
+        self.objective.weights(s, out, pairs, row_table, column_table)
+
+    def _pairs(self, problem: Problem, tile: Tile) -> Pairs:
+        return problem.pairs(tile, self.objective.uses_target)
 
     def _tile_buffer(self, tile: Tile) -> Tensor:
         """Room for the tile, the same memory for all: a fresh buffer per tile would leave the caches."""
@@ -70,19 +73,34 @@ class CppBackend(TorchBackend):
 
     name = "cpp"
 
+    def __init__(self, objective):
+        super().__init__(objective)
+        self._groups: tuple[Tensor | None, Tensor | None] | None = None
+
     @staticmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, is_batch: bool) -> tuple[int, int]:
         # The three products of N = 8,192 on two cores: d = 128: 0.30 s at 2048 x 512, 0.33 s at 2048 x 1024;
         # d = 512: 1.20 s and 1.13 s, where one tile of 8 MB is still small beside the gradients.
-        return 2048, 512 if d < 256 else 1024
+        return 512 if is_batch else 2048, 512 if d < 256 else 1024
 
-    @property
-    def _statistics_pass(self):
-        return getattr(torch.ops.replearn_kernels, f"{self.objective.name}_statistics_").default
+    def _statistics_pass(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
+        native = getattr(torch.ops.replearn_kernels, f"{self.objective.family}_statistics_").default
+        native(s, *pairs, *self.objective.roles, row_table, column_table)
 
-    @property
-    def _weights_pass(self):
-        return getattr(torch.ops.replearn_kernels, f"{self.objective.name}_weights_").default
+    def _weights_pass(
+        self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None
+    ) -> None:
+        native = getattr(torch.ops.replearn_kernels, f"{self.objective.family}_weights_").default
+        native(s, out, *pairs, *self.objective.roles, row_table, column_table)
+
+    def _pairs(self, problem: Problem, tile: Tile) -> Pairs:
+        pairs = super()._pairs(problem, tile)
+        if pairs.row_group is None:
+            return pairs
+        if self._groups is None:
+            self._groups = _narrow_groups(problem)
+        rows, columns = self._groups
+        return pairs._replace(row_group=rows[tile.rows], column_group=columns[tile.columns])
 
     def new_kept(self, problem: Problem, elements: int) -> Tensor:
         buffer = super().new_kept(problem, elements)
@@ -105,4 +123,17 @@ class CppBackend(TorchBackend):
 
     @property
     def _one_tile_pass(self):
-        return getattr(torch.ops.replearn_kernels, f"{self.objective.name}_one_tile").default
+        return getattr(torch.ops.replearn_kernels, f"{self.objective.family}_one_tile").default
+
+
+def _narrow_groups(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Group ids as wide as the tile's entries, as the passes compare vectors of both."""
+    rows, columns = problem.row_group, problem.column_group
+    if problem.statistics_dtype == torch.float64:
+        return rows, columns
+    both = rows if columns is rows else torch.cat([rows, columns])
+    narrow = torch.iinfo(torch.int32)
+    if both.numel() and (both.min() < narrow.min or both.max() > narrow.max):
+        both = both.unique(return_inverse=True)[1]
+    both = both.to(torch.int32)
+    return (both, both) if columns is rows else (both[: len(rows)], both[len(rows) :])

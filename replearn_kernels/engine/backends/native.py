@@ -24,10 +24,12 @@ def _load() -> str | None:
 
 def _register_fakes() -> None:
     """Shapes without data, for torch.compile: the tile passes return nothing and write in place."""
-    for op in ("softmax_statistics_", "softmax_weights_", "advise_huge_pages_"):
+    passes = [f"{family}_{sweep}_" for family in ("softmax", "sigmoid") for sweep in ("statistics", "weights")]
+    for op in (*passes, "advise_huge_pages_"):
         torch.library.register_fake(f"replearn_kernels::{op}", lambda *args: None)
     torch.library.register_fake("replearn_kernels::softmax_one_tile", _fake_one_tile)
-    torch.library.register_fake("replearn_kernels::vector_exp", torch.empty_like)
+    for op in ("vector_exp", "vector_log1p"):
+        torch.library.register_fake(f"replearn_kernels::{op}", torch.empty_like)
 
 
 def _fake_one_tile(query, key, target, scale, share, symmetric, needs_query, needs_key):

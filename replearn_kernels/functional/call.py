@@ -1,0 +1,61 @@
+"""From a checked call of a loss function to the operator, or to the plain formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine import validation
+from ..engine.backends import resolve_backend
+from ..engine.operators import pair_loss
+from ..engine.problem import Inputs
+from ..engine.schedules import Config
+from ..objectives import Objective
+
+
+class Options(NamedTuple):
+    """What every loss takes, checked."""
+
+    reduction: str
+    backend: str
+    memory_budget: int
+
+    @classmethod
+    def of(cls, reduction: str, backend: str, memory_budget: int, features: Tensor) -> Options:
+        validation.check_reduction(reduction)
+        validation.check_memory_budget(memory_budget)
+        return cls(reduction, resolve_backend(backend, features.device, features.dtype), memory_budget)
+
+
+def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[[], Tensor]) -> Tensor:
+    """The fused loss, or with ``backend="eager"`` the formula that ``eager()`` computes."""
+    if options.backend == "eager":
+        validation.check_values(inputs, objective.target_name)
+        return eager()
+    enabled = torch.is_grad_enabled()
+    needs_grad = [enabled and tensor.requires_grad for tensor in inputs.differentiable]
+    config = Config(objective.name, objective.parameters, *options, needs_grad)
+    return pair_loss(inputs, config)
+
+
+def autocast(*features: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, features enter the products in its dtype, as in any matrix product; logits stay fp32."""
+    device = features[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return features
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in castable else t for t in features)
+
+
+def check_pair(features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two feature matrices that can be compared, given under the caller's names; cast under autocast."""
+    (name, query), (other_name, key) = features.items()
+    validation.check_features(name, query)
+    validation.check_features(other_name, key)
+    query, key = autocast(query, key)
+    validation.check_alike(other_name, key, name, query)
+    return query, key

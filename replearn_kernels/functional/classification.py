@@ -1,0 +1,101 @@
+"""Losses of features against the weights of many classes: ArcFace, CosFace."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..engine import validation
+from ..engine.problem import Inputs
+from ..objectives import MarginSoftmax
+from .call import Options, check_pair, run
+
+CLASSIFIER_BUDGET = 32 * 2**20
+"""Bytes of cosines kept: with a million classes the weight is what fills the memory, and the loss should add little."""
+
+
+def arcface_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.5,
+    scale: float = 64.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+    memory_budget: int = CLASSIFIER_BUDGET,
+) -> Tensor:
+    r"""Cross entropy over cosines to C class centres, with a margin added to the angle to the true one.
+
+    With ``c_ij = cos(embedding_i, weight_j)`` and ``y_i`` the label:
+
+        L_i = logsumexp_j l_ij - l_i,y_i,   l_ij = scale * c_ij,   l_i,y_i = scale * cos(arccos(c_i,y_i) + margin)
+
+    Where the angle and the margin exceed pi, ``c - margin * sin(margin)`` takes the cosine's place, so that the loss
+    goes on falling. B x C is never formed. Gradients are finite at c = 1 and c = -1.
+
+    Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 2019 (arXiv:1801.07698).
+
+    Args:
+        embeddings: ``[B, d]``, fp16, bf16, fp32 or fp64, any strides and lengths.
+        weight: ``[C, d]``, the class centres, of any lengths, the same dtype and device; gets a gradient.
+        labels: int64 ``[B]``, in ``[0, C)``.
+        margin: in radians, in [0, pi].
+        scale: multiplies the cosines; positive.
+        reduction: "mean" over the rows, "sum", or "none": ``[B]``.
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
+        memory_budget: bytes of cosines that may be kept for the backward pass. Default 32 MiB; 0 keeps none.
+
+    Returns:
+        The loss, in fp32 (fp64 for fp64 inputs). Without rows 0, with zero gradients.
+
+    Raises:
+        TypeError: an argument is not of the type or dtype above, or the features differ in dtype.
+        ValueError: wrong rank or shape, different widths or devices, a label out of range, a margin out of range, a
+            scale that is not positive and finite, an unknown reduction or backend, a negative budget.
+        RuntimeError: the backend asked for is not available here.
+    """
+    objective = MarginSoftmax(validation.check_margin(margin, 3.141592653589793), angular=True)
+    return _margin_loss(objective, embeddings, weight, labels, scale, reduction, backend, memory_budget)
+
+
+def cosface_loss(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 0.35,
+    scale: float = 64.0,
+    reduction: str = "mean",
+    backend: str = "auto",
+    memory_budget: int = CLASSIFIER_BUDGET,
+) -> Tensor:
+    r"""Cross entropy over cosines to C class centres, with a margin taken from the cosine to the true one.
+
+        L_i = logsumexp_j l_ij - l_i,y_i,   l_ij = scale * c_ij,   l_i,y_i = scale * (c_i,y_i - margin)
+
+    Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", 2018 (arXiv:1801.09414).
+
+    Args, result and exceptions are those of :func:`arcface_loss`, but that ``margin`` is a cosine, in [0, 2].
+    """
+    objective = MarginSoftmax(validation.check_margin(margin, 2.0), angular=False)
+    return _margin_loss(objective, embeddings, weight, labels, scale, reduction, backend, memory_budget)
+
+
+def _margin_loss(
+    objective: MarginSoftmax,
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: float,
+    reduction: str,
+    backend: str,
+    memory_budget: int,
+) -> Tensor:
+    embeddings, weight = check_pair({"embeddings": embeddings, "weight": weight})
+    validation.check_target(labels, len(embeddings), len(weight), embeddings, name="labels", required=True)
+    logit_scale = validation.check_scale("scale", validation.check_positive("scale", scale), embeddings)
+    options = Options.of(reduction, backend, memory_budget, embeddings)
+    inputs = Inputs(F.normalize(embeddings, dim=-1), [weight], None, labels, None, None, logit_scale, None)
+    return run(inputs, objective, options, lambda: reference.margin_loss(inputs, objective, reduction))

@@ -1,0 +1,249 @@
+"""Losses of queries against keys: InfoNCE, CLIP, N-pair, SigLIP."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..engine import validation
+from ..engine.plan import DEFAULT_MEMORY_BUDGET
+from ..engine.problem import Inputs
+from ..objectives import Sigmoid, Softmax
+from .call import Options, autocast, check_pair, run
+
+
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    *,
+    target: Tensor | None = None,
+    negatives: Tensor | None = None,
+    logit_scale: float | Tensor = 1.0,
+    symmetric: bool = False,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    r"""Cross entropy that picks every query's key out of all keys, without the N x M matrix of logits.
+
+    With ``l_ij = logit_scale * <query_i, key_j>``, W columns in all and label smoothing e:
+
+        L_i = logsumexp_j l_ij - (1 - e) * l_i,target_i - e / W * sum_j l_ij
+
+    van den Oord, Li and Vinyals, "Representation Learning with Contrastive Predictive Coding", 2018
+    (arXiv:1807.03748); with a queue of negatives: He et al., "Momentum Contrast", 2020 (arXiv:1911.05722).
+
+    Args:
+        query: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
+        key: ``[M, d]``, of the same dtype and device.
+        target: int64 ``[N]``, the row of ``key`` that is each query's positive, in ``[0, M)``.
+            Default: query i belongs to key i, which needs M >= N.
+        negatives: more columns that are nobody's positive: ``[K, d]`` seen by every query (a queue), or
+            ``[N, K, d]``, K of each query's own. They get a gradient only if they require one.
+        logit_scale: the inverse temperature, *not* its logarithm; a float, or a 0-d tensor, which gets a gradient.
+        symmetric: average with the other direction: the column of query i's key over all queries
+            (negatives have no part in it). With target=None and M = N this is :func:`clip_loss`.
+        label_smoothing: e in [0, 1].
+        reduction: "mean" over the queries, "sum", or "none": ``[N]``.
+        normalize: L2-normalise query, key and negatives first.
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula on the
+            full matrix, which can be differentiated twice.
+        memory_budget: bytes of similarities that may be kept for the backward pass instead of computed again.
+            Default 256 MiB; 0 keeps none.
+
+    Returns:
+        The loss, in fp32 (fp64 for fp64 inputs). Without queries 0, with zero gradients.
+
+    Raises:
+        TypeError: an argument is not of the type or dtype above, or two features differ in dtype.
+        ValueError: wrong rank or shape, different widths or devices, target out of range, a scale that is not
+            finite, an unknown reduction or backend, a negative budget.
+        RuntimeError: the backend asked for is not available here.
+    """
+    objective = Softmax(
+        validation.check_flag("symmetric", symmetric), validation.check_fraction("label_smoothing", label_smoothing)
+    )
+    features = {"query": query, "key": key}
+    return _softmax_loss(
+        objective, features, target, negatives, None, logit_scale, normalize, reduction, backend, memory_budget
+    )
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    r"""The CLIP loss: image i picks text i out of all texts, and the reverse, without the N x N matrix.
+
+    With ``l_ij = logit_scale * <image_i, text_j>``:
+
+        L_i = 1/2 (logsumexp_j l_ij - l_ii) + 1/2 (logsumexp_j l_ji - l_ii)
+
+    Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021
+    (arXiv:2103.00020). Values and gradients are those of open_clip's ``ClipLoss``.
+
+    Args:
+        image_features: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides; L2-normalised, unless ``normalize``.
+        text_features: ``[N, d]``, of the same dtype and device.
+        logit_scale: the inverse temperature, already exponentiated as in open_clip; float or 0-d tensor.
+
+    The other arguments, the result and the exceptions are those of :func:`info_nce_loss`. Also raises ValueError
+    where the two batches differ in size.
+    """
+    if isinstance(image_features, Tensor) and isinstance(text_features, Tensor):
+        validation.check_same_rows("image_features", image_features, "text_features", text_features)
+    objective = Softmax(symmetric=True, label_smoothing=validation.check_fraction("label_smoothing", label_smoothing))
+    features = {"image_features": image_features, "text_features": text_features}
+    return _softmax_loss(
+        objective, features, None, None, None, logit_scale, normalize, reduction, backend, memory_budget
+    )
+
+
+def n_pair_loss(
+    anchor: Tensor,
+    positive: Tensor,
+    *,
+    labels: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    r"""Multi-class N-pair loss: anchor i's positive against the positives of all other classes.
+
+        L_i = log(1 + sum_j exp(<anchor_i, positive_j> - <anchor_i, positive_i>)),  over j of other labels than i's
+
+    Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NeurIPS 2016. The paper adds a penalty
+    on the features' norms, which is the caller's: ``(anchor.square().sum(1) + positive.square().sum(1)).mean()``.
+
+    Args:
+        anchor: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
+        positive: ``[N, d]``, of the same dtype and device.
+        labels: integers ``[N]``; other columns of the row's own label are no negatives. Default: all labels differ.
+
+    The other arguments, the result and the exceptions are those of :func:`info_nce_loss`. Also raises ValueError
+    where the two batches differ in size, and for labels of the wrong shape or device, TypeError if not integers.
+    """
+    if isinstance(anchor, Tensor) and isinstance(positive, Tensor):
+        validation.check_same_rows("anchor", anchor, "positive", positive)
+    objective = Softmax(groups_ignored=labels is not None)
+    features = {"anchor": anchor, "positive": positive}
+    return _softmax_loss(objective, features, None, None, labels, 1.0, normalize, reduction, backend, memory_budget)
+
+
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    query_group: Tensor | None = None,
+    key_group: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    r"""The sigmoid loss: every image-text pair is classified on its own, as matching or not.
+
+    With ``l_ij = logit_scale * <image_i, text_j> + logit_bias``, and ``z_ij`` = 1 for a positive pair, -1 for others:
+
+        L_i = sum_j log(1 + exp(-z_ij l_ij))
+
+    Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023 (arXiv:2303.15343); the mean over rows is the
+    paper's: the sum over all pairs, divided by N. Values and gradients are those of open_clip's ``SigLipLoss``.
+
+    Args:
+        image_features: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides; L2-normalised, unless ``normalize``.
+        text_features: ``[M, d]``, of the same dtype and device; M = N without groups.
+        logit_scale: the inverse temperature, already exponentiated; a float, or a 0-d tensor, which gets a gradient.
+        logit_bias: added to every logit; a float, or a 0-d tensor, which gets a gradient. The paper starts at -10.
+            Default: none.
+        query_group: integers ``[N]``; with ``key_group``, pairs of equal group are positives. Default: image i and
+            text i are.
+        key_group: integers ``[M]``.
+        reduction: "mean" over the images, "sum", or "none": ``[N]``.
+        normalize: L2-normalise both features first.
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
+        memory_budget: taken as by every loss, but one sweep has nothing to keep.
+
+    Returns:
+        The loss, in fp32 (fp64 for fp64 inputs). Without images 0, with zero gradients.
+
+    Raises:
+        TypeError: an argument is not of the type or dtype above, or the features differ in dtype.
+        ValueError: wrong rank or shape, different widths or devices, one group without the other, a scale or bias
+            that is not finite, an unknown reduction or backend, a negative budget.
+        RuntimeError: the backend asked for is not available here.
+    """
+    image, text = check_pair({"image_features": image_features, "text_features": text_features})
+    if (query_group is None) != (key_group is None):
+        raise ValueError("query_group and key_group must be given together, got only one of them")
+    if query_group is None:
+        validation.check_same_rows("image_features", image, "text_features", text)
+    else:
+        query_group = validation.check_labels("query_group", query_group, len(image), image)
+        key_group = validation.check_labels("key_group", key_group, len(text), image)
+    logit_scale = validation.check_scale("logit_scale", logit_scale, image)
+    if logit_bias is not None:
+        logit_bias = validation.check_scale("logit_bias", logit_bias, image)
+    options = Options.of(reduction, backend, memory_budget, image)
+    if normalize:
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    inputs = Inputs(image, [text], None, None, query_group, key_group, logit_scale, logit_bias)
+    return run(inputs, Sigmoid(query_group is not None), options, lambda: reference.siglip_loss(inputs, reduction))
+
+
+def _softmax_loss(
+    objective: Softmax,
+    features: dict[str, Tensor],
+    target: Tensor | None,
+    negatives: Tensor | None,
+    labels: Tensor | None,
+    logit_scale: float | Tensor,
+    normalize: bool,
+    reduction: str,
+    backend: str,
+    memory_budget: int,
+) -> Tensor:
+    """The softmax family behind one check of arguments; ``features``: queries and keys under the caller's names."""
+    query, key = check_pair(features)
+    query_name = next(iter(features))
+    queue, own = _split_negatives(negatives, query_name, query)
+    validation.check_target(target, query.shape[0], key.shape[0], query)
+    if labels is not None:
+        labels = validation.check_labels("labels", labels, len(query), query)
+    logit_scale = validation.check_scale("logit_scale", logit_scale, query)
+    options = Options.of(reduction, backend, memory_budget, query)
+    if normalize:
+        query, key, queue, own = (None if t is None else F.normalize(t, dim=-1) for t in (query, key, queue, own))
+    keys = [key] if queue is None else [key, queue]
+    inputs = Inputs(query, keys, own, target, labels, labels, logit_scale, None)
+    return run(inputs, objective, options, lambda: reference.softmax_loss(inputs, objective, reduction))
+
+
+def _split_negatives(negatives: Tensor | None, query_name: str, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(queue ``[K, d]``, own ``[N, K, d]``): which of the two the negatives are."""
+    if negatives is None:
+        return None, None
+    ndim = 3 if isinstance(negatives, Tensor) and negatives.ndim == 3 else 2
+    validation.check_features("negatives", negatives, ndim)
+    _, negatives = autocast(query, negatives)
+    validation.check_alike("negatives", negatives, query_name, query)
+    if ndim == 2:
+        return negatives, None
+    if negatives.shape[0] != query.shape[0]:
+        raise ValueError(
+            f"negatives [N, K, d] must have one set per query, got {negatives.shape[0]} for {query.shape[0]} queries"
+        )
+    return None, negatives

@@ -1,0 +1,94 @@
+"""What the engine asks of a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..engine.problem import Pairs, Problem
+
+
+class Objective(ABC):
+    """The mathematics of a family of losses over logits ``l_ij = scale * s_ij + bias``; knows no tiles' order.
+
+    A table holds one quantity per row of it and one value per row (or column) of the problem, so that a tile takes a
+    slice of all quantities at once. Where rows are compared with each other (a batch), one table serves both sides.
+    """
+
+    name: str
+    """By which the operator finds the class."""
+    family: str
+    """The native passes' and the Triton epilogue's: several objectives can share them."""
+    needs_statistics = True
+    """False: W of an entry depends on nothing but that entry, and one sweep yields losses and gradients."""
+    needs_columns = False
+    """W needs the statistics of whole columns."""
+    uses_target = True
+    """Every row has one positive, ``target[i]``; False: groups say which pairs are positive."""
+    target_name = "target"
+    """What callers know it by."""
+    unit_keys = False
+    """The keys are normalised on the fly."""
+    roles: tuple[bool, ...] = ()
+    """What the native passes and the epilogue want to know beyond the pairs."""
+    one_tile_parameters: tuple | None = None
+    """What the native call for a whole problem of one tile takes; None if there is none."""
+
+    @classmethod
+    @abstractmethod
+    def from_parameters(cls, parameters: list[float]) -> Objective:
+        """The inverse of :attr:`parameters`."""
+
+    @property
+    @abstractmethod
+    def parameters(self) -> list[float]:
+        """The options as numbers, as the operator takes them."""
+
+    @abstractmethod
+    def new_statistics(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tables of an empty set: of the rows, and where whole columns are needed, of the first source's columns."""
+
+    @abstractmethod
+    def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
+        """Fold a tile of products ``s[R, C]`` into the statistics of its rows and columns."""
+
+    @abstractmethod
+    def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
+        """``L_i`` of every row, ``[N]``."""
+
+    def rows_counted(self, problem: Problem) -> int | Tensor:
+        """How many rows the mean is over: at least 1."""
+        return max(problem.rows, 1)
+
+    @abstractmethod
+    def coefficients(self, problem, row_table, column_table, grad_rows) -> tuple[Tensor, Tensor | None]:
+        """What a tile needs to know of its rows and columns to form W, for upstream gradients ``dL/dL_i``."""
+
+    @abstractmethod
+    def weights(self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
+        """``out = W = dL/dl`` of a tile of products ``s``; the two may be the same tensor."""
+
+    def bias_gradient(self, row_coefficients: Tensor) -> Tensor:
+        """``sum_ij W_ij``, fp64; for losses with a bias."""
+        raise NotImplementedError(f"{self.name} has no bias")
+
+
+def empty_table(quantities: int, count: int, like: Tensor) -> Tensor:
+    """(max, sum, ...) of nothing: the lowest max, zeros."""
+    table = like.new_zeros((quantities, count))
+    table[0] = torch.finfo(like.dtype).min
+    return table
+
+
+def sign(scale: float | Tensor) -> int | Tensor:
+    """-1 for a negative scale, else 1; without reading the value of a tensor."""
+    if isinstance(scale, Tensor):
+        return torch.where(scale < 0, -1, 1)
+    return -1 if scale < 0 else 1
+
+
+def steepness(scale: float | Tensor) -> float | Tensor:
+    """``|scale|``, but never 0, at which a masked similarity, -inf, would become NaN; 1e-30 changes no logit."""
+    return abs(scale).clamp(min=1e-30) if isinstance(scale, Tensor) else max(abs(scale), 1e-30)
