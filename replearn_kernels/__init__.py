@@ -11,11 +11,26 @@ from .functional import (
     siglip_loss,
     sup_con_loss,
 )
-from .losses import ClipLoss, InfoNCELoss
+from .losses import (
+    ArcFaceLoss,
+    ClipLoss,
+    CosFaceLoss,
+    InfoNCELoss,
+    NPairLoss,
+    NTXentLoss,
+    SigLipLoss,
+    SupConLoss,
+)
 
 __all__ = [
+    "ArcFaceLoss",
     "ClipLoss",
+    "CosFaceLoss",
     "InfoNCELoss",
+    "NPairLoss",
+    "NTXentLoss",
+    "SigLipLoss",
+    "SupConLoss",
     "arcface_loss",
     "clip_loss",
     "cosface_loss",

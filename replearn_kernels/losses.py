@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from . import functional as F
+from .engine import validation
 from .engine.plan import DEFAULT_MEMORY_BUDGET
+from .functional.classification import CLASSIFIER_BUDGET, LARGEST_ARCFACE_MARGIN, LARGEST_COSFACE_MARGIN
 
 
-class InfoNCELoss(nn.Module):
+class _Loss(nn.Module):
+    """A loss function with its keywords set: ``self.options``, shown by repr."""
+
+    def __init__(self, **options):
+        super().__init__()
+        validation.check_reduction(options["reduction"])
+        validation.check_backend_name(options["backend"])
+        validation.check_memory_budget(options["memory_budget"])
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class InfoNCELoss(_Loss):
     """:func:`~replearn_kernels.info_nce_loss` as a module; every keyword of it but the tensors is set here."""
 
     def __init__(
@@ -21,10 +38,9 @@ class InfoNCELoss(nn.Module):
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ):
-        super().__init__()
-        self.options = dict(
-            symmetric=symmetric,
-            label_smoothing=label_smoothing,
+        super().__init__(
+            symmetric=validation.check_flag("symmetric", symmetric),
+            label_smoothing=validation.check_fraction("label_smoothing", label_smoothing),
             reduction=reduction,
             normalize=normalize,
             backend=backend,
@@ -44,11 +60,8 @@ class InfoNCELoss(nn.Module):
             query, key, target=target, negatives=negatives, logit_scale=logit_scale, **self.options
         )
 
-    def extra_repr(self) -> str:
-        return _repr(self.options)
 
-
-class ClipLoss(nn.Module):
+class ClipLoss(_Loss):
     """:func:`~replearn_kernels.clip_loss` with the constructor and the call of open_clip's ``ClipLoss``.
 
     ``local_loss``, ``gather_with_grad``, ``cache_labels``, ``rank`` and ``use_horovod`` are open_clip's settings for
@@ -73,13 +86,12 @@ class ClipLoss(nn.Module):
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ):
-        super().__init__()
-        if world_size != 1 or use_horovod:
-            raise NotImplementedError(
-                f"ClipLoss computes the batch of one process, got world_size={world_size}, use_horovod={use_horovod}"
-            )
-        self.options = dict(
-            label_smoothing=label_smoothing, reduction=reduction, backend=backend, memory_budget=memory_budget
+        _refuse_processes("ClipLoss", world_size, use_horovod)
+        super().__init__(
+            label_smoothing=validation.check_fraction("label_smoothing", label_smoothing),
+            reduction=reduction,
+            backend=backend,
+            memory_budget=memory_budget,
         )
 
     def forward(
@@ -95,9 +107,186 @@ class ClipLoss(nn.Module):
         loss = F.clip_loss(image_features, text_features, logit_scale, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
 
+
+class SigLipLoss(_Loss):
+    """:func:`~replearn_kernels.siglip_loss` with the constructor and the call of open_clip's ``SigLipLoss``.
+
+    ``cache_labels``, ``rank`` and ``dist_impl`` are open_clip's settings for a batch spread over processes. They change
+    nothing in one process, and ``world_size > 1`` is refused: a loss over the local rows alone is a different loss.
+
+    Raises:
+        NotImplementedError: ``world_size > 1``.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        reduction: str = "mean",
+        backend: str = "auto",
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    ):
+        _refuse_processes("SigLipLoss", world_size)
+        super().__init__(reduction=reduction, backend=backend, memory_budget=memory_budget)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, or ``{"contrastive_loss": loss}``."""
+        loss = F.siglip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class NPairLoss(_Loss):
+    """:func:`~replearn_kernels.n_pair_loss` as a module."""
+
+    def __init__(
+        self,
+        *,
+        reduction: str = "mean",
+        normalize: bool = False,
+        backend: str = "auto",
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    ):
+        super().__init__(reduction=reduction, normalize=normalize, backend=backend, memory_budget=memory_budget)
+
+    def forward(self, anchor: Tensor, positive: Tensor, labels: Tensor | None = None) -> Tensor:
+        return F.n_pair_loss(anchor, positive, labels=labels, **self.options)
+
+
+class NTXentLoss(_Loss):
+    """:func:`~replearn_kernels.nt_xent_loss` as a module."""
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        *,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str = "auto",
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    ):
+        super().__init__(
+            temperature=validation.check_positive("temperature", temperature),
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            memory_budget=memory_budget,
+        )
+
+    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        return F.nt_xent_loss(z_i, z_j, **self.options)
+
+
+class SupConLoss(_Loss):
+    """:func:`~replearn_kernels.sup_con_loss` as a module."""
+
+    def __init__(
+        self,
+        temperature: float = 0.07,
+        *,
+        reduction: str = "mean",
+        normalize: bool = True,
+        backend: str = "auto",
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    ):
+        super().__init__(
+            temperature=validation.check_positive("temperature", temperature),
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            memory_budget=memory_budget,
+        )
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        return F.sup_con_loss(features, labels, **self.options)
+
+
+class _MarginLoss(_Loss):
+    """A classifier with a margin: it owns the class centres, ``weight[classes, dim]``, a parameter."""
+
+    def __init__(
+        self, dim: int, classes: int, margin: float, scale: float, reduction: str, backend: str, memory_budget: int
+    ):
+        super().__init__(
+            margin=margin,
+            scale=validation.check_positive("scale", scale),
+            reduction=reduction,
+            backend=backend,
+            memory_budget=memory_budget,
+        )
+        self.weight = nn.Parameter(torch.empty(classes, dim))
+        nn.init.xavier_normal_(self.weight)
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """``scale * cos``, ``[B, C]`` and without the margin: for inference, where C x B does fit."""
+        centres = nn.functional.normalize(self.weight, dim=1)
+        return self.options["scale"] * nn.functional.normalize(embeddings, dim=1) @ centres.t()
+
     def extra_repr(self) -> str:
-        return _repr(self.options)
+        classes, dim = self.weight.shape
+        return f"dim={dim}, classes={classes}, {super().extra_repr()}"
 
 
-def _repr(options: dict) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+class ArcFaceLoss(_MarginLoss):
+    """:func:`~replearn_kernels.arcface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
+
+    Its parameter belongs into the optimizer, beside the encoder's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        margin: float = 0.5,
+        scale: float = 64.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+        memory_budget: int = CLASSIFIER_BUDGET,
+    ):
+        margin = validation.check_margin(margin, LARGEST_ARCFACE_MARGIN)
+        super().__init__(dim, classes, margin, scale, reduction, backend, memory_budget)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return F.arcface_loss(embeddings, self.weight, labels, **self.options)
+
+
+class CosFaceLoss(_MarginLoss):
+    """:func:`~replearn_kernels.cosface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
+
+    Its parameter belongs into the optimizer, beside the encoder's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        margin: float = 0.35,
+        scale: float = 64.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+        memory_budget: int = CLASSIFIER_BUDGET,
+    ):
+        margin = validation.check_margin(margin, LARGEST_COSFACE_MARGIN)
+        super().__init__(dim, classes, margin, scale, reduction, backend, memory_budget)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return F.cosface_loss(embeddings, self.weight, labels, **self.options)
+
+
+def _refuse_processes(name: str, world_size: int, use_horovod: bool = False) -> None:
+    if world_size != 1 or use_horovod:
+        raise NotImplementedError(
+            f"{name} computes the batch of one process, got world_size={world_size}"
+            + (", use_horovod=True" if use_horovod else "")
+        )

@@ -4,6 +4,7 @@
     statistics.py   sweep 1: statistics of rows and columns (skeleton and launcher)
     gradients.py    sweep 2: dL/dl of a tile, or its products with the features (skeletons and launchers)
     softmax.py      the softmax family's epilogues
+    sigmoid.py      the sigmoid family's
     configs.py      block sizes per architecture, and the search for better ones
 
 A skeleton walks tiles and knows no loss. A loss is an :class:`~.tiles.Epilogue`: a few ``@triton.jit`` functions
@@ -11,10 +12,17 @@ of a tile of similarities that has not left the registers.
 """
 
 from .gradients import accumulate_gradient, form_weights
-from .softmax import SOFTMAX
+from .sigmoid import SIGMOID
+from .softmax import MARGIN_SOFTMAX, SOFTMAX, SUP_CON
 from .statistics import update_statistics
 from .tiles import Epilogue, TileInputs
 
-EPILOGUES: dict[str, Epilogue] = {"softmax": SOFTMAX}
+EPILOGUES: dict[str, Epilogue] = {
+    "softmax": SOFTMAX,
+    "sup_con": SUP_CON,
+    "margin_softmax": MARGIN_SOFTMAX,
+    "sigmoid": SIGMOID,
+}
+"""By the objective's name."""
 
 __all__ = ["EPILOGUES", "Epilogue", "TileInputs", "accumulate_gradient", "form_weights", "update_statistics"]

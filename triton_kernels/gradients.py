@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Config, launch_options, pick
-from .tiles import Epilogue, TileInputs, aligned, product, similarity_tile
+from .statistics import merge
+from .tiles import Epilogue, TileInputs, aligned, product, similarity_tile, store_quantities
 
 # Programs that run at the same time share 8 blocks of rows, whose features (8 x 128 rows) then stay in L2.
 _GROUP = 8
@@ -24,13 +25,14 @@ def weights_kernel(
     query, query_stride,  # [R, d]
     key, key_stride,  # [C, d]
     weights, weights_stride,  # [R, C]
+    row_partials,  # [column blocks, QUANTITIES, R], or None
     d,
     inputs,
-    WEIGHTS: tl.constexpr, GROUP: tl.constexpr,
+    WEIGHTS: tl.constexpr, REDUCE: tl.constexpr, QUANTITIES: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One block of W."""
+    """One block of W, and where one sweep does all, the block's statistics of its rows."""
     row_blocks, column_blocks = tl.cdiv(inputs.rows, BLOCK_M), tl.cdiv(inputs.columns, BLOCK_N)
     program = tl.program_id(0)
     row_block, column_block = tl.swizzle2d(
@@ -44,6 +46,10 @@ def weights_kernel(
     inside = (row < inputs.rows)[:, None] & (column < inputs.columns)[None, :]
     place = weights + row.to(tl.int64)[:, None] * weights_stride + column[None, :]
     tl.store(place, w.to(weights.dtype.element_ty), mask=inside)
+    if row_partials is not None:
+        partials = row_partials + column_block.to(tl.int64) * QUANTITIES * inputs.rows
+        of_rows = REDUCE(s, row[:, None], column[None, :], inputs, 1)
+        store_quantities(partials, inputs.rows, row, row < inputs.rows, of_rows)
 
 
 @triton.jit
@@ -83,19 +89,26 @@ def gradient_kernel(
     tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
 
 
-def form_weights(epilogue: Epilogue, query: Tensor, key: Tensor, inputs: TileInputs, out: Tensor) -> None:
-    """``out[R, C] = W`` of the tile, in ``out``'s dtype."""
+def form_weights(
+    epilogue: Epilogue, query: Tensor, key: Tensor, inputs: TileInputs, out: Tensor, row_table: Tensor | None = None
+) -> None:
+    """``out[R, C] = W`` of the tile, in ``out``'s dtype; given a ``row_table``, its statistics are folded in, too."""
     query, key = aligned(query), aligned(key)
 
-    def launch(config: Config) -> None:
-        blocks = triton.cdiv(out.shape[0], config.block_m) * triton.cdiv(out.shape[1], config.block_n)
-        weights_kernel[(blocks,)](
-            query, query.stride(0), key, key.stride(0), out, out.stride(0),
+    def launch(config: Config) -> Tensor | None:
+        row_blocks, column_blocks = triton.cdiv(out.shape[0], config.block_m), triton.cdiv(out.shape[1], config.block_n)
+        of_rows = None if row_table is None else row_table.new_empty(column_blocks, *row_table.shape)
+        weights_kernel[(row_blocks * column_blocks,)](
+            query, query.stride(0), key, key.stride(0), out, out.stride(0), of_rows,
             query.shape[1], inputs,
-            epilogue.weights, _GROUP, **launch_options(config, query),
+            epilogue.weights, epilogue.reduce, 0 if row_table is None else row_table.shape[0], _GROUP,
+            **launch_options(config, query),
         )  # fmt: skip
+        return of_rows
 
-    launch(pick("weights", query, launch))
+    of_rows = launch(pick("weights", query, launch))
+    if of_rows is not None:
+        merge(epilogue, of_rows, inputs, row_table)
 
 
 def accumulate_gradient(

@@ -1,4 +1,4 @@
-"""The softmax family: InfoNCE, CLIP, and all that is a cross entropy over similarities.
+"""The softmax family's epilogues: InfoNCE and CLIP, SupCon, and the margin losses.
 
 The statistics, the tables, and why a difference of similarities comes before its scaling, are described in
 ``objectives/softmax.py``. Here ``exp(|scale| (v - max))`` is ``exp2((v - max) * rate)``: one multiplication less.
@@ -7,7 +7,7 @@ The statistics, the tables, and why a difference of similarities comes before it
 import triton
 import triton.language as tl
 
-from .tiles import HIGHEST, LOWEST, Epilogue, load_vector
+from .tiles import HIGHEST, LOWEST, Epilogue, inside_tile, is_target, load_vector, same_group
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -25,29 +25,32 @@ def softmax_signed(s, inputs):
 
 
 @triton.jit
-def softmax_empty(BLOCK: tl.constexpr, AXIS: tl.constexpr):
-    top = tl.full([BLOCK], LOWEST, tl.float32)
-    zero = tl.zeros([BLOCK], tl.float32)
-    if AXIS == 1:
-        return top, zero, zero
-    else:
-        return top, zero
+def softmax_fold(v, counted, inputs, AXIS: tl.constexpr):
+    """(max, sum of exp) of the counted entries."""
+    v = tl.where(counted, v, float("-inf"))
+    top = tl.maximum(tl.max(v, AXIS), LOWEST)
+    return top, tl.sum(tl.exp2((v - tl.expand_dims(top, AXIS)) * softmax_rate(inputs)), AXIS)
 
 
 @triton.jit
-def softmax_reduce(s, row, column, inputs, AXIS: tl.constexpr):
-    """(max, sum of exp), and for rows the positive's v: 0 from tiles that do not hold it."""
-    inside = (row < inputs.rows) & (column < inputs.columns)
-    v = tl.where(inside, softmax_signed(s, inputs), float("-inf"))
-    top = tl.maximum(tl.max(v, AXIS), LOWEST)
-    total = tl.sum(tl.exp2((v - tl.expand_dims(top, AXIS)) * softmax_rate(inputs)), AXIS)
-    if AXIS == 0:
-        return top, total
-    elif inputs.target is None:
-        return top, total, tl.zeros_like(top)
-    else:
-        is_positive = softmax_positive(row, column, inputs) & inside
-        return top, total, tl.sum(tl.where(is_positive, v, 0.0), AXIS)
+def softmax_share(v, rate, table, stride, index, size):
+    """``weight * softmax - offset`` from a table of max, log_sum, weight, positive, offset.
+
+    The sum divides the weight, a value per row or column, and not every exp: one register less per column.
+    """
+    share = load_vector(table + 2 * stride, index, size) * tl.exp(-load_vector(table + stride, index, size))
+    top = load_vector(table, index, size, HIGHEST)  # past the edge the exp is 0 and cannot overflow
+    return tl.exp2((v - top) * rate) * share - load_vector(table + 4 * stride, index, size)
+
+
+@triton.jit
+def softmax_shares(s, row, column, inputs):
+    """W without its positives."""
+    v, rate = softmax_signed(s, inputs), softmax_rate(inputs)
+    w = softmax_share(v, rate, inputs.row_table, inputs.row_stride, row, inputs.rows)
+    if inputs.column_table is not None:
+        w += softmax_share(v, rate, inputs.column_table, inputs.column_stride, column, inputs.columns)
+    return w
 
 
 @triton.jit
@@ -61,35 +64,106 @@ def softmax_merge(a, b, inputs):
         return top, total
 
 
+# -- one positive per row: InfoNCE, CLIP, N-pair --------------------------------------------------------------------
+
+
+@triton.jit
+def softmax_empty(BLOCK: tl.constexpr, AXIS: tl.constexpr):
+    top = tl.full([BLOCK], LOWEST, tl.float32)
+    zero = tl.zeros([BLOCK], tl.float32)
+    if AXIS == 1:
+        return top, zero, zero
+    else:
+        return top, zero
+
+
+@triton.jit
+def softmax_counted(row, column, inputs):
+    """Which entries are in the sums: with groups, of a row's own group only its positive."""
+    counted = (row < inputs.rows) & (column < inputs.columns)
+    if inputs.row_group is None:
+        return counted
+    else:
+        return counted & (is_target(row, column, inputs) | (same_group(row, column, inputs) == 0))
+
+
+@triton.jit
+def softmax_reduce(s, row, column, inputs, AXIS: tl.constexpr):
+    """(max, sum of exp), and for rows the positive's v: 0 from tiles that do not hold it."""
+    counted = softmax_counted(row, column, inputs)
+    v = softmax_signed(s, inputs)
+    top, total = softmax_fold(v, counted, inputs, AXIS)
+    if AXIS == 0:
+        return top, total
+    elif inputs.target is None:
+        return top, total, tl.zeros_like(top)
+    else:
+        return top, total, tl.sum(tl.where(is_target(row, column, inputs) & counted, v, 0.0), AXIS)
+
+
 @triton.jit
 def softmax_weights(s, row, column, inputs):
     """W of ``objectives/softmax.py``."""
-    v, rate = softmax_signed(s, inputs), softmax_rate(inputs)
-    w = softmax_share(v, rate, inputs.row_table, inputs.row_stride, row, inputs.rows, 4)
-    if inputs.column_table is not None:
-        w += softmax_share(v, rate, inputs.column_table, inputs.column_stride, column, inputs.columns, 3)
+    w = softmax_shares(s, row, column, inputs)
+    if inputs.row_group is not None:
+        w = tl.where(softmax_counted(row, column, inputs), w, 0.0)
     if inputs.target is not None:
         positive_weight = load_vector(inputs.row_table + 3 * inputs.row_stride, row, inputs.rows)
-        w -= tl.where(softmax_positive(row, column, inputs), positive_weight, 0.0)
+        w -= tl.where(is_target(row, column, inputs), positive_weight, 0.0)
     return w
 
 
-@triton.jit
-def softmax_share(v, rate, table, stride, index, size, OFFSET: tl.constexpr):
-    """``weight * softmax - offset`` from a table of max, log_sum, weight, ..., with the offset in row OFFSET.
-
-    The sum divides the weight, a value per row or column, and not every exp: one register less per column.
-    """
-    share = load_vector(table + 2 * stride, index, size) * tl.exp(-load_vector(table + stride, index, size))
-    top = load_vector(table, index, size, HIGHEST)  # past the edge the exp is 0 and cannot overflow
-    return tl.exp2((v - top) * rate) * share - load_vector(table + OFFSET * stride, index, size)
-
-
-@triton.jit
-def softmax_positive(row, column, inputs):
-    """Which entries are a row's positive. In int32: 64-bit columns would take two registers each."""
-    target = load_vector(inputs.target, row, inputs.rows)
-    return column == (target - inputs.first_column).to(tl.int32)
-
-
 SOFTMAX = Epilogue(softmax_empty, softmax_reduce, softmax_merge, softmax_weights)
+
+
+# -- positives by group, rows against each other: SupCon, NT-Xent ---------------------------------------------------
+
+
+@triton.jit
+def sup_con_empty(BLOCK: tl.constexpr, AXIS: tl.constexpr):
+    zero = tl.zeros([BLOCK], tl.float32)
+    return tl.full([BLOCK], LOWEST, tl.float32), zero, zero
+
+
+@triton.jit
+def sup_con_reduce(s, row, column, inputs, AXIS: tl.constexpr):
+    """(max, sum of exp, sum of the positives' v), the same for rows and columns."""
+    counted = inside_tile(row, column, inputs)
+    v = softmax_signed(s, inputs)
+    top, total = softmax_fold(v, counted, inputs, AXIS)
+    return top, total, tl.sum(tl.where(counted & same_group(row, column, inputs), v, 0.0), AXIS)
+
+
+@triton.jit
+def sup_con_weights(s, row, column, inputs):
+    """W of ``objectives/sup_con.py``."""
+    w = softmax_shares(s, row, column, inputs)
+    positive = load_vector(inputs.row_table + 3 * inputs.row_stride, row, inputs.rows)
+    positive += load_vector(inputs.column_table + 3 * inputs.column_stride, column, inputs.columns)
+    w -= tl.where(same_group(row, column, inputs), positive, 0.0)
+    return tl.where(inside_tile(row, column, inputs), w, 0.0)
+
+
+SUP_CON = Epilogue(sup_con_empty, sup_con_reduce, softmax_merge, sup_con_weights)
+
+
+# -- the positive apart: ArcFace, CosFace ---------------------------------------------------------------------------
+
+
+@triton.jit
+def margin_reduce(s, row, column, inputs, AXIS: tl.constexpr):
+    """(max, sum of exp) of the other classes, and the true one's cosine: 0 from tiles that do not hold it."""
+    inside = (row < inputs.rows) & (column < inputs.columns)
+    true = is_target(row, column, inputs)
+    top, total = softmax_fold(s, inside & (true == 0), inputs, AXIS)
+    return top, total, tl.sum(tl.where(true & inside, s, 0.0), AXIS)
+
+
+@triton.jit
+def margin_weights(s, row, column, inputs):
+    """W of ``objectives/margin_softmax.py``: at the true class as given."""
+    given = load_vector(inputs.row_table + 3 * inputs.row_stride, row, inputs.rows)
+    return tl.where(is_target(row, column, inputs), given, softmax_shares(s, row, column, inputs))
+
+
+MARGIN_SOFTMAX = Epilogue(softmax_empty, margin_reduce, softmax_merge, margin_weights)

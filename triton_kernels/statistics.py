@@ -96,14 +96,15 @@ def update_statistics(
         return of_rows, of_columns
 
     of_rows, of_columns = launch(pick("statistics", query, launch))
-    _merge(epilogue, of_rows, inputs, row_table)
+    merge(epilogue, of_rows, inputs, row_table)
     if of_columns is None:
         return (of_rows,)
-    _merge(epilogue, of_columns, inputs, column_table)
+    merge(epilogue, of_columns, inputs, column_table)
     return of_rows, of_columns
 
 
-def _merge(epilogue: Epilogue, partials: Tensor, inputs: TileInputs, table: Tensor) -> None:
+def merge(epilogue: Epilogue, partials: Tensor, inputs: TileInputs, table: Tensor) -> None:
+    """Fold ``partials[count, quantities, size]`` into ``table[quantities, size]``, in order."""
     count, quantities, size = partials.shape
     merge_kernel[(triton.cdiv(size, _MERGE_BLOCK),)](
         partials, table, table.stride(0), count, size, inputs,

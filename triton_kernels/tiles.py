@@ -44,19 +44,35 @@ class TileInputs(NamedTuple):
     rows: int
     columns: int
     scale: Tensor  # 0-d: the kernel reads it, so that no launch waits for its value
+    bias: Tensor  # 0-d
     target: Tensor | None  # [rows] int64, the positives' columns
+    row_group: Tensor | None  # [rows] int64
+    column_group: Tensor | None  # [columns] int64
     first_column: int  # of the tile; target counts from column 0
+    diagonal: int  # 1: the columns are the rows, and the entries (i, i) are no pairs
     row_table: Tensor | None  # coefficients [quantities, rows]
     row_stride: int
     column_table: Tensor | None  # coefficients [quantities, columns]
     column_stride: int
 
     @classmethod
-    def of(cls, shape, scale, target=None, first_column=0, row_table=None, column_table=None) -> TileInputs:
-        """``scale`` is a number (in the interpreter) or a 0-d tensor; tables may have any row stride."""
-        scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
+    def of(cls, shape, scale, bias=0.0, target=None, row_group=None, column_group=None, first_column=0,
+           diagonal=False, row_table=None, column_table=None) -> TileInputs:  # fmt: skip
+        """Scalars are numbers (in the interpreter) or 0-d tensors; tables may have any row stride."""
+        scale, bias = (
+            x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32, device=scale_device(scale))
+            for x in (scale, bias)
+        )
         row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
-        return cls(*shape, scale, target, first_column, row_table, row_stride, column_table, column_stride)
+        return cls(
+            *shape, scale, bias, target, row_group, column_group, first_column, int(diagonal),
+            row_table, row_stride, column_table, column_stride,
+        )  # fmt: skip
+
+
+def scale_device(scale: float | Tensor) -> torch.device:
+    """Where a loss's scalars are: with its scale."""
+    return scale.device if isinstance(scale, Tensor) else torch.device("cpu")
 
 
 def aligned(features: Tensor) -> Tensor:
@@ -80,6 +96,26 @@ def load_vector(vector, index, size, OTHER: tl.constexpr = 0.0):
     for every column (128 x 128 entries in 8 warps are 32 columns a thread).
     """
     return tl.load(vector + index, mask=index < size, other=OTHER)
+
+
+@triton.jit
+def inside_tile(row, column, inputs):
+    """Which entries are pairs: not past the edge, and no row with itself."""
+    return (row < inputs.rows) & (column < inputs.columns) & ((row != column) | (inputs.diagonal == 0))
+
+
+@triton.jit
+def is_target(row, column, inputs):
+    """Which entries are a row's positive. In int32: 64-bit columns would take two registers each."""
+    target = load_vector(inputs.target, row, inputs.rows)
+    return column == (target - inputs.first_column).to(tl.int32)
+
+
+@triton.jit
+def same_group(row, column, inputs):
+    """Which entries are pairs of one group, a row with itself included."""
+    of_row = load_vector(inputs.row_group, row, inputs.rows)
+    return of_row == load_vector(inputs.column_group, column, inputs.columns)
 
 
 @triton.jit

@@ -102,7 +102,8 @@ class _PairLoss(torch.autograd.Function):
             gradients = _placed(schedules.backward(grad_loss, saved, inputs, ctx.config), inputs, ctx.config)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not look like constants
             sources = [grad_loss, *inputs.differentiable]
-            gradients = _unflat(_RefuseSecondDerivative.apply(len(sources), *sources, *_flat(gradients)), ctx.key_count)[0]
+            marked = _RefuseSecondDerivative.apply(len(sources), *sources, *_flat(gradients))
+            gradients, _ = _unflat(marked, ctx.key_count)
         return None, None, *_flat(gradients)
 
 

@@ -228,7 +228,9 @@ def _make_plan(
     return make_plan(
         rows, widths, d,
         itemsize=statistics_dtype(dtype).itemsize if kind.keeps_tiles else 0,
-        tile_shapes=tuple(kind.tile_shape(sweep, d, dtype, device, is_batch) for sweep in ("statistics", "gradients")),
+        tile_shapes=tuple(
+            kind.tile_shape(sweep, d, dtype, device, objective, is_batch) for sweep in ("statistics", "gradients")
+        ),
         memory_budget=memory_budget,
         needs_grad=needs_grad,
         one_gradient=one_gradient,

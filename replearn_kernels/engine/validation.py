@@ -13,6 +13,7 @@ from torch import Tensor
 from .problem import Inputs, statistics_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
+BACKEND_NAMES = ("auto", "triton", "cpp", "torch", "eager")
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -148,6 +149,11 @@ def check_margin(margin: float, most: float) -> float:
 def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_backend_name(name: str) -> None:
+    if name not in BACKEND_NAMES:
+        raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, got {name!r}")
 
 
 def check_fraction(name: str, value: float) -> float:

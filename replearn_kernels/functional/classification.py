@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +15,9 @@ from .call import Options, check_pair, run
 
 CLASSIFIER_BUDGET = 32 * 2**20
 """Bytes of cosines kept: with a million classes the weight is what fills the memory, and the loss should add little."""
+
+LARGEST_ARCFACE_MARGIN = math.pi
+LARGEST_COSFACE_MARGIN = 2.0
 
 
 def arcface_loss(
@@ -56,7 +61,7 @@ def arcface_loss(
             scale that is not positive and finite, an unknown reduction or backend, a negative budget.
         RuntimeError: the backend asked for is not available here.
     """
-    objective = MarginSoftmax(validation.check_margin(margin, 3.141592653589793), angular=True)
+    objective = MarginSoftmax(validation.check_margin(margin, LARGEST_ARCFACE_MARGIN), angular=True)
     return _margin_loss(objective, embeddings, weight, labels, scale, reduction, backend, memory_budget)
 
 
@@ -79,7 +84,7 @@ def cosface_loss(
 
     Args, result and exceptions are those of :func:`arcface_loss`, but that ``margin`` is a cosine, in [0, 2].
     """
-    objective = MarginSoftmax(validation.check_margin(margin, 2.0), angular=False)
+    objective = MarginSoftmax(validation.check_margin(margin, LARGEST_COSFACE_MARGIN), angular=False)
     return _margin_loss(objective, embeddings, weight, labels, scale, reduction, backend, memory_budget)
 
 

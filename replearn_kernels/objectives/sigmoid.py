@@ -6,8 +6,8 @@ With logits ``l_ij = logit_scale * <x_i, y_j> + logit_bias`` and ``z_ij`` = 1 fo
     W_ij = dL_i / dl_ij = -z_ij sigmoid(-z_ij l_ij)
 
 An entry needs nothing but itself, so one sweep yields losses and gradients. One exponential serves both: with
-``u = exp(-|l|)``, softplus(l) = max(l, 0) + log1p(u) and sigmoid(l) is 1 / (1 + u) or u / (1 + u); nothing overflows, and
-a loss of 1e-30 keeps its digits. Logits are formed from fp32 products, whatever the features' dtype.
+``u = exp(-|l|)``, softplus(l) = max(l, 0) + log1p(u) and sigmoid(l) is 1 / (1 + u) or u / (1 + u); nothing overflows,
+and a loss of 1e-30 keeps its digits. Logits are formed from fp32 products, whatever the features' dtype.
 
     row table  [3, N]  loss and weight_sum (sum_j W_ij, for the bias), which the passes add to; weight (dL/dL_i)
 """

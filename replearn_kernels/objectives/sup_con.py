@@ -11,7 +11,8 @@ its columns as it serves its rows, from one table:
     statistics   [3, N]  max, sum, positive (the sum of v over P_i)
     coefficients [5, N]  max, log_sum, weight, positive_weight, offset (0)
 
-    W_ij + W_ji = weight_i softmax_i(v_ij) + weight_j softmax_j(v_ij) - [same group] (positive_weight_i + positive_weight_j)
+    W_ij + W_ji = weight_i softmax_i(v_ij) + weight_j softmax_j(v_ij)
+                - [same group] (positive_weight_i + positive_weight_j)
 """
 
 from __future__ import annotations
@@ -68,8 +69,11 @@ class SupCon(Objective):
         row_max, row_sum, _ = row_table
         counts = problem.positive_counts
         weight = torch.where(counts > 0, grad_rows, 0)
-        # A row alone in its batch has an empty sum: 1 in its place, as its weight of 0 times infinity would be NaN.
-        log_sum = torch.where(row_sum == 0, 1, row_sum).log()
+        # A row alone in its batch has an empty sum, whose logarithm times a weight of 0 would be NaN. The highest max
+        # in place of the lowest makes its probabilities 0.
+        empty = row_sum == 0
+        row_max = torch.where(empty, torch.finfo(row_max.dtype).max, row_max)
+        log_sum = torch.where(empty, 1, row_sum).log()
         positive_weight = weight / counts.clamp(min=1)
         return torch.stack([row_max, log_sum, weight, positive_weight, torch.zeros_like(weight)]), None
 

@@ -7,12 +7,12 @@ from functools import cache
 
 import torch
 
+from ..validation import check_backend_name
 from . import native
 from .base import Backend
 from .dense import CppBackend, TorchBackend
 
 BACKENDS: dict[str, type[Backend]] = {"torch": TorchBackend, "cpp": CppBackend}
-BACKEND_NAMES = ("auto", "triton", "cpp", "torch", "eager")
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -25,8 +25,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
         ValueError: the name is unknown, or the backend cannot run on this device or dtype.
         RuntimeError: the backend is not available in this installation.
     """
-    if name not in BACKEND_NAMES:
-        raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, got {name!r}")
+    check_backend_name(name)
     if name == "auto":
         if device.type == "cpu":
             return "cpp" if native.available() else _warn_without_native()

@@ -45,7 +45,7 @@ class Backend(ABC):
 
     @staticmethod
     @abstractmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, is_batch: bool) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
         """Most rows and columns of a tile in the sweep "statistics" or "gradients".
 
         The same for both where tiles are kept. ``d``, ``dtype`` and ``device``: of the features. ``is_batch``: rows

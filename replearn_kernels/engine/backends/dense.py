@@ -26,7 +26,7 @@ class TorchBackend(Backend):
         self._buffer: Tensor | None = None
 
     @staticmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, is_batch: bool) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
         # On a GPU a tile has to fill the machine; on a CPU it has to stay in the caches.
         if device != "cpu":
             return (1024, 4096) if is_batch else (4096, 4096)
@@ -78,7 +78,7 @@ class CppBackend(TorchBackend):
         self._groups: tuple[Tensor | None, Tensor | None] | None = None
 
     @staticmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, is_batch: bool) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
         # The three products of N = 8,192 on two cores: d = 128: 0.30 s at 2048 x 512, 0.33 s at 2048 x 1024;
         # d = 512: 1.20 s and 1.13 s, where one tile of 8 MB is still small beside the gradients.
         return 512 if is_batch else 2048, 512 if d < 256 else 1024

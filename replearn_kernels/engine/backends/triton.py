@@ -9,7 +9,7 @@ from ...triton_kernels import EPILOGUES, TileInputs, accumulate_gradient, form_w
 from ..columns import OwnColumns, Tile
 from ..counters import count_product
 from ..problem import Problem
-from .base import Backend, tables_of, target_of
+from .base import Backend, coefficients_of, statistics_of
 from .dense import TorchBackend
 
 # Up to this width the fused gradient kernel takes its 4 products in registers; above it, W is written and read.
@@ -36,13 +36,15 @@ class TritonBackend(Backend):
         self._partials: tuple[Tensor, ...] = ()
 
     @staticmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str) -> tuple[int, int]:
+    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
+        # Blocks of rows that are high enough to fill a GPU and, in a batch, low enough that little is on the diagonal.
         if sweep == "statistics":
             # Partial statistics of a tile take 17 MB; merging them, 4 % of the time of its product (modelled).
-            return 16384, 16384
-        if d <= FUSED_WIDTH:
+            return 2048 if is_batch else 16384, 16384
+        if _fused(d, objective, is_batch):
             return 65536, 65536  # no buffer: as many rows as fill any GPU
-        return 4096, _WEIGHTS_BYTES // (4096 * dtype.itemsize)  # W stays in L2
+        rows = 2048 if is_batch else 4096
+        return rows, _WEIGHTS_BYTES // (rows * dtype.itemsize)  # W stays in L2
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -50,19 +52,20 @@ class TritonBackend(Backend):
     def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
         if isinstance(tile.source, OwnColumns):
             return self._own.update_statistics(problem, _upcast(tile, problem), None, statistics)
-        rows, columns = tables_of(tile, *statistics)
-        inputs = TileInputs.of(tile.shape, problem.scale, target_of(problem, tile), tile.columns.start)
+        inputs = self._inputs(problem, tile, None, None)
         count_product(tile.query, tile.shape[1])
         self._partials = ()
         self._partials = update_statistics(
-            self._epilogue, tile.query, tile.source.block(tile), inputs, rows, columns
+            self._epilogue, tile.query, tile.source.block(tile), inputs, *statistics_of(tile, *statistics)
         )
 
     def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
         out = self._weights_buffer(tile)
         count_product(tile.query, tile.shape[1])
-        inputs = _gradient_inputs(problem, tile, coefficients)
-        form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, out)
+        tables = coefficients_of(tile, *coefficients)
+        folded = None if self.objective.needs_statistics else tables[0]
+        inputs = self._inputs(problem, tile, *tables)
+        form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, out, folded)
         return out
 
     def accumulate_gradients(
@@ -71,9 +74,9 @@ class TritonBackend(Backend):
         if isinstance(tile.source, OwnColumns):
             tile = _upcast(tile, problem)
             return self._own.accumulate_gradients(problem, tile, None, coefficients, d_query, d_source)
-        if tile.query.shape[1] > FUSED_WIDTH:
+        if not _fused(tile.query.shape[1], self.objective, problem.is_batch):
             return super().accumulate_gradients(problem, tile, kept, coefficients, d_query, d_source)
-        inputs = _gradient_inputs(problem, tile, coefficients)
+        inputs = self._inputs(problem, tile, *coefficients_of(tile, *coefficients))
         query, key = tile.query, tile.source.block(tile)
         if d_query is not None:
             count_product(query, 2 * len(key))
@@ -81,6 +84,10 @@ class TritonBackend(Backend):
         if d_source is not None:
             count_product(query, 2 * len(key))
             accumulate_gradient(self._epilogue, key, query, inputs, d_source[tile.columns], transposed=True)
+
+    def _inputs(self, problem: Problem, tile: Tile, row_table: Tensor | None, column_table: Tensor | None):
+        pairs = problem.pairs(tile, self.objective.uses_target)
+        return TileInputs.of(tile.shape, *pairs, row_table, column_table)
 
     @staticmethod
     def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
@@ -105,9 +112,10 @@ class TritonBackend(Backend):
         return self._weights[: rows * stride].view(rows, stride)[:, :columns]
 
 
-def _gradient_inputs(problem: Problem, tile: Tile, coefficients) -> TileInputs:
-    rows, columns = tables_of(tile, *coefficients)
-    return TileInputs.of(tile.shape, problem.scale, target_of(problem, tile), tile.columns.start, rows, columns)
+def _fused(d: int, objective, is_batch: bool) -> bool:
+    """Whether the products with W are taken in registers: not where W's sweep has more to do than its products, nor
+    where blocks of rows are too few to fill a GPU."""
+    return d <= FUSED_WIDTH and objective.needs_statistics and not is_batch
 
 
 def _upcast(tile: Tile, problem: Problem) -> Tile:

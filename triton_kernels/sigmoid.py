@@ -1,0 +1,71 @@
+"""The sigmoid family's epilogue; its mathematics is described in ``objectives/sigmoid.py``."""
+
+import triton
+import triton.language as tl
+
+from .tiles import Epilogue, is_target, load_vector, same_group
+
+
+@triton.jit
+def log1p(u):
+    """For 0 <= u <= 1, to a few units in the last place however small u is (Kahan): log(1 + u) loses the low bits of
+    u, and u / ((1 + u) - 1) is by how much."""
+    sum = 1.0 + u
+    rounded = sum - 1.0
+    return tl.where(rounded == 0.0, u, tl.log(sum) * (u / tl.where(rounded == 0.0, 1.0, rounded)))
+
+
+@triton.jit
+def sigmoid_positive(row, column, inputs):
+    if inputs.row_group is not None:
+        return same_group(row, column, inputs)
+    else:
+        return is_target(row, column, inputs)
+
+
+@triton.jit
+def sigmoid_wrong_side(s, positive, inputs):
+    """``-z l``: how far every logit is on the wrong side of 0."""
+    logit = s * tl.load(inputs.scale).to(tl.float32) + tl.load(inputs.bias).to(tl.float32)
+    return tl.where(positive, -logit, logit)
+
+
+@triton.jit
+def sigmoid_slope(wrong, positive):
+    """``-z sigmoid(-z l)``."""
+    u = tl.exp(-tl.abs(wrong))
+    w = tl.where(wrong > 0, 1.0, u) / (1.0 + u)
+    return tl.where(positive, -w, w)
+
+
+@triton.jit
+def sigmoid_empty(BLOCK: tl.constexpr, AXIS: tl.constexpr):
+    zero = tl.zeros([BLOCK], tl.float32)
+    return zero, zero, zero
+
+
+@triton.jit
+def sigmoid_reduce(s, row, column, inputs, AXIS: tl.constexpr):
+    """(loss, sum of W, 0 for the table's row of weights)."""
+    inside = (row < inputs.rows) & (column < inputs.columns)
+    positive = sigmoid_positive(row, column, inputs)
+    wrong = sigmoid_wrong_side(s, positive, inputs)
+    loss = tl.maximum(wrong, 0.0) + log1p(tl.exp(-tl.abs(wrong)))
+    total = tl.sum(tl.where(inside, loss, 0.0), AXIS)
+    return total, tl.sum(tl.where(inside, sigmoid_slope(wrong, positive), 0.0), AXIS), tl.zeros_like(total)
+
+
+@triton.jit
+def sigmoid_merge(a, b, inputs):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2]
+
+
+@triton.jit
+def sigmoid_weights(s, row, column, inputs):
+    """W of ``objectives/sigmoid.py``."""
+    positive = sigmoid_positive(row, column, inputs)
+    weight = load_vector(inputs.row_table + 2 * inputs.row_stride, row, inputs.rows)
+    return weight * sigmoid_slope(sigmoid_wrong_side(s, positive, inputs), positive)
+
+
+SIGMOID = Epilogue(sigmoid_empty, sigmoid_reduce, sigmoid_merge, sigmoid_weights)
