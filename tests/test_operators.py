@@ -4,7 +4,17 @@ import pytest
 import torch
 from accuracy import unit_rows
 
-from replearn_kernels import ClipLoss, clip_loss, count_work, info_nce_loss
+from replearn_kernels import (
+    ClipLoss,
+    arcface_loss,
+    clip_loss,
+    count_work,
+    info_nce_loss,
+    n_pair_loss,
+    nt_xent_loss,
+    siglip_loss,
+    sup_con_loss,
+)
 from replearn_kernels.engine.backends import native
 
 
@@ -14,9 +24,33 @@ def arguments(symmetric, reduction, memory_budget, backend, own=False):
     negatives = torch.randn(5, 4, 6, requires_grad=True) if own else None
     needs_grad = [True] * (5 if own else 4)
     return (
-        query, [key, queue], negatives, torch.tensor([0, 6, 2, 2, 1]), torch.tensor(2.0, requires_grad=True),
-        "softmax", [float(symmetric), 0.1], reduction, backend, memory_budget, needs_grad,
+        query, [key, queue], negatives, torch.tensor([0, 6, 2, 2, 1]), None, None,
+        torch.tensor(2.0, requires_grad=True), None,
+        "softmax", [float(symmetric), 0.1, 0.0], reduction, backend, memory_budget, needs_grad,
     )  # fmt: skip
+
+
+def family_arguments(name, reduction, backend):
+    """The same for the other objectives."""
+    query, key = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    rows, columns = torch.tensor([0, 0, 1, -2, 1, 9]), torch.tensor([0, 1, 1, 5, -2, -2, 0])
+    scale, bias = (torch.tensor(x, requires_grad=True) for x in (2.0, -1.0))
+    options = (reduction, backend, 0)
+    return {
+        "sup_con": (query, [], None, None, rows, None, scale, None, "sup_con", [], *options, [True] * 2),
+        "sigmoid": (query, [key], None, None, None, None, scale, bias, "sigmoid", [0.0], *options, [True] * 4),
+        "groups": (query, [key], None, None, rows, columns, scale, bias, "sigmoid", [1.0], *options, [True] * 4),
+        "margin": (query, [key], None, rows.abs() % 7, None, None, scale.detach(), None, "margin_softmax", [0.5, 1.0],
+                   *options, [True, True, False]),
+    }[name]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["sup_con", "sigmoid", "groups", "margin"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck_of_the_family(name, reduction, backend):
+    torch.library.opcheck(
+        torch.ops.replearn_kernels.pair_loss.default, family_arguments(name, reduction, backend)
+    )
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -35,9 +69,9 @@ def test_opcheck_of_one_tile_where_not_all_is_needed(wanted, backend):
     inputs = [torch.randn(5, 6), torch.randn(5, 6), torch.tensor(2.0)]
     inputs[wanted].requires_grad_()
     query, key, scale = inputs
-    config = ("softmax", [1.0, 0.0], "mean", backend, 2**20, [i == wanted for i in range(3)])
+    config = ("softmax", [1.0, 0.0, 0.0], "mean", backend, 2**20, [i == wanted for i in range(3)])
     torch.library.opcheck(
-        torch.ops.replearn_kernels.pair_loss.default, (query, [key], None, None, scale, *config)
+        torch.ops.replearn_kernels.pair_loss.default, (query, [key], None, None, None, None, scale, None, *config)
     )
 
 
@@ -45,12 +79,17 @@ def test_opcheck_tile_passes():
     if not native.available():
         pytest.skip(native.why_missing())
     s, target = torch.randn(5, 7), torch.tensor([0, 6, 2, 9, -3])
-    ops = torch.ops.replearn_kernels
-    torch.library.opcheck(ops.softmax_statistics_.default, (s, 2.0, target, 0, torch.zeros(3, 5), torch.zeros(2, 7)))
-    torch.library.opcheck(
-        ops.softmax_weights_.default, (s, torch.empty(5, 7), 2.0, None, 0, torch.zeros(5, 5), torch.zeros(4, 7))
-    )
-    torch.library.opcheck(ops.vector_exp.default, (-torch.rand(9),))
+    groups = torch.randint(3, (5,), dtype=torch.int32), torch.randint(3, (7,), dtype=torch.int32)
+    ops, pairs = torch.ops.replearn_kernels, (2.0, 0.5, target, *groups, 0, False)
+    for arguments in (
+        (ops.softmax_statistics_, s, *pairs, False, False, torch.zeros(3, 5), torch.zeros(2, 7)),
+        (ops.softmax_weights_, s, torch.empty(5, 7), *pairs, False, False, torch.zeros(5, 5), torch.zeros(5, 7)),
+        (ops.sigmoid_statistics_, s, *pairs, torch.zeros(3, 5), None),
+        (ops.sigmoid_weights_, s, torch.empty(5, 7), *pairs, torch.zeros(3, 5), None),
+        (ops.vector_exp, -torch.rand(9)),
+        (ops.vector_log1p, torch.rand(9)),
+    ):
+        torch.library.opcheck(arguments[0].default, arguments[1:])
 
 
 @pytest.mark.parametrize("case", ["clip", "chunks", "queue", "own"])
@@ -122,6 +161,28 @@ def test_autocast_leaves_double_alone(backend, rng):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(clip_loss(x, y, 2.0, backend=backend), clip_loss(x, y, 2.0, backend=backend))
         assert clip_loss(x, y, 2.0, backend=backend).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "sup_con", "siglip", "n_pair", "arcface"])
+def test_compile_of_the_family(name, backend, rng):
+    torch._dynamo.reset()
+    labels = torch.tensor([0, 0, 1, 2, 1, 0, 3, 3, 4, 0])
+    step = {
+        "nt_xent": lambda x, y, s: nt_xent_loss(x, y, temperature=s, backend=backend),
+        "sup_con": lambda x, y, s: sup_con_loss(x, labels, temperature=s, backend=backend) + y.sum() * 0,
+        "siglip": lambda x, y, s: siglip_loss(x, y, s, s - 3, backend=backend),
+        "n_pair": lambda x, y, s: n_pair_loss(x * s, y, labels=labels, backend=backend),
+        "arcface": lambda x, y, s: arcface_loss(x * s, y, labels, backend=backend),
+    }[name]
+    compiled = torch.compile(step, fullgraph=True)
+    inputs = [unit_rows(rng, 10, 6), unit_rows(rng, 10, 6), torch.tensor(0.7)]
+    results = []
+    for function in (step, compiled):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        loss = function(*leaves)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

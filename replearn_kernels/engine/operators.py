@@ -135,7 +135,8 @@ def _setup_context(ctx, inputs, output):
 def _dispatched_backward(ctx, grad_loss, _):
     inputs, saved = _load(ctx)
     gradients = torch.ops.replearn_kernels.pair_loss_backward(grad_loss, saved, *inputs, *ctx.config)
-    return *_placed(gradients, inputs, ctx.config), *[None] * len(ctx.config)
+    # An empty list of parameters passes for a list of no tensors, whose gradients are an empty list.
+    return *_placed(gradients, inputs, ctx.config), *([] if option == [] else None for option in ctx.config)
 
 
 torch.library.register_autograd(

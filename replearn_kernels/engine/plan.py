@@ -86,7 +86,8 @@ def make_plan(
         return Plan("one_sweep", gradient_tile, gradient_tile, 0)
     elements = rows * width
     if is_batch:
-        elements = sum((block.stop - block.start) * (rows - block.start) for block in blocks(rows, statistics_tile.rows))
+        row_blocks = blocks(rows, statistics_tile.rows)
+        elements = sum((block.stop - block.start) * (rows - block.start) for block in row_blocks)
     kept = min(elements, memory_budget // itemsize) if needs_grad and needs_statistics and itemsize else 0
     if needs_grad and one_gradient and itemsize and rows and width:
         chunk_rows = 0

@@ -10,8 +10,8 @@ With cosines ``c_ij`` of row i to class j, ``t_i`` its class, and phi the cosine
              phi'(c) = sin(arccos c + m) / sin(arccos c), or 1
     CosFace  phi(c) = c - m
 
-phi' grows without bound as c approaches 1, while the gradient of c with respect to the features shrinks as sin(arccos c):
-only their product is meant. ``sin^2`` is therefore kept above the rounding of c, and every gradient is finite.
+phi' grows without bound as c approaches 1, while the gradient of c with respect to the features shrinks as
+sin(arccos c): only their product is meant. In phi', sin^2 is kept above the rounding of c, so that it stays finite.
 
 The true class takes no part in the sweep's sums. It joins them afterwards, per row, so that 1 - P is the others' share,
 without a rounding. Statistics and coefficients are those of :mod:`.softmax`; ``positive_weight`` is the true class's W.

@@ -53,7 +53,7 @@ class Sigmoid(Objective):
 
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         wrong, z = _wrong_side(s, pairs)
-        row_table[0] += F.softplus(wrong, threshold=1e9).sum(1)
+        row_table[0] -= F.logsigmoid(-wrong).sum(1)
         row_table[1] -= (z * wrong.sigmoid()).sum(1)
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:

@@ -110,8 +110,10 @@ class Softmax(Objective):
         if not self.symmetric:
             return rows, None
         column_max, column_sum = column_table
-        # A column that is no row's positive has weight 0, one that is several rows' has their sum.
-        weight = torch.zeros_like(column_max).index_put_((problem.target,), weight, accumulate=True)
+        # A column that is no row's positive has weight 0, one that is several rows' has their sum. In fp64: there
+        # alone PyTorch adds in a fixed order on the CPU too.
+        weights = torch.zeros_like(column_max, dtype=torch.float64)
+        weight = weights.index_put_((problem.target,), weight.double(), accumulate=True).to(weight.dtype)
         offset = weight * (smoothing / max(problem.rows, 1))
         return rows, torch.stack([column_max, column_sum.log(), weight, torch.zeros_like(weight), offset])
 
