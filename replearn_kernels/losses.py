@@ -22,7 +22,7 @@ class _Loss(nn.Module):
         self.options = options
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return _repr(self.options)
 
 
 class InfoNCELoss(_Loss):
@@ -210,6 +210,21 @@ class SupConLoss(_Loss):
         return F.sup_con_loss(features, labels, **self.options)
 
 
+class CosineSimilarityLoss(nn.Module):
+    """:func:`~replearn_kernels.cosine_similarity_loss` as a module."""
+
+    def __init__(self, *, reduction: str = "mean", backend: str = "auto"):
+        super().__init__()
+        validation.check_reduction(reduction)
+        self.options = dict(reduction=reduction, backend=backend)
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return F.cosine_similarity_loss(embeddings, labels, **self.options)
+
+    def extra_repr(self) -> str:
+        return _repr(self.options)
+
+
 class _MarginLoss(_Loss):
     """A classifier with a margin: it owns the class centres, ``weight[classes, dim]``, a parameter."""
 
@@ -290,3 +305,7 @@ def _refuse_processes(name: str, world_size: int, use_horovod: bool = False) -> 
             f"{name} computes the batch of one process, got world_size={world_size}"
             + (", use_horovod=True" if use_horovod else "")
         )
+
+
+def _repr(options: dict) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())

@@ -72,6 +72,19 @@ def margin_loss(inputs: Inputs, objective: MarginSoftmax, reduction: str) -> Ten
     return reduce(_cross_entropy(logits, inputs.target, 0.0), reduction)
 
 
+def cosine_similarities(rows: Tensor, labels: Tensor) -> Tensor:
+    """``[N]``, from unit rows: the mean cosine to the other labels' rows, less that to the own label's others."""
+    cosines = rows @ rows.t()
+    same = labels[:, None] == labels
+    positive = same & ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    return _row_means(cosines, ~same) - _row_means(cosines, positive)
+
+
+def _row_means(values: Tensor, mask: Tensor) -> Tensor:
+    """Of every row's masked values; 0 where there are none."""
+    return torch.where(mask, values, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
 def _features(inputs: Inputs) -> list[Tensor]:
     """Rows and keys in the dtype of the statistics."""
     dtype = statistics_dtype(inputs.query.dtype)

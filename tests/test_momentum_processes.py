@@ -1,0 +1,109 @@
+"""The queue of negatives in two processes: all ranks push the keys of all ranks, also in DistributedDataParallel."""
+
+import datetime
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from replearn_kernels import info_nce_loss
+from replearn_kernels.momentum import MomentumEncoder, NegativeQueue
+
+
+def numbered(start, count):
+    """Keys that tell their number: key n is (n, -n)."""
+    n = torch.arange(start, start + count, dtype=torch.float32)
+    return torch.stack([n, -n], dim=1)
+
+
+def first_column(queue):
+    return queue.negatives()[:, 0].tolist()
+
+
+def gathers_in_the_order_of_the_ranks(rank):
+    queue = NegativeQueue(5, 2, dtype=torch.float64)
+    queue.push(numbered(10 * rank, 2))
+    assert first_column(queue) == [0, 1, 10, 11]
+    queue.push(numbered(20 + 10 * rank, 2).t().contiguous().t())
+    assert first_column(queue) == [21, 30, 31, 11, 20]
+    queue.push(numbered(0, 0))
+    assert queue.pushed.item() == 8
+
+
+def unequal_batches_are_an_error_everywhere(rank):
+    queue = NegativeQueue(5, 2)
+    with pytest.raises(ValueError, match=r"keys must have as many rows on every rank, got \[1, 2\] on ranks 0 to 1"):
+        queue.push(numbered(0, 1 + rank))
+    assert queue.negatives().shape == (0, 2)
+
+
+def own_queue_without_gather(rank):
+    queue = NegativeQueue(5, 2, gather=False)
+    queue.push(numbered(10 * rank, 1 + rank))
+    assert first_column(queue) == ([0], [10, 11])[rank]
+
+
+class Contrast(nn.Module):
+    """Queue and encoders in one module, as DistributedDataParallel gets them."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(3, 2)
+        self.follower, self.queue = MomentumEncoder(self.encoder), NegativeQueue(7, 2)
+
+    def forward(self, x):
+        key = self.follower(x)
+        loss = info_nce_loss(self.encoder(x), key, negatives=self.queue.negatives())
+        self.queue.push(key)
+        return loss
+
+
+def inside_distributed_data_parallel(rank):
+    """Rank 1 starts with another state; rank 0's is broadcast, and both stay alike through wrap-around."""
+    torch.manual_seed(rank)
+    contrast = Contrast()
+    if rank == 0:
+        contrast.queue.pushed.fill_(3)
+    model = nn.parallel.DistributedDataParallel(contrast)
+    for step in range(3):
+        model(torch.randn(2, 3)).backward()
+        contrast.follower.update(contrast.encoder)
+        assert len(contrast.queue.negatives()) == 7 and contrast.queue.pushed.item() == 3 + 4 * (step + 1)
+    mine = torch.cat([contrast.queue.negatives(), contrast.encoder.weight.grad.t()])
+    everyones = [torch.empty_like(mine) for _ in range(2)]
+    dist.all_gather(everyones, mine)
+    assert torch.equal(*everyones)
+
+
+DISTRIBUTED_CHECKS = [
+    gathers_in_the_order_of_the_ranks,
+    unequal_batches_are_an_error_everywhere,
+    own_queue_without_gather,
+    inside_distributed_data_parallel,
+]
+
+
+def run_rank(rank, store):
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
+    for check in DISTRIBUTED_CHECKS:
+        check(rank)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+def test_two_processes(tmp_path):
+    """Every check in DISTRIBUTED_CHECKS, on both ranks of one run."""
+    context = mp.spawn(run_rank, args=(tmp_path / "store",), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the two processes did not end in time"
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
