@@ -6,7 +6,19 @@ import pytest
 import torch
 from accuracy import eager_clip, unit_rows
 
-from replearn_kernels import ClipLoss, InfoNCELoss, clip_loss, info_nce_loss
+from replearn_kernels import (
+    ClipLoss,
+    InfoNCELoss,
+    NPairLoss,
+    NTXentLoss,
+    SigLipLoss,
+    SupConLoss,
+    clip_loss,
+    info_nce_loss,
+    n_pair_loss,
+    nt_xent_loss,
+    sup_con_loss,
+)
 
 
 def test_clip_loss_has_open_clips_signature():
@@ -45,6 +57,24 @@ def test_modules_have_no_state_and_say_what_they_are():
     module = InfoNCELoss(symmetric=True)
     assert not module.state_dict() and "symmetric=True" in repr(module)
     assert "label_smoothing=0.1" in repr(ClipLoss(label_smoothing=0.1))
+
+
+def test_modules_are_their_functions(rng):
+    x, y, labels = torch.randn(8, 4, generator=rng), torch.randn(8, 4, generator=rng), torch.arange(8) % 3
+    options = dict(reduction="none", backend="torch", memory_budget=0)
+    assert torch.equal(NTXentLoss(0.3, **options)(x, y), nt_xent_loss(x, y, temperature=0.3, **options))
+    assert torch.equal(SupConLoss(0.3, **options)(x, labels), sup_con_loss(x, labels, temperature=0.3, **options))
+    assert torch.equal(
+        NPairLoss(normalize=True, **options)(x, y, labels),
+        n_pair_loss(x, y, labels=labels, normalize=True, **options),
+    )
+
+
+@pytest.mark.parametrize("module", [InfoNCELoss, ClipLoss, SigLipLoss, NPairLoss, NTXentLoss, SupConLoss])
+@pytest.mark.parametrize("wrong", [dict(reduction="avg"), dict(backend="gpu"), dict(memory_budget=-1)])
+def test_modules_refuse_bad_options_at_once(module, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        module(**wrong)
 
 
 def test_clip_is_symmetric_info_nce(rng):

@@ -1,13 +1,14 @@
 """info_nce_loss and clip_loss: values and gradients, against hand-computed numbers, F.cross_entropy and fp64."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import check_against_eager, eager_clip, eager_info_nce, unit_rows, value_and_gradients
 
-from replearn_kernels import clip_loss, info_nce_loss
+from replearn_kernels import clip_loss, info_nce_loss, n_pair_loss
 
 SIZES = [(1, 1), (2, 3), (63, 48), (65, 100), (257, 640), (40, 1152)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -172,3 +173,50 @@ def test_backward_twice_with_retained_graph(backend, rng):
             )
             first = torch.autograd.grad(loss, x, retain_graph=True)[0]
             torch.testing.assert_close(torch.autograd.grad(loss, x)[0], first, rtol=0, atol=0)
+
+
+def n_pair_formula(anchor, positive, labels):
+    """Sohn, eq. 4, an anchor at a time: log(1 + sum over other labels of exp(a p_j - a p_i))."""
+    losses = []
+    for i in range(len(anchor)):
+        others = [j for j in range(len(anchor)) if j != i and (labels is None or labels[j] != labels[i])]
+        gaps = [anchor[i] @ positive[j] - anchor[i] @ positive[i] for j in others]
+        losses.append(torch.stack([(anchor[i] * positive[i]).sum() * 0, *gaps]).logsumexp(0))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("labels", [None, "one class", "all distinct", "some"])
+@pytest.mark.parametrize("n, d", [(1, 3), (2, 1), (40, 12)])
+@pytest.mark.parametrize("memory_budget", [0, 2**28])
+def test_n_pair(labels, n, d, memory_budget, backend, rng):
+    anchor, positive = (torch.randn(n, d, generator=rng, dtype=torch.float64) for _ in range(2))
+    labels = {
+        None: None,
+        "one class": torch.full((n,), -5),
+        "all distinct": torch.arange(n) - 3,
+        "some": torch.randint(6, (n,), generator=rng),
+    }[labels]
+    expected = value_and_gradients(lambda a, p: n_pair_formula(a, p, labels), anchor, positive)
+    for name in (backend, "eager"):
+        loss = partial(n_pair_loss, labels=labels, backend=name, memory_budget=memory_budget)
+        for a, b in zip(value_and_gradients(loss, anchor, positive), expected):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_repeated_targets_give_the_same_bits_every_time(symmetric, backend, rng):
+    """The column of many rows' positive sums their weights in a fixed order."""
+    x, y, target = unit_rows(rng, 3000, 8), unit_rows(rng, 30, 8), torch.randint(30, (3000,), generator=rng)
+    upstream = torch.rand(3000, generator=rng)
+
+    def run():
+        return value_and_gradients(
+            lambda x, y: info_nce_loss(
+                x, y, target=target, symmetric=symmetric, reduction="none", backend=backend
+            ) @ upstream,
+            x, y,
+        )  # fmt: skip
+
+    first = run()
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first))

@@ -6,7 +6,17 @@ import sys
 import pytest
 import torch
 
-from replearn_kernels import ClipLoss, clip_loss, info_nce_loss
+from replearn_kernels import (
+    ClipLoss,
+    arcface_loss,
+    clip_loss,
+    cosface_loss,
+    info_nce_loss,
+    n_pair_loss,
+    nt_xent_loss,
+    siglip_loss,
+    sup_con_loss,
+)
 from replearn_kernels.engine.backends import native
 
 Q, K = torch.randn(4, 3), torch.randn(6, 3)
@@ -62,6 +72,73 @@ TABLE = [
 def test_info_nce(query, key, keywords, exception, message, backend):
     with pytest.raises(exception, match=message):
         info_nce_loss(query, key, **{"backend": backend, **keywords})
+
+
+LABELS = torch.tensor([0, 1, 1, 2])
+T, V = TypeError, ValueError
+FAMILY = [
+    # call, exception, what the message must say
+    (lambda **k: siglip_loss(Q, K, 1.0, **k), V, "image_features and text_features must have the same number of rows"),
+    (lambda **k: siglip_loss(Q, Q[:, :2], 1.0, **k), V, "text_features and image_features must have the same width d"),
+    (lambda **k: siglip_loss(Q, Q, NAN, **k), V, "logit_scale must be finite"),
+    (lambda **k: siglip_loss(Q, Q, 1.0, torch.tensor(INF), **k), V, "logit_bias must be finite"),
+    (lambda **k: siglip_loss(Q, Q, 1.0, torch.zeros(1), **k), V, r"logit_bias must be a float or a 0-d tensor, got shape"),
+    (lambda **k: siglip_loss(Q, Q, 1.0, "a", **k), T, "logit_bias must be a float or a 0-d tensor, got str"),
+    (lambda **k: siglip_loss(Q, Q, 1.0, query_group=LABELS, **k), V, "query_group and key_group must be given together"),
+    (lambda **k: siglip_loss(Q, K, 1.0, query_group=LABELS, key_group=LABELS, **k), V, r"key_group must have shape \(6,\)"),
+    (lambda **k: siglip_loss(Q, Q, 1.0, query_group=LABELS, key_group=Q[:, 0], **k), T, "key_group must be integers"),
+    (lambda **k: nt_xent_loss(Q, K, **k), V, "z_i and z_j must have the same number of rows, got 4 and 6"),
+    (lambda **k: nt_xent_loss(Q, Q, temperature=0.0, **k), V, "temperature must be positive and finite, got 0"),
+    (lambda **k: nt_xent_loss(Q, Q, temperature=-1, **k), V, "temperature must be positive and finite, got -1"),
+    (lambda **k: nt_xent_loss(Q, Q, temperature=torch.tensor(0.0), **k), V, "temperature must be positive and finite"),
+    (lambda **k: nt_xent_loss(Q, Q, temperature=None, **k), T, "temperature must be a float, got NoneType"),
+    (lambda **k: nt_xent_loss(Q.long(), Q, **k), T, "z_i must be fp16, bf16, fp32 or fp64, got torch.int64"),
+    (lambda **k: sup_con_loss(Q, **k), V, "labels are needed for features"),
+    (lambda **k: sup_con_loss(Q, LABELS.float(), **k), T, "labels must be integers, got torch.float32"),
+    (lambda **k: sup_con_loss(Q, LABELS > 0, **k), T, "labels must be integers, got torch.bool"),
+    (lambda **k: sup_con_loss(Q, LABELS[:3], **k), V, r"labels must have shape \(4,\), one per row, got \(3,\)"),
+    (lambda **k: sup_con_loss(Q, LABELS.to("meta"), **k), V, "labels must be on the features' device cpu, got meta"),
+    (lambda **k: sup_con_loss(Q, [0, 1, 1, 2], **k), T, "labels must be a torch.Tensor, got list"),
+    (lambda **k: sup_con_loss(Q[0], LABELS, **k), V, "features must have 2 dimensions"),
+    (lambda **k: n_pair_loss(Q, K, **k), V, "anchor and positive must have the same number of rows, got 4 and 6"),
+    (lambda **k: n_pair_loss(Q, Q, labels=LABELS[:2], **k), V, r"labels must have shape \(4,\)"),
+    (lambda **k: arcface_loss(Q, K, None, **k), T, "labels must be a torch.Tensor, got NoneType"),
+    (lambda **k: arcface_loss(Q, K, LABELS.int(), **k), T, "labels must be int64, got torch.int32"),
+    (lambda **k: arcface_loss(Q, K, LABELS + 4, **k), V, r"labels must be in \[0, 6\), .*got 6"),
+    (lambda **k: arcface_loss(Q, K, LABELS - 1, **k), V, r"labels must be in \[0, 6\), .*got -1"),
+    (lambda **k: arcface_loss(Q, K[:, :2], LABELS, **k), V, "weight and embeddings must have the same width d"),
+    (lambda **k: arcface_loss(Q, K, LABELS, margin=-0.1, **k), V, r"margin must be in \[0, 3.14159\], got -0.1"),
+    (lambda **k: arcface_loss(Q, K, LABELS, margin=NAN, **k), V, "margin must be in"),
+    (lambda **k: cosface_loss(Q, K, LABELS, margin=2.1, **k), V, r"margin must be in \[0, 2\], got 2.1"),
+    (lambda **k: cosface_loss(Q, K, LABELS, margin="a", **k), T, "margin must be a float, got str"),
+    (lambda **k: arcface_loss(Q, K, LABELS, scale=0.0, **k), V, "scale must be positive and finite, got 0"),
+    (lambda **k: arcface_loss(Q, K, LABELS, scale=torch.tensor(3.0), **k), T, "scale must be a float, got Tensor"),
+    (lambda **k: siglip_loss(Q, Q, 1.0, reduction="avg", **k), V, "reduction must be one of"),
+    (lambda **k: sup_con_loss(Q, LABELS, reduction="avg", **k), V, "reduction must be one of"),
+    (lambda **k: arcface_loss(Q, K, LABELS, memory_budget=-1, **k), V, "memory_budget must be at least 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, exception, message", FAMILY)
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_family(call, exception, message, backend):
+    with pytest.raises(exception, match=message):
+        call(backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "eager"])
+def test_empty_batches_are_zero(backend):
+    empty, none = torch.randn(0, 3, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    for loss in (
+        siglip_loss(empty, empty, 1.0, -1.0, backend=backend),
+        siglip_loss(empty, K, 1.0, query_group=none, key_group=torch.zeros(6).long(), backend=backend),
+        nt_xent_loss(empty, empty, backend=backend),
+        sup_con_loss(empty, none, backend=backend),
+        n_pair_loss(empty, empty, labels=none, backend=backend),
+        arcface_loss(empty, K, none, backend=backend),
+    ):
+        (gradient,) = torch.autograd.grad(loss, empty)
+        assert loss.item() == 0 and gradient.shape == (0, 3)
 
 
 @pytest.mark.parametrize(
