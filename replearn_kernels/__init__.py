@@ -1,11 +1,14 @@
 """Fused losses for representation learning: all pairs of a batch, tile by tile, never the N x N matrix."""
 
+from .dino import DINOHeadLoss, DINOLoss
 from .engine.counters import count_work
 from .functional import (
     arcface_loss,
     clip_loss,
     cosface_loss,
     cosine_similarity_loss,
+    dino_head_loss,
+    dino_loss,
     info_nce_loss,
     n_pair_loss,
     nt_xent_loss,
@@ -30,6 +33,8 @@ __all__ = [
     "ClipLoss",
     "CosFaceLoss",
     "CosineSimilarityLoss",
+    "DINOHeadLoss",
+    "DINOLoss",
     "InfoNCELoss",
     "MomentumEncoder",
     "NPairLoss",
@@ -41,6 +46,8 @@ __all__ = [
     "clip_loss",
     "cosface_loss",
     "cosine_similarity_loss",
+    "dino_head_loss",
+    "dino_loss",
     "count_work",
     "info_nce_loss",
     "n_pair_loss",

@@ -58,7 +58,7 @@ class NegativeQueue(nn.Module):
         gather: bool = True,
     ):
         super().__init__()
-        self.size, self.dim = _check_count("size", size), _check_count("dim", dim)
+        self.size, self.dim = validation.check_count("size", size, 1), validation.check_count("dim", dim, 1)
         self.gather = validation.check_flag("gather", gather)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in validation.FEATURE_DTYPES:
@@ -216,14 +216,6 @@ def _all_gather(tensor: Tensor) -> list[Tensor]:
     gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, tensor)
     return gathered
-
-
-def _check_count(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
 
 
 def _check_module(name: str, module: nn.Module) -> None:

@@ -72,6 +72,24 @@ def margin_loss(inputs: Inputs, objective: MarginSoftmax, reduction: str) -> Ten
     return reduce(_cross_entropy(logits, inputs.target, 0.0), reduction)
 
 
+def dino_loss(student, teacher, center, student_temp, teacher_temp, reduction) -> Tensor:
+    """Cross entropies of all pairs of different views, on whole logits."""
+    dtype = statistics_dtype(student.dtype)
+    log_p_s = (student.to(dtype) / student_temp).log_softmax(-1)
+    p_t = ((teacher.to(dtype) - center.to(dtype)) / teacher_temp).softmax(-1)
+    pairs = [(u, v) for u in range(len(p_t)) for v in range(len(log_p_s)) if u != v]
+    no_pair = log_p_s[:0].sum((0, 2))  # zeros that depend on the student, so that their gradient is zeros too
+    losses = sum((-(p_t[u] * log_p_s[v]).sum(-1) for u, v in pairs), start=no_pair) / max(len(pairs), 1)
+    return reduce(losses, reduction)
+
+
+def dino_head_loss(student, student_weight, teacher, teacher_weight, center, *config) -> Tensor:
+    """:func:`dino_loss` of features times prototypes."""
+    dtype = statistics_dtype(student.dtype)
+    logits = student.to(dtype) @ student_weight.to(dtype).t()
+    return dino_loss(logits, teacher.to(dtype) @ teacher_weight.to(dtype).t(), center, *config)
+
+
 def cosine_similarities(rows: Tensor, labels: Tensor) -> Tensor:
     """``[N]``, from unit rows: the mean cosine to the other labels' rows, less that to the own label's others."""
     cosines = rows @ rows.t()

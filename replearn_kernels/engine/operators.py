@@ -53,14 +53,18 @@ def pair_loss(inputs: Inputs, config: Config) -> Tensor:
     Raises:
         NotImplementedError: inside a torch.func transform.
     """
+    refuse_transforms()
+    if _needs_dispatcher(*inputs.differentiable):
+        return torch.ops.replearn_kernels.pair_loss(*inputs, *config)[0]
+    return _PairLoss.apply(config, len(inputs.keys), *_flat(inputs))
+
+
+def refuse_transforms() -> None:
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "replearn_kernels losses have no rule for torch.func transforms (grad, vmap, jvp, ...); "
             "use torch.autograd, or backend='eager'."
         )
-    if _needs_dispatcher(*inputs.differentiable):
-        return torch.ops.replearn_kernels.pair_loss(*inputs, *config)[0]
-    return _PairLoss.apply(config, len(inputs.keys), *_flat(inputs))
 
 
 def _needs_dispatcher(*tensors: Tensor) -> bool:
@@ -116,10 +120,10 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        _refuse_second_derivative()
+        refuse_second_derivative()
 
 
-def _refuse_second_derivative(*args):
+def refuse_second_derivative(*args):
     raise NotImplementedError(
         "replearn_kernels losses are differentiable once: their backward pass has no derivative. "
         "For second derivatives (gradient penalties, Hessians) use backend='eager'."
@@ -142,7 +146,7 @@ def _dispatched_backward(ctx, grad_loss, _):
 torch.library.register_autograd(
     "replearn_kernels::pair_loss", _dispatched_backward, setup_context=_setup_context, lib=_library
 )
-torch.library.register_autograd("replearn_kernels::pair_loss_backward", _refuse_second_derivative, lib=_library)
+torch.library.register_autograd("replearn_kernels::pair_loss_backward", refuse_second_derivative, lib=_library)
 
 
 def _save(ctx, config: Config, inputs: Inputs, saved: list[Tensor]) -> None:

@@ -44,7 +44,7 @@ class Config(NamedTuple):
 def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
     """The loss, and the tensors that :func:`backward` needs (none if no input needs a gradient)."""
     check_values(inputs, OBJECTIVES[config.objective].target_name)
-    with _on_device_of(inputs.query):
+    with on_device_of(inputs.query):
         run = _Run.of(inputs, config)
         if run.plan.schedule == "row_chunks":
             return _row_chunks(run)
@@ -57,7 +57,7 @@ def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
 
 def backward(grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config) -> list[Tensor]:
     """Gradients in the order of ``inputs.differentiable``; an empty tensor where none is due."""
-    with _on_device_of(inputs.query):
+    with on_device_of(inputs.query):
         if plan_of(inputs, config).schedule == "two_sweeps":
             results = _second_sweep(_Run.of(inputs, config), saved, grad_loss)
         else:  # not in place: what was saved may be needed again
@@ -240,7 +240,7 @@ def _make_plan(
     )  # fmt: skip
 
 
-def _on_device_of(query: Tensor) -> AbstractContextManager:
+def on_device_of(query: Tensor) -> AbstractContextManager:
     """The features' GPU as the current one, and products of the dtype chosen for them, whatever autocast says."""
     device = query.device.type
     if device == "cpu" and not torch.is_autocast_enabled(device):

@@ -127,6 +127,14 @@ def check_positive(name: str, value: float) -> float:
     return float(value)
 
 
+def check_count(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
 def check_temperature(name: str, temperature: float | Tensor, features: Tensor) -> Tensor:
     """Positive; its inverse, the scale, as a 0-d tensor."""
     if isinstance(temperature, Tensor):

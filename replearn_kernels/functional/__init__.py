@@ -1,8 +1,16 @@
-"""The loss functions, by what they learn from: pairs (contrastive), labels (supervised), classes (classification)."""
+"""The loss functions, by what a row learns from.
+
+    contrastive.py     its key among others: InfoNCE, CLIP, N-pair, SigLIP
+    supervised.py      the other rows of its batch: NT-Xent, SupCon
+    cosine.py          the same, by mean cosines in closed form
+    classification.py  the centre of its class: ArcFace, CosFace
+    distillation.py    a teacher: DINO
+"""
 
 from .classification import arcface_loss, cosface_loss
 from .contrastive import clip_loss, info_nce_loss, n_pair_loss, siglip_loss
 from .cosine import cosine_similarity_loss
+from .distillation import dino_head_loss, dino_loss
 from .supervised import nt_xent_loss, sup_con_loss
 
 __all__ = [
@@ -10,6 +18,8 @@ __all__ = [
     "clip_loss",
     "cosface_loss",
     "cosine_similarity_loss",
+    "dino_head_loss",
+    "dino_loss",
     "info_nce_loss",
     "n_pair_loss",
     "nt_xent_loss",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from ..engine import validation
+from ..engine.operators import refuse_transforms
 from ..engine.problem import statistics_dtype
 
 COSINE_BACKENDS = ("auto", "torch", "eager")
@@ -49,11 +50,8 @@ def cosine_similarity_loss(
     validation.check_reduction(reduction)
     if backend not in COSINE_BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(COSINE_BACKENDS)}, got {backend!r}")
-    if backend != "eager" and torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            "cosine_similarity_loss has no rule for torch.func transforms (grad, vmap, jvp, ...); "
-            "use torch.autograd, or backend='eager'."
-        )
+    if backend != "eager":
+        refuse_transforms()
     dtype = statistics_dtype(embeddings.dtype)
     # In fp64, also for fp32: the sum over all rows less the sum over the own class can be smaller than either by a
     # factor of N. A pass over N x d numbers costs little beside the encoder; autocast leaves fp64 alone.

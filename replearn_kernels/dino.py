@@ -1,0 +1,141 @@
+"""The DINO losses as modules: they keep the center of the teacher's logits, and know the teacher's warm-up.
+
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", 2021 (arXiv:2104.14294).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import functional as F
+from .engine import validation
+from .functional.distillation import check_dino_options, check_dino_temperature
+
+_SUM_ROWS = 4096  # prototypes whose mean logits are formed at once
+
+
+class DINOLoss(nn.Module):
+    """:func:`~replearn_kernels.dino_loss` with a center that follows the teacher, and a warm-up of its temperature.
+
+    In training mode every call, after its loss, moves the center to
+    ``center_momentum * center + (1 - center_momentum) * mean``, with the mean of the teacher's logits over views and
+    batch, over all processes where torch.distributed is initialised. The center is a buffer, which stays fp32 when the
+    module is moved to half precision.
+
+    In epochs 0 to E - 1, for E = ``warmup_teacher_temp_epochs``, the teacher's temperature rises linearly from
+    ``warmup_teacher_temp`` (epoch 0) to ``teacher_temp`` (epoch E - 1, and all after).
+
+    Args:
+        out_dim: K, the number of prototypes.
+        student_temp, teacher_temp, reduction, backend: as in :func:`dino_loss`.
+        warmup_teacher_temp: the teacher's temperature in epoch 0.
+        warmup_teacher_temp_epochs: E; 0 for no warm-up.
+        center_momentum: in [0, 1].
+
+    Raises:
+        TypeError, ValueError: as :func:`dino_loss`, or an argument is not of the type or range above.
+    """
+
+    def __init__(
+        self,
+        out_dim: int,
+        *,
+        student_temp: float = 0.1,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: int = 0,
+        center_momentum: float = 0.9,
+        reduction: str = "mean",
+        backend: str = "auto",
+    ):
+        super().__init__()
+        out_dim = validation.check_count("out_dim", out_dim, 1)
+        self.warmup_teacher_temp = check_dino_temperature("warmup_teacher_temp", warmup_teacher_temp, torch.float32)
+        validation.check_count("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0)
+        self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
+        self.center_momentum = validation.check_fraction("center_momentum", center_momentum)
+        self.student_temp, self.teacher_temp, _ = check_dino_options(
+            student_temp, teacher_temp, reduction, backend, torch.float32
+        )
+        self.reduction, self.backend = reduction, backend
+        self.register_buffer("center", torch.zeros(out_dim, dtype=torch.float32))
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, epoch: float = 0) -> Tensor:
+        """The loss of ``[V, B, K]`` and ``[U, B, K]`` in this epoch, counted from 0."""
+        center = self.center.clone()  # the backward pass needs it as it was
+        loss = F.dino_loss(student_logits, teacher_logits, center, **self._options(epoch))
+        if self.training:
+            with torch.no_grad():
+                total = teacher_logits.sum((0, 1), dtype=self.center.dtype)
+                self._update_center(total, teacher_logits.shape[:2].numel())
+        return loss
+
+    def teacher_temp_at(self, epoch: float) -> float:
+        """The teacher's temperature in this epoch, counted from 0."""
+        if isinstance(epoch, bool) or not isinstance(epoch, (int, float)):
+            raise TypeError(f"epoch must be a number, got {type(epoch).__name__}")
+        if not epoch >= 0:
+            raise ValueError(f"epoch must be at least 0, got {epoch}")
+        if epoch >= self.warmup_teacher_temp_epochs:
+            return self.teacher_temp
+        progress = min(epoch / max(self.warmup_teacher_temp_epochs - 1, 1), 1)
+        return self.warmup_teacher_temp + progress * (self.teacher_temp - self.warmup_teacher_temp)
+
+    def extra_repr(self) -> str:
+        names = "student_temp", "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs", "center_momentum"
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "reduction", "backend"))
+        return f"{len(self.center)}, {options}"
+
+    def _options(self, epoch: float) -> dict:
+        return dict(
+            student_temp=self.student_temp,
+            teacher_temp=self.teacher_temp_at(epoch),
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def _update_center(self, total: Tensor, rows: int) -> None:
+        """Move the center to the mean of ``rows`` rows of logits, which sum to ``total``. No rows: it stays."""
+        total = torch.cat([total.to(self.center.dtype), self.center.new_full((1,), rows)])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        mean, count = total[:-1] / total[-1].clamp(min=1), total[-1]
+        self.center.lerp_(torch.where(count > 0, mean, self.center), 1 - self.center_momentum)
+
+    def _apply(self, fn, recurse=True):
+        """To another device, but not to half precision: the steps of a running mean would be rounded away."""
+        center = self.center
+        super()._apply(fn, recurse)
+        if self.center.dtype in (torch.float16, torch.bfloat16):
+            self.center = center.to(self.center.device)
+        return self
+
+
+class DINOHeadLoss(DINOLoss):
+    """:func:`~replearn_kernels.dino_head_loss` with the constructor, the center and the warm-up of :class:`DINOLoss`.
+
+    The mean of the teacher's logits is ``mean(teacher_features) @ teacher_weight.T``: O(K d), without logits.
+    """
+
+    def forward(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        student_weight: Tensor,
+        teacher_weight: Tensor,
+        epoch: float = 0,
+    ) -> Tensor:
+        """The loss of ``[V, B, d]`` and ``[U, B, d]`` under each side's ``[K, d]`` in this epoch, counted from 0."""
+        center = self.center.clone()  # the backward pass needs it as it was
+        loss = F.dino_head_loss(
+            student_features, teacher_features, student_weight, teacher_weight, center, **self._options(epoch)
+        )
+        if self.training:
+            with torch.no_grad():
+                features = teacher_features.sum((0, 1), dtype=self.center.dtype)
+                # Not a matrix product, which autocast would round; a tile, which keeps half weights from a whole copy.
+                totals = [(weight * features).sum(1) for weight in teacher_weight.split(_SUM_ROWS)]
+                self._update_center(torch.cat(totals), teacher_features.shape[:2].numel())
+        return loss
