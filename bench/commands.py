@@ -10,15 +10,15 @@ from bench.cases import CASES
 from bench.harness import Case, Implementation, Point, implementations, measure_memory, measure_speed
 from bench.report import memory_cell, show, time_cell, write_report
 from bench.results import Row, append, by_point, file_name, load, machine, make_row, parse, point_key
-from bench.targets import CASE, TARGETS, Target, target_table
+from bench.targets import TARGETS, Target, target_table
 
 RESULTS = Path(__file__).parent / "results"
 ALL_CASES = list(CASES)
-DEFAULT_N = [1024, 2048, 4096, 8192]
 DEFAULT_D = [128, 512]
 DEFAULT_DTYPE = ["fp32"]
 AUTO = ["auto"]
 EVERY: list[str] = []
+THE_CASES_OWN: list[int] = []
 
 Output = Annotated[Path, "directory of the CSV files, tables and plots"]
 Rounds = Annotated[int, "timed rounds at least; in each, all implementations take turns"]
@@ -27,7 +27,7 @@ Seconds = Annotated[float, "time at least spent on the rounds of a point: short 
 
 def run(
     case: Annotated[list[str], "case to measure; may be repeated, like all lists here"] = ALL_CASES,
-    n: Annotated[list[int], "number of rows N"] = DEFAULT_N,
+    n: Annotated[list[int], "number of rows N; else those of the case"] = THE_CASES_OWN,
     d: Annotated[list[int], "width d"] = DEFAULT_D,
     dtype: Annotated[list[str], "fp32, bf16, fp16 or fp64"] = DEFAULT_DTYPE,
     device: Annotated[str, "cpu or cuda"] = "cpu",
@@ -42,7 +42,7 @@ def run(
 ) -> None:
     """Measure cases and add the figures to OUTPUT/loss_CASE_DEVICE.csv."""
     for name in case:
-        for point in (Point(rows, width, kind, device) for kind in dtype for width in d for rows in n):
+        for point in (Point(rows, width, kind, device) for kind in dtype for width in d for rows in n or CASES[name].sizes):
             chosen = implementations(CASES[name], backend, implementation)
             chosen = [one for one in chosen if compiled or one.kind != "compiled"]
             measure(CASES[name], point, chosen, output, rounds * speed, seconds, memory=memory)
@@ -87,6 +87,7 @@ def report(output: Output = RESULTS) -> None:
 
 
 def targets(
+    case: Annotated[list[str], "judge only this case"] = ALL_CASES,
     large: Annotated[bool, "include N = 131072 (minutes)"] = False,
     fresh: Annotated[bool, "measure now; otherwise judge the results that are there"] = True,
     rounds: Rounds = 9,
@@ -94,14 +95,14 @@ def targets(
     output: Output = RESULTS,
 ) -> None:
     """Print every acceptance bar with its measured value; exit with 1 if one is missed."""
-    wanted = [target for target in TARGETS if large or not target.large]
+    wanted = [target for target in TARGETS if target.case in case and (large or not target.large)]
     if fresh:
         measure_targets(wanted, output, rounds, seconds)
     here = machine("cpu")
     points = by_point(load(output))
 
-    def entries_at(point: Point):
-        return points.get(point_key(here | vars(point) | {"case": CASE}), {})
+    def entries_at(name: str, point: Point):
+        return points.get(point_key(here | vars(point) | {"case": name}), {})
 
     text, all_met = target_table(wanted, entries_at)
     show(text)
@@ -110,10 +111,9 @@ def targets(
 
 def measure_targets(wanted: Sequence[Target], output: Path, rounds: int, seconds: float) -> None:
     """Time every implementation at each point that needs it; take only the memory that is asked for."""
-    case = CASES[CASE]
-    for point in dict.fromkeys(target.point for target in wanted if not target.memory_of):
-        measure(case, point, implementations(case), output, rounds, seconds, memory=False)
+    for name, point in dict.fromkeys((target.case, target.point) for target in wanted if not target.memory_of):
+        measure(CASES[name], point, implementations(CASES[name]), output, rounds, seconds, memory=False)
     for target in wanted:
         if target.memory_of:
-            only = implementations(case, names=[target.memory_of])
-            measure(case, target.point, only, output, 0, 0, memory=True)
+            only = implementations(CASES[target.case], names=[target.memory_of])
+            measure(CASES[target.case], target.point, only, output, 0, 0, memory=True)

@@ -38,6 +38,8 @@ class Case:
     chunked:  {name: loss(**inputs)}, low-memory formulas without a fused kernel
     products: {name: prepare(inputs) -> step}, the bare matrix products with preallocated outputs;
               the first is what `ours_budget_0` must do at least
+    backends: those that ours can run on
+    sizes:    the N that are measured unless others are asked for
     """
 
     name: str
@@ -47,6 +49,8 @@ class Case:
     dense: dict[str, Loss]
     chunked: dict[str, Loss] = field(default_factory=dict)
     products: dict[str, Callable[[Inputs], Step]] = field(default_factory=dict)
+    backends: Sequence[str] = ("auto", "triton", "cpp", "torch", "eager")
+    sizes: Sequence[int] = (1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def compiled_training_step(loss: Loss, inputs: Inputs) -> Step:
 def implementations(case: Case, backends: Sequence[str] = ("auto",), names: Sequence[str] = ()) -> list[Implementation]:
     """Every implementation of `case`, or only those called `names`; `ours` once per backend."""
     found = []
-    for backend in backends:
+    for backend in (one for one in backends if one in case.backends):
         suffix = "" if backend == "auto" else f"[{backend}]"
         for name, loss in case.ours.items():
             prepare = partial(training_step, partial(loss, backend=backend))

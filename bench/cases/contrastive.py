@@ -1,7 +1,4 @@
-"""The cases: for each loss its inputs, our calls, and the formulas it has to beat.
-
-To add a loss, write its formulas and one `Case`; speed, memory, reports and the GPU run come with it.
-"""
+"""Queries against keys: CLIP, InfoNCE, SigLIP."""
 
 from functools import partial
 
@@ -9,35 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bench.harness import Case, Inputs, Step
-from replearn_kernels import clip_loss, info_nce_loss
+from bench.cases.inputs import bare_products, paired_features
+from bench.harness import Case
+from replearn_kernels import clip_loss, info_nce_loss, siglip_loss
 
 CHUNK_ROWS = 1024
-INITIAL_LOGIT_SCALE = 1 / 0.07
-
-
-def paired_features(names: tuple[str, str], n: int, d: int, dtype: torch.dtype, device: str) -> Inputs:
-    """Two unit-norm feature matrices and a learnable logit_scale, as an encoder would hand them over."""
-    generator = torch.Generator().manual_seed(0)
-    features = [F.normalize(torch.randn(n, d, generator=generator), dim=1) for _ in names]
-    inputs = {name: x.to(device=device, dtype=dtype) for name, x in zip(names, features, strict=True)}
-    inputs["logit_scale"] = torch.tensor(INITIAL_LOGIT_SCALE, device=device)
-    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
-
-
-def bare_products(similarity_products: int, inputs: Inputs) -> Step:
-    """S = X Yᵀ as often as given, then W Y and Wᵀ X, all into preallocated outputs (S stands in for W)."""
-    query, key = (features.detach() for features in list(inputs.values())[:2])
-    similarity = query @ key.T
-    d_query, d_key = torch.empty_like(query), torch.empty_like(key)
-
-    def step() -> None:
-        for _ in range(similarity_products):
-            torch.mm(query, key.T, out=similarity)
-        torch.mm(similarity, key, out=d_query)
-        torch.mm(similarity.T, query, out=d_key)
-
-    return step
 
 
 # --- CLIP: rows and columns ------------------------------------------------------------------------------------------
@@ -136,4 +109,59 @@ INFO_NCE = Case(
     products={"products_3": partial(bare_products, 1)},
 )
 
-CASES = {case.name: case for case in (CLIP, INFO_NCE)}
+
+# --- SigLIP: every pair on its own -----------------------------------------------------------------------------------
+
+
+def siglip_inputs(n, d, dtype, device):
+    """As training starts: scale 10, bias -10."""
+    inputs = paired_features(("image_features", "text_features"), n, d, dtype, device)
+    for name, value in (("logit_scale", 10.0), ("logit_bias", -10.0)):
+        inputs[name] = torch.tensor(value, device=device).requires_grad_()
+    return inputs
+
+
+def siglip_open_clip(image_features, text_features, logit_scale, logit_bias):
+    """As open_clip writes it: a matrix of labels, 1 on the diagonal and -1 off it."""
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    n = len(image_features)
+    labels = 2 * torch.eye(n, device=logits.device, dtype=logits.dtype) - torch.ones_like(logits)
+    return -F.logsigmoid(labels * logits).sum() / n
+
+
+def siglip_softplus(image_features, text_features, logit_scale, logit_bias):
+    """softplus(-l) = softplus(l) - l: all pairs as negatives, less the diagonal's logits."""
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    return (F.softplus(logits).sum() - logits.diagonal().sum()) / len(image_features)
+
+
+def siglip_softplus_dot(image_features, text_features, logit_scale, logit_bias):
+    scaled = logit_scale * image_features
+    positive = (scaled * text_features).sum() + logit_bias * len(image_features)
+    return (F.softplus(scaled @ text_features.T + logit_bias).sum() - positive) / len(image_features)
+
+
+def siglip_chunked(image_features, text_features, logit_scale, logit_bias):
+    """Row chunks under torch.utils.checkpoint: one chunk of logits is alive at a time."""
+    scaled = logit_scale * image_features
+    chunks = [
+        checkpoint(chunk_softplus, rows, text_features, logit_bias, use_reentrant=False)
+        for rows in scaled.split(CHUNK_ROWS)
+    ]
+    positive = (scaled * text_features).sum() + logit_bias * len(image_features)
+    return (sum(chunks) - positive) / len(image_features)
+
+
+def chunk_softplus(rows, text_features, logit_bias):
+    return F.softplus(rows @ text_features.T + logit_bias).sum()
+
+
+SIGLIP = Case(
+    name="siglip",
+    title="SigLIP loss",
+    make_inputs=siglip_inputs,
+    ours={"ours": siglip_loss, "ours_budget_0": partial(siglip_loss, memory_budget=0)},
+    dense={"open_clip": siglip_open_clip, "softplus": siglip_softplus, "softplus_dot": siglip_softplus_dot},
+    chunked={"chunked_checkpoint": siglip_chunked},
+    products={"products_3": partial(bare_products, 1)},
+)

@@ -1,0 +1,10 @@
+"""The cases: for each loss its inputs, our calls, and the formulas it has to beat.
+
+To add a loss, write its formulas and one `Case`; speed, memory, reports and the GPU run come with it.
+"""
+
+from bench.cases.batch import NT_XENT, SUP_CON
+from bench.cases.classes import ARCFACE, DINO_HEAD
+from bench.cases.contrastive import CLIP, INFO_NCE, SIGLIP
+
+CASES = {case.name: case for case in (CLIP, INFO_NCE, SIGLIP, NT_XENT, SUP_CON, ARCFACE, DINO_HEAD)}
