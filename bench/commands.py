@@ -42,7 +42,8 @@ def run(
 ) -> None:
     """Measure cases and add the figures to OUTPUT/loss_CASE_DEVICE.csv."""
     for name in case:
-        for point in (Point(rows, width, kind, device) for kind in dtype for width in d for rows in n or CASES[name].sizes):
+        sizes = n or CASES[name].sizes
+        for point in (Point(rows, width, kind, device) for kind in dtype for width in d for rows in sizes):
             chosen = implementations(CASES[name], backend, implementation)
             chosen = [one for one in chosen if compiled or one.kind != "compiled"]
             measure(CASES[name], point, chosen, output, rounds * speed, seconds, memory=memory)
