@@ -1,0 +1,83 @@
+"""Values and gradients of public implementations, where they define the same loss: `pip install -e ".[oracles]"`."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import value_and_gradients
+
+from replearn_kernels import (
+    ClipLoss,
+    SigLipLoss,
+    arcface_loss,
+    cosface_loss,
+    dino_loss,
+    nt_xent_loss,
+    sup_con_loss,
+)
+
+
+def rows(rng, n, d):
+    return torch.randn(n, d, generator=rng)
+
+
+def assert_same(ours, theirs, *inputs, rtol=2e-5, atol=2e-6):
+    for a, b in zip(value_and_gradients(ours, *inputs), value_and_gradients(theirs, *inputs)):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("n", [2, 65, 300])
+def test_open_clip(n, rng):
+    theirs = pytest.importorskip("open_clip.loss")
+    x, y = F.normalize(rows(rng, n, 32)), F.normalize(rows(rng, n, 32))
+    scale, bias = torch.tensor(14.0), torch.tensor(-10.0)
+    assert_same(ClipLoss(), theirs.ClipLoss(), x, y, scale)
+    assert_same(SigLipLoss(), theirs.SigLipLoss(), x, y, scale, bias)
+
+
+@pytest.mark.parametrize("n", [2, 64, 300])
+def test_lightly_nt_xent(n, rng):
+    theirs = pytest.importorskip("lightly.loss").NTXentLoss(temperature=0.2)
+    assert_same(lambda x, y: nt_xent_loss(x, y, temperature=0.2), theirs, rows(rng, n, 16), rows(rng, n, 16))
+
+
+def test_lightly_dino(rng):
+    theirs = pytest.importorskip("lightly.loss").DINOLoss(output_dim=33, teacher_temp=0.05, warmup_teacher_temp=0.05)
+    center = theirs.center.value if hasattr(theirs.center, "value") else theirs.center
+    student, teacher = torch.randn(5, 7, 33, generator=rng), torch.randn(2, 7, 33, generator=rng)
+    before = center.detach().clone().flatten()
+    assert_same(
+        lambda s: dino_loss(s, teacher, before, teacher_temp=0.05),
+        lambda s: theirs.eval()(list(teacher), list(s), epoch=0),
+        student,
+    )
+
+
+@pytest.mark.parametrize("classes", [2, 9, 100])
+def test_metric_learning_sup_con(classes, rng):
+    """Theirs is 0 where there is only one class, and no negative; and takes the mean over single rows differently."""
+    theirs = pytest.importorskip("pytorch_metric_learning.losses").SupConLoss(temperature=0.1)
+    labels = (torch.arange(200) // 2) % classes
+    assert_same(
+        lambda z: sup_con_loss(z, labels, temperature=0.1), lambda z: theirs(z, labels), rows(rng, 200, 16)
+    )
+
+
+@pytest.mark.parametrize("name, ours", [("ArcFaceLoss", arcface_loss), ("CosFaceLoss", cosface_loss)])
+def test_metric_learning_margins(name, ours, rng):
+    """Their margin is in degrees, their weight [d, C]."""
+    module = pytest.importorskip("pytorch_metric_learning.losses")
+    weight, labels = rows(rng, 50, 16), torch.randint(50, (64,), generator=rng)
+    margin = 28.6 if name == "ArcFaceLoss" else 0.35
+    theirs = getattr(module, name)(num_classes=50, embedding_size=16, margin=margin, scale=64)
+    theirs.W.data = weight.t().clone()
+    own = torch.deg2rad(torch.tensor(margin, dtype=torch.float64)).item() if name == "ArcFaceLoss" else margin
+
+    def loss(x):
+        return theirs(x, labels)
+
+    x = rows(rng, 64, 16)
+    assert_same(lambda x: ours(x, weight, labels, margin=own, scale=64.0), loss, x, rtol=1e-4, atol=1e-4)
+    leaf = weight.clone().requires_grad_()
+    (d_weight,) = torch.autograd.grad(ours(x, leaf, labels, margin=own, scale=64.0), leaf)
+    (d_theirs,) = torch.autograd.grad(theirs(x, labels), theirs.W)
+    torch.testing.assert_close(d_weight, d_theirs.t(), rtol=1e-4, atol=1e-4)
