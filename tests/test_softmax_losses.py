@@ -175,6 +175,22 @@ def test_backward_twice_with_retained_graph(backend, rng):
             torch.testing.assert_close(torch.autograd.grad(loss, x)[0], first, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("upstream", [1.0, 0.5])
+def test_gradients_changed_in_place_are_not_served_twice(upstream, backend, rng):
+    """Gradients made in the forward call may be handed out as they are saved; a second backward then must notice."""
+    x, y = unit_rows(rng, 20, 8).requires_grad_(), unit_rows(rng, 20, 8)
+    loss = info_nce_loss(x, y, logit_scale=9.0, backend=backend) * upstream
+    first = torch.autograd.grad(loss, x, retain_graph=True)[0]
+    kept = first.clone()
+    first.mul_(0)
+    try:
+        second = torch.autograd.grad(loss, x)[0]
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        torch.testing.assert_close(second, kept)
+
+
 def n_pair_formula(anchor, positive, labels):
     """Sohn, eq. 4, an anchor at a time: log(1 + sum over other labels of exp(a p_j - a p_i))."""
     losses = []

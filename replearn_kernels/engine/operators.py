@@ -103,7 +103,8 @@ class _PairLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         inputs, saved = _load(ctx)
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            gradients = _placed(schedules.backward(grad_loss, saved, inputs, ctx.config), inputs, ctx.config)
+            gradients = schedules.backward(grad_loss, saved, inputs, ctx.config, may_alias=True)
+            gradients = _placed(gradients, inputs, ctx.config)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not look like constants
             sources = [grad_loss, *inputs.differentiable]
             marked = _RefuseSecondDerivative.apply(len(sources), *sources, *_flat(gradients))

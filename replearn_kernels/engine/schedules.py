@@ -55,11 +55,19 @@ def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
         return loss, saved if any(config.needs_grad) else []
 
 
-def backward(grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config) -> list[Tensor]:
-    """Gradients in the order of ``inputs.differentiable``; an empty tensor where none is due."""
+def backward(
+    grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config, may_alias: bool = False
+) -> list[Tensor]:
+    """Gradients in the order of ``inputs.differentiable``; an empty tensor where none is due.
+
+    ``may_alias``: they may be the saved tensors themselves, where the upstream gradient is 1. That is what
+    ``loss.backward()`` passes, and it halves the memory of the losses whose gradients come with the forward call.
+    """
     with on_device_of(inputs.query):
         if plan_of(inputs, config).schedule == "two_sweeps":
             results = _second_sweep(_Run.of(inputs, config), saved, grad_loss)
+        elif may_alias and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
+            results = saved
         else:  # not in place: what was saved may be needed again
             results = [g * grad_loss if needs else g for g, needs in zip(saved, config.needs_grad)]
         return [
