@@ -11,12 +11,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from replearn_kernels.triton_kernels import EPILOGUES, TileInputs, accumulate_gradient, form_weights, update_statistics
+from replearn_kernels.triton_kernels.statistics import merge
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -50,9 +50,43 @@ PRODUCTS = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """One compilation: a kernel for features of one kind on one GPU."""
+class Variant:
+    """An epilogue with what one kind of tile tells it: every combination that the engine launches."""
 
+    epilogue: str
+    target: bool = False
+    groups: bool = False
+    columns: bool = False  # the tile has tables of columns, too
+    diagonal: bool = False
+    fused: bool = False  # the gradient kernel can take the products
+    one_sweep: bool = False  # the weights kernel folds the row statistics
+
+    @property
+    def kernels(self) -> list[str]:
+        names = ["statistics", "weights", "merge rows"]
+        if self.columns and not self.diagonal:
+            names.append("merge columns")
+        return names + ["gradient", "gradient transposed"] * self.fused
+
+
+VARIANTS = {
+    "softmax": Variant("softmax", target=True, fused=True),
+    "softmax queue": Variant("softmax", fused=True),
+    "softmax symmetric": Variant("softmax", target=True, columns=True, fused=True),
+    "softmax groups": Variant("softmax", target=True, groups=True, fused=True),
+    "sup_con": Variant("sup_con", groups=True, columns=True),
+    "sup_con diagonal": Variant("sup_con", groups=True, columns=True, diagonal=True),
+    "margin_softmax": Variant("margin_softmax", target=True, fused=True),
+    "sigmoid": Variant("sigmoid", target=True, one_sweep=True),
+    "sigmoid groups": Variant("sigmoid", groups=True, one_sweep=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: a kernel with a variant of an epilogue, for features of one kind on one GPU."""
+
+    variant: str
     kernel: str
     product: str
     target: str
@@ -62,6 +96,7 @@ class Case:
 class Row:
     """What the compiler made of a case. ``spills`` counts instructions; ``matrix`` those that multiply matrices."""
 
+    variant: str
     kernel: str
     product: str
     target: str
@@ -76,10 +111,10 @@ class Row:
 
     @property
     def case(self) -> Case:
-        return Case(self.kernel, self.product, self.target)
+        return Case(self.variant, self.kernel, self.product, self.target)
 
     def problems(self) -> list[str]:
-        name = f"{self.kernel}, {self.product}, {self.target}"
+        name = f"{self.variant}, {self.kernel}, {self.product}, {self.target}"
         found = []
         if self.spills and self.target != PORTABILITY:
             found.append(f"{name}: {self.spills} instructions spill registers")
@@ -91,62 +126,62 @@ class Row:
 
 
 def cases() -> list[Case]:
-    """The kernels of every loss x kind of product x GPU; their variants, and AMD, for bf16 alone."""
-    return [
-        Case(kernel, product, target)
-        for target in TARGETS
-        for product in (("bf16",) if target == PORTABILITY else PRODUCTS)
-        for kernel in LAUNCHES
-        if product == "bf16" or kernel in EVERY_PRODUCT
-    ]
+    """Every variant's kernels x kind of product x GPU; for bf16 also merges and ragged sizes; AMD for bf16 alone."""
+    found = []
+    for target in TARGETS:
+        for product in ("bf16",) if target == PORTABILITY else PRODUCTS:
+            for variant, made_of in VARIANTS.items():
+                products = [kernel for kernel in made_of.kernels if not kernel.startswith("merge")]
+                kernels = made_of.kernels if product == "bf16" else products
+                if product == "bf16" and target != PORTABILITY:
+                    kernels = kernels + [f"{kernel} ragged" for kernel in products]
+                found += [Case(variant, kernel, product, target) for kernel in kernels]
+    return found
 
 
 # -- the launches -------------------------------------------------------------------------------------------------
 
-SOFTMAX = EPILOGUES["softmax"]
-Sizes = tuple[int, int]  # rows and columns: the code depends on whether they are divisible by 16 (or 1)
+# Rows and columns: the code depends on whether they are divisible by 16.
 EVEN, RAGGED = (2048, 4096), (2047, 4095)
 
 
-def statistics(dtype: torch.dtype, sizes: Sizes = EVEN) -> None:
+def launch(variant: Variant, kernel: str, dtype: torch.dtype) -> None:
+    """Gradients at d = 128, the widest that the fused kernel is used for."""
+    rows, columns = sizes = RAGGED if kernel.endswith(" ragged") else EVEN
+    kernel = kernel.removesuffix(" ragged")
+    epilogue = EPILOGUES[variant.epilogue]
+    query, key = (torch.empty(size, 128 if kernel.startswith("gradient") else 512, dtype=dtype) for size in sizes)
+    if kernel in ("statistics", "merge rows", "merge columns"):
+        row_table = torch.empty(3, rows)
+        column_table = torch.empty(3 if variant.groups else 2, columns) if "merge columns" in variant.kernels else None
+        inputs = _inputs(variant, sizes)
+        if kernel == "statistics":
+            update_statistics(epilogue, query, key, inputs, row_table, column_table)
+        else:
+            table = row_table if kernel == "merge rows" else column_table
+            merge(epilogue, torch.empty(4, *table.shape), inputs, table)
+        return
+    row_table = torch.empty(3 if variant.one_sweep else 5, rows)
+    inputs = _inputs(variant, sizes, row_table, torch.empty(5, columns) if variant.columns else None)
+    if kernel == "weights":
+        folded = row_table if variant.one_sweep else None
+        form_weights(epilogue, query, key, inputs, torch.empty(sizes, dtype=dtype), folded)
+    else:
+        transposed = kernel == "gradient transposed"
+        own, other = (key, query) if transposed else (query, key)
+        accumulate_gradient(epilogue, own, other, inputs, torch.empty(own.shape), transposed=transposed)
+
+
+def _inputs(variant: Variant, sizes: tuple[int, int], row_table=None, column_table=None) -> TileInputs:
+    def ids(given: bool, size: int) -> torch.Tensor | None:
+        return torch.empty(size, dtype=torch.int64) if given else None
+
     rows, columns = sizes
-    features, tables = _features(dtype, sizes, 512), (torch.empty(3, rows), torch.empty(2, columns))
-    update_statistics(SOFTMAX, *features, _inputs(sizes), *tables)
-
-
-def weights(dtype: torch.dtype, sizes: Sizes = EVEN) -> None:
-    form_weights(SOFTMAX, *_features(dtype, sizes, 512), _inputs(sizes, True), torch.empty(sizes, dtype=dtype))
-
-
-def gradient(dtype: torch.dtype, sizes: Sizes = EVEN, transposed: bool = False) -> None:
-    """At d = 128, the widest that it is used for."""
-    own, other = _features(dtype, sizes, 128)[:: -1 if transposed else 1]
-    accumulate_gradient(SOFTMAX, own, other, _inputs(sizes, True), torch.empty(own.shape), transposed=transposed)
-
-
-def _features(dtype: torch.dtype, sizes: Sizes, d: int) -> list[torch.Tensor]:
-    return [torch.empty(size, d, dtype=dtype) for size in sizes]
-
-
-def _inputs(sizes: Sizes, with_tables: bool = False) -> TileInputs:
-    rows, columns = sizes
-    tables = (torch.empty(5, rows), torch.empty(4, columns)) if with_tables else ()
-    return TileInputs.of(sizes, torch.empty(()), torch.empty(rows, dtype=torch.int64), 16, *tables)
-
-
-# kernel: (launch, which of the launched kernels it is)
-LAUNCHES: dict[str, tuple[Callable[[torch.dtype], None], int]] = {
-    "statistics": (statistics, 0),
-    "weights": (weights, 0),
-    "gradient": (gradient, 0),
-    "gradient transposed": (partial(gradient, transposed=True), 0),
-    "merge rows": (statistics, 1),
-    "merge columns": (statistics, 2),
-    "statistics ragged": (partial(statistics, sizes=RAGGED), 0),
-    "weights ragged": (partial(weights, sizes=RAGGED), 0),
-    "gradient ragged": (partial(gradient, sizes=RAGGED), 0),
-}
-EVERY_PRODUCT = ("statistics", "weights", "gradient")
+    return TileInputs.of(
+        sizes, torch.empty(()), torch.empty(()) if variant.epilogue == "sigmoid" else 0.0,
+        ids(variant.target, rows), ids(variant.groups, rows), ids(variant.groups, columns),
+        16, variant.diagonal, row_table, column_table,
+    )  # fmt: skip
 
 
 # -- compilation --------------------------------------------------------------------------------------------------
@@ -179,19 +214,18 @@ def compiling(target: GPUTarget) -> Iterator[list]:
 
 def measure(case: Case) -> Row:
     dtype, precision = PRODUCTS[case.product]
-    launch, index = LAUNCHES[case.kernel]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         with compiling(TARGETS[case.target]) as compiled:
-            launch(dtype)
+            launch(VARIANTS[case.variant], case.kernel, dtype)
     finally:
         torch.set_float32_matmul_precision(before)
-    kernel, options = compiled[index]
+    kernel, options = compiled[0]
     read = _read_amdgcn if case.target == PORTABILITY else _read_cubin
     registers, spills, matrix = read(kernel, MATRIX_INSTRUCTION[case.target])
     return Row(
-        case.kernel, case.product, case.target, _describe(options),
+        case.variant, case.kernel, case.product, case.target, _describe(options),
         registers, spills, kernel.metadata.shared, matrix, MATRIX_INSTRUCTION[case.target] if matrix else "",
         triton.__version__, datetime.now(timezone.utc).date().isoformat(),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from replearn_kernels.engine import schedules
 from replearn_kernels.engine.backends import native
 
 BACKENDS = ["torch", "cpp"]
@@ -17,6 +18,24 @@ def backend(request) -> str:
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """The triton backend with tiles of 32 x 16, that a small problem has several of: on a diagonal, and off it."""
+    from replearn_kernels.engine.backends.triton import TritonBackend
+
+    asked = []
+
+    def tile_shape(*args):
+        asked.append(args)
+        return 32, 16
+
+    monkeypatch.setattr(TritonBackend, "tile_shape", staticmethod(tile_shape))
+    schedules._make_plan.cache_clear()  # plans made with other tiles
+    yield
+    schedules._make_plan.cache_clear()
+    assert asked
 
 
 @pytest.fixture(autouse=True)

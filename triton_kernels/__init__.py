@@ -17,12 +17,7 @@ from .softmax import MARGIN_SOFTMAX, SOFTMAX, SUP_CON
 from .statistics import update_statistics
 from .tiles import Epilogue, TileInputs
 
-EPILOGUES: dict[str, Epilogue] = {
-    "softmax": SOFTMAX,
-    "sup_con": SUP_CON,
-    "margin_softmax": MARGIN_SOFTMAX,
-    "sigmoid": SIGMOID,
-}
+EPILOGUES: dict[str, Epilogue] = {e.name: e for e in (SOFTMAX, SUP_CON, MARGIN_SOFTMAX, SIGMOID)}
 """By the objective's name."""
 
 __all__ = ["EPILOGUES", "Epilogue", "TileInputs", "accumulate_gradient", "form_weights", "update_statistics"]

@@ -41,7 +41,9 @@ class Config:
 #   128 KiB of 227 on sm_90 and sm_100. The gradient kernel holds whole rows: 64 to 84 KiB at d = 128. sm_80's defaults
 #   stay below the 99 KiB of the small GPUs that take them too.
 # - "ieee" products have no matrix instruction: every thread multiplies its own entries, in small blocks.
-DEFAULTS: dict[tuple[str, str, int], Config] = {
+# - The sigmoid family's statistics and weights, which take loss and slope from one exponential, hold 64 entries of both
+#   beside the products: 128 x 128 spills.
+DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),
     ("statistics", "half", 100): Config(128, 128, 64, warps=8, stages=4),
@@ -59,8 +61,16 @@ DEFAULTS: dict[tuple[str, str, int], Config] = {
     ("gradient", "half", 80): Config(128, 64, 0, warps=8, stages=2),
     ("gradient", "tf32", 80): Config(64, 32, 0, warps=4, stages=2),
     ("gradient", "ieee", 80): Config(32, 32, 0, warps=8, stages=1),
+    ("sigmoid", "statistics", "half", 80): Config(128, 64, 32, warps=8, stages=4),
+    ("sigmoid", "statistics", "half", 90): Config(128, 64, 64, warps=8, stages=4),
+    ("sigmoid", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
+    ("sigmoid", "statistics", "tf32", 80): Config(128, 64, 32, warps=8, stages=3),
+    ("sigmoid", "statistics", "tf32", 90): Config(128, 64, 32, warps=8, stages=4),
+    ("sigmoid", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
+    ("sigmoid", "weights", "half", 80): Config(128, 64, 32, warps=8, stages=4),
+    ("sigmoid", "weights", "tf32", 80): Config(128, 64, 32, warps=8, stages=3),
 }
-"""An architecture without an entry takes sm_80's."""
+"""An architecture without an entry takes sm_80's; an epilogue without one of its own takes all epilogues'."""
 
 CANDIDATES = [
     Config(block_m, block_n, block_k, warps, stages)
@@ -85,20 +95,22 @@ def use_config(config: Config) -> Iterator[None]:
         _override = previous
 
 
-def pick(kernel: str, features: Tensor, trial: Callable[[Config], object]) -> Config:
-    """The config for ``kernel`` on these features: the default, or the fastest under REPLEARN_KERNELS_TUNE=1.
+def pick(kernel: str, epilogue: str, features: Tensor, trial: Callable[[Config], object]) -> Config:
+    """The config for ``kernel`` with this epilogue: the default, or the fastest under REPLEARN_KERNELS_TUNE=1.
 
     ``trial`` launches the kernel, and may be called any number of times.
     """
     if _override is not None:
         return _override
     if os.environ.get("REPLEARN_KERNELS_TUNE") == "1" and not triton.knobs.runtime.interpret:
-        return _fastest(kernel, features, trial)
-    return default(kernel, product_kind(features.dtype), architecture())
+        return _fastest(kernel, epilogue, features, trial)
+    return default(kernel, epilogue, product_kind(features.dtype), architecture())
 
 
-def default(kernel: str, kind: str, arch: int) -> Config:
-    return DEFAULTS.get((kernel, kind, arch)) or DEFAULTS[kernel, kind, 80]
+def default(kernel: str, epilogue: str, kind: str, arch: int) -> Config:
+    """The shipped config: the epilogue's own where it has one."""
+    keys = (epilogue, kernel, kind, arch), (kernel, kind, arch), (kernel, kind, 80)
+    return next(DEFAULTS[key] for key in keys if key in DEFAULTS)
 
 
 def product_kind(dtype: torch.dtype) -> str:
@@ -139,12 +151,12 @@ def launch_options(config: Config, features: Tensor) -> dict:
     }
 
 
-def _fastest(kernel: str, features: Tensor, trial: Callable[[Config], object]) -> Config:
-    """The fastest candidate on this GPU, timed once per kernel, kind of product and width."""
+def _fastest(kernel: str, epilogue: str, features: Tensor, trial: Callable[[Config], object]) -> Config:
+    """The fastest candidate on this GPU, timed once per kernel, epilogue, kind of product and width."""
     kind = product_kind(features.dtype)
-    key = kernel, kind, features.device, features.shape[1]
+    key = kernel, epilogue, kind, features.device, features.shape[1]
     if key not in _found:
-        shipped = default(kernel, kind, architecture())
+        shipped = default(kernel, epilogue, kind, architecture())
         others = CANDIDATES if shipped.block_k else [replace(config, block_k=0) for config in CANDIDATES]
         candidates = dict.fromkeys([shipped, *others])
         times = {config: _milliseconds(partial(trial, config)) for config in candidates}

@@ -42,14 +42,14 @@ def weights_kernel(
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     near_row, near_column = tl.minimum(row, inputs.rows - 1), tl.minimum(column, inputs.columns - 1)
     s = similarity_tile(query, query_stride, near_row, key, key_stride, near_column, d, BLOCK_K, PRECISION, UPCAST)
+    if row_partials is not None:  # first: what it shares with W is then all that has to stay in registers
+        partials = row_partials + column_block.to(tl.int64) * QUANTITIES * inputs.rows
+        of_rows = REDUCE(s, row[:, None], column[None, :], inputs, 1)
+        store_quantities(partials, inputs.rows, row, row < inputs.rows, of_rows)
     w = WEIGHTS(s, row[:, None], column[None, :], inputs)
     inside = (row < inputs.rows)[:, None] & (column < inputs.columns)[None, :]
     place = weights + row.to(tl.int64)[:, None] * weights_stride + column[None, :]
     tl.store(place, w.to(weights.dtype.element_ty), mask=inside)
-    if row_partials is not None:
-        partials = row_partials + column_block.to(tl.int64) * QUANTITIES * inputs.rows
-        of_rows = REDUCE(s, row[:, None], column[None, :], inputs, 1)
-        store_quantities(partials, inputs.rows, row, row < inputs.rows, of_rows)
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def form_weights(
         )  # fmt: skip
         return of_rows
 
-    of_rows = launch(pick("weights", query, launch))
+    of_rows = launch(pick("weights", epilogue.name, query, launch))
     if of_rows is not None:
         merge(epilogue, of_rows, inputs, row_table)
 
@@ -130,6 +130,6 @@ def accumulate_gradient(
             epilogue.weights, transposed, **launch_options(config, own),
         )  # fmt: skip
 
-    launch(pick("gradient", own, lambda config: launch(config, torch.empty_like(sums))), sums)
+    launch(pick("gradient", epilogue.name, own, lambda config: launch(config, torch.empty_like(sums))), sums)
     if sums is not gradient:
         gradient += sums[:, :d]

@@ -25,9 +25,8 @@ def softmax_signed(s, inputs):
 
 
 @triton.jit
-def softmax_fold(v, counted, inputs, AXIS: tl.constexpr):
-    """(max, sum of exp) of the counted entries."""
-    v = tl.where(counted, v, float("-inf"))
+def softmax_fold(v, inputs, AXIS: tl.constexpr):
+    """(max, sum of exp); entries at -inf do not count."""
     top = tl.maximum(tl.max(v, AXIS), LOWEST)
     return top, tl.sum(tl.exp2((v - tl.expand_dims(top, AXIS)) * softmax_rate(inputs)), AXIS)
 
@@ -44,9 +43,9 @@ def softmax_share(v, rate, table, stride, index, size):
 
 
 @triton.jit
-def softmax_shares(s, row, column, inputs):
-    """W without its positives."""
-    v, rate = softmax_signed(s, inputs), softmax_rate(inputs)
+def softmax_shares(v, row, column, inputs):
+    """W without its positives. What does not count is at -inf before the exp, where it could overflow."""
+    rate = softmax_rate(inputs)
     w = softmax_share(v, rate, inputs.row_table, inputs.row_stride, row, inputs.rows)
     if inputs.column_table is not None:
         w += softmax_share(v, rate, inputs.column_table, inputs.column_stride, column, inputs.columns)
@@ -91,8 +90,8 @@ def softmax_counted(row, column, inputs):
 def softmax_reduce(s, row, column, inputs, AXIS: tl.constexpr):
     """(max, sum of exp), and for rows the positive's v: 0 from tiles that do not hold it."""
     counted = softmax_counted(row, column, inputs)
-    v = softmax_signed(s, inputs)
-    top, total = softmax_fold(v, counted, inputs, AXIS)
+    v = tl.where(counted, softmax_signed(s, inputs), float("-inf"))
+    top, total = softmax_fold(v, inputs, AXIS)
     if AXIS == 0:
         return top, total
     elif inputs.target is None:
@@ -104,16 +103,17 @@ def softmax_reduce(s, row, column, inputs, AXIS: tl.constexpr):
 @triton.jit
 def softmax_weights(s, row, column, inputs):
     """W of ``objectives/softmax.py``."""
-    w = softmax_shares(s, row, column, inputs)
+    v = softmax_signed(s, inputs)
     if inputs.row_group is not None:
-        w = tl.where(softmax_counted(row, column, inputs), w, 0.0)
+        v = tl.where(softmax_counted(row, column, inputs), v, float("-inf"))
+    w = softmax_shares(v, row, column, inputs)
     if inputs.target is not None:
         positive_weight = load_vector(inputs.row_table + 3 * inputs.row_stride, row, inputs.rows)
         w -= tl.where(is_target(row, column, inputs), positive_weight, 0.0)
     return w
 
 
-SOFTMAX = Epilogue(softmax_empty, softmax_reduce, softmax_merge, softmax_weights)
+SOFTMAX = Epilogue("softmax", softmax_empty, softmax_reduce, softmax_merge, softmax_weights)
 
 
 # -- positives by group, rows against each other: SupCon, NT-Xent ---------------------------------------------------
@@ -129,22 +129,22 @@ def sup_con_empty(BLOCK: tl.constexpr, AXIS: tl.constexpr):
 def sup_con_reduce(s, row, column, inputs, AXIS: tl.constexpr):
     """(max, sum of exp, sum of the positives' v), the same for rows and columns."""
     counted = inside_tile(row, column, inputs)
-    v = softmax_signed(s, inputs)
-    top, total = softmax_fold(v, counted, inputs, AXIS)
+    v = tl.where(counted, softmax_signed(s, inputs), float("-inf"))
+    top, total = softmax_fold(v, inputs, AXIS)
     return top, total, tl.sum(tl.where(counted & same_group(row, column, inputs), v, 0.0), AXIS)
 
 
 @triton.jit
 def sup_con_weights(s, row, column, inputs):
     """W of ``objectives/sup_con.py``."""
-    w = softmax_shares(s, row, column, inputs)
+    inside = inside_tile(row, column, inputs)
+    w = softmax_shares(tl.where(inside, softmax_signed(s, inputs), float("-inf")), row, column, inputs)
     positive = load_vector(inputs.row_table + 3 * inputs.row_stride, row, inputs.rows)
     positive += load_vector(inputs.column_table + 3 * inputs.column_stride, column, inputs.columns)
-    w -= tl.where(same_group(row, column, inputs), positive, 0.0)
-    return tl.where(inside_tile(row, column, inputs), w, 0.0)
+    return w - tl.where(inside & same_group(row, column, inputs), positive, 0.0)
 
 
-SUP_CON = Epilogue(sup_con_empty, sup_con_reduce, softmax_merge, sup_con_weights)
+SUP_CON = Epilogue("sup_con", sup_con_empty, sup_con_reduce, softmax_merge, sup_con_weights)
 
 
 # -- the positive apart: ArcFace, CosFace ---------------------------------------------------------------------------
@@ -155,15 +155,20 @@ def margin_reduce(s, row, column, inputs, AXIS: tl.constexpr):
     """(max, sum of exp) of the other classes, and the true one's cosine: 0 from tiles that do not hold it."""
     inside = (row < inputs.rows) & (column < inputs.columns)
     true = is_target(row, column, inputs)
-    top, total = softmax_fold(s, inside & (true == 0), inputs, AXIS)
+    top, total = softmax_fold(tl.where(inside & (true == 0), s, float("-inf")), inputs, AXIS)
     return top, total, tl.sum(tl.where(true & inside, s, 0.0), AXIS)
 
 
 @triton.jit
 def margin_weights(s, row, column, inputs):
-    """W of ``objectives/margin_softmax.py``: at the true class as given."""
+    """W of ``objectives/margin_softmax.py``: at the true class as given.
+
+    The true class can be far above the max, and so can a column past the edge, which repeats the last one.
+    """
+    true = is_target(row, column, inputs)
+    others = tl.where((column < inputs.columns) & (true == 0), s, float("-inf"))
     given = load_vector(inputs.row_table + 3 * inputs.row_stride, row, inputs.rows)
-    return tl.where(is_target(row, column, inputs), given, softmax_shares(s, row, column, inputs))
+    return tl.where(true, given, softmax_shares(others, row, column, inputs))
 
 
-MARGIN_SOFTMAX = Epilogue(softmax_empty, margin_reduce, softmax_merge, margin_weights)
+MARGIN_SOFTMAX = Epilogue("margin_softmax", softmax_empty, margin_reduce, softmax_merge, margin_weights)

@@ -95,7 +95,7 @@ def update_statistics(
         )  # fmt: skip
         return of_rows, of_columns
 
-    of_rows, of_columns = launch(pick("statistics", query, launch))
+    of_rows, of_columns = launch(pick("statistics", epilogue.name, query, launch))
     merge(epilogue, of_rows, inputs, row_table)
     if of_columns is None:
         return (of_rows,)

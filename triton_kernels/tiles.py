@@ -32,6 +32,7 @@ class Epilogue:
     weights(s, row, column, inputs) -> W                dL/dl of every entry
     """
 
+    name: str  # by which block sizes are found
     empty: Callable
     reduce: Callable
     merge: Callable
@@ -44,7 +45,7 @@ class TileInputs(NamedTuple):
     rows: int
     columns: int
     scale: Tensor  # 0-d: the kernel reads it, so that no launch waits for its value
-    bias: Tensor  # 0-d
+    bias: Tensor | None  # 0-d; None: 0
     target: Tensor | None  # [rows] int64, the positives' columns
     row_group: Tensor | None  # [rows] int64
     column_group: Tensor | None  # [columns] int64
@@ -58,21 +59,15 @@ class TileInputs(NamedTuple):
     @classmethod
     def of(cls, shape, scale, bias=0.0, target=None, row_group=None, column_group=None, first_column=0,
            diagonal=False, row_table=None, column_table=None) -> TileInputs:  # fmt: skip
-        """Scalars are numbers (in the interpreter) or 0-d tensors; tables may have any row stride."""
-        scale, bias = (
-            x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32, device=scale_device(scale))
-            for x in (scale, bias)
-        )
+        """Scalars are numbers (on a GPU only a bias of 0) or 0-d tensors; tables may have any row stride."""
+        scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
+        if not isinstance(bias, Tensor):
+            bias = torch.tensor(bias, dtype=torch.float32) if bias else None
         row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
         return cls(
             *shape, scale, bias, target, row_group, column_group, first_column, int(diagonal),
             row_table, row_stride, column_table, column_stride,
         )  # fmt: skip
-
-
-def scale_device(scale: float | Tensor) -> torch.device:
-    """Where a loss's scalars are: with its scale."""
-    return scale.device if isinstance(scale, Tensor) else torch.device("cpu")
 
 
 def aligned(features: Tensor) -> Tensor:

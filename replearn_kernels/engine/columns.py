@@ -43,10 +43,10 @@ class SharedColumns:
         return self.features.sum(0, dtype=dtype, keepdim=True)
 
     def block(self, tile: Tile) -> Tensor:
-        features = self.features[tile.columns].to(tile.query.dtype)
-        if self.inverse_norms is None:
-            return features
-        return features * self.inverse_norms[tile.columns].unsqueeze(1).to(tile.query.dtype)
+        features = self.features[tile.columns]
+        if self.inverse_norms is not None:  # in fp32, so that half precision rounds once
+            features = features * self.inverse_norms[tile.columns].unsqueeze(1)
+        return features.to(tile.query.dtype)
 
     def product(self, tile: Tile, out: Tensor) -> Tensor:
         """``out[R, C] = query[R, d] @ features[C, d].T``."""
