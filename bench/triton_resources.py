@@ -126,16 +126,16 @@ class Row:
 
 
 def cases() -> list[Case]:
-    """Every variant's kernels x kind of product x GPU; for bf16 also merges and ragged sizes; AMD for bf16 alone."""
+    """Every variant's kernels x kind of product x GPU; for bf16 also merges and ragged sizes. AMD: bf16 alone."""
     found = []
     for target in TARGETS:
         for product in ("bf16",) if target == PORTABILITY else PRODUCTS:
-            for variant, made_of in VARIANTS.items():
-                products = [kernel for kernel in made_of.kernels if not kernel.startswith("merge")]
-                kernels = made_of.kernels if product == "bf16" else products
+            for name, variant in VARIANTS.items():
+                products = [kernel for kernel in variant.kernels if not kernel.startswith("merge")]
+                kernels = products
                 if product == "bf16" and target != PORTABILITY:
-                    kernels = kernels + [f"{kernel} ragged" for kernel in products]
-                found += [Case(variant, kernel, product, target) for kernel in kernels]
+                    kernels = variant.kernels + [f"{kernel} ragged" for kernel in products]
+                found += [Case(name, kernel, product, target) for kernel in kernels]
     return found
 
 

@@ -41,8 +41,8 @@ class Config:
 #   128 KiB of 227 on sm_90 and sm_100. The gradient kernel holds whole rows: 64 to 84 KiB at d = 128. sm_80's defaults
 #   stay below the 99 KiB of the small GPUs that take them too.
 # - "ieee" products have no matrix instruction: every thread multiplies its own entries, in small blocks.
-# - The sigmoid family's statistics and weights, which take loss and slope from one exponential, hold 64 entries of both
-#   beside the products: 128 x 128 spills.
+# - An epilogue that holds more than its statistics has its own: 128 x 128 spills where the sigmoids' losses and slopes
+#   share an exponential, and on sm_100 where SupCon's 64 columns a thread each have a group of two registers.
 DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),
@@ -61,6 +61,8 @@ DEFAULTS: dict[tuple, Config] = {
     ("gradient", "half", 80): Config(128, 64, 0, warps=8, stages=2),
     ("gradient", "tf32", 80): Config(64, 32, 0, warps=4, stages=2),
     ("gradient", "ieee", 80): Config(32, 32, 0, warps=8, stages=1),
+    ("sup_con", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
+    ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
     ("sigmoid", "statistics", "half", 80): Config(128, 64, 32, warps=8, stages=4),
     ("sigmoid", "statistics", "half", 90): Config(128, 64, 64, warps=8, stages=4),
     ("sigmoid", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
