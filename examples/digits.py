@@ -13,6 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 NUM_CLASSES = 10
+CHANCE = 1 / NUM_CLASSES
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SYMBOLS = [str(digit) for digit in range(NUM_CLASSES)]
 
@@ -55,14 +56,26 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, rows: Tensor) -> "Digits":
+        return Digits(self.images[rows], self.labels[rows])
+
+    def to(self, device: str) -> "Digits":
+        return Digits(self.images.to(device), self.labels.to(device))
+
+
+def load_images() -> Digits:
+    """All 1797 images."""
+    pixels, labels = load_digits(return_X_y=True)
+    return Digits(torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16, torch.from_numpy(labels).long())
+
 
 def load_split(seed: int) -> tuple[Digits, Digits]:
     """Training (1437) and held-out (360) images, with the same share of every digit."""
-    pixels, labels = load_digits(return_X_y=True)
-    images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
-    labels = torch.from_numpy(labels).long()
-    train, held_out = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
-    return Digits(images[train], labels[train]), Digits(images[held_out], labels[held_out])
+    digits = load_images()
+    train, held_out = train_test_split(
+        range(len(digits)), test_size=0.2, stratify=digits.labels, random_state=seed
+    )
+    return digits[train], digits[held_out]
 
 
 def draw_captions(labels: Tensor) -> Tensor:

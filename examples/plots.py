@@ -1,4 +1,4 @@
-"""The figures of the demo."""
+"""The figures of the examples."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 from digits import NUM_CLASSES
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
+from sklearn.manifold import TSNE
 
 if TYPE_CHECKING:
     from digits_clip import Evaluation
+    from evaluate import Features
     from scaling import Figure
 
 FUSED_COLOR, EAGER_COLOR, WRONG_COLOR = "#0b6e8a", "#d1731f", "#c8283c"
+DIGIT_COLORS = plt.get_cmap("tab10")
 COLORS = {"eager": EAGER_COLOR, "fused": FUSED_COLOR}
 RETRIEVED_IMAGES = 8
 
@@ -111,6 +115,27 @@ def draw_retrieval(axes: Axes, evaluation: Evaluation) -> None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_title("Held-out images nearest to unseen captions")
+
+
+def save_training(title: str, losses: list[float], before: Features, after: Features, path: Path) -> None:
+    """Loss curve, and t-SNE maps of the same images' features before and after training."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained", width_ratios=(0.8, 1, 1))
+    axes[0].plot(losses, color=FUSED_COLOR, linewidth=1.5)
+    axes[0].set(title=title, xlabel="step", xlim=(0, len(losses)))
+    draw_map(axes[1], before, "Untrained features, t-SNE")
+    draw_map(axes[2], after, "Trained features, t-SNE")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_map(axes: Axes, features: Features, title: str) -> None:
+    """Every image as its digit, where t-SNE puts its features."""
+    points = TSNE(metric="cosine", max_iter=500, random_state=0).fit_transform(features.vectors)
+    for digit in np.unique(features.labels):
+        x, y = points[features.labels == digit].T
+        axes.scatter(x, y, s=36, marker=f"${digit}$", color=DIGIT_COLORS(digit), linewidth=0.2)
+    axes.set(title=title, xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def save_scaling(figures: list[Figure], path: Path) -> None:

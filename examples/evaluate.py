@@ -1,0 +1,94 @@
+"""What frozen features are worth: k-NN and linear probes, with all labels or few, retrieval and verification."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from digits import NUM_CLASSES, Digits
+from rich.table import Table
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedShuffleSplit
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+from torch import Tensor, nn
+
+LABELS_PER_DIGIT = 10
+DRAWS = 10  # of the few labels, whose scores are averaged
+Scores = dict[str, float]
+
+
+@dataclass
+class Features:
+    """Features of images, unit vectors [N, d], and the labels of the images, [N]."""
+
+    vectors: np.ndarray
+    labels: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> "Features":
+        return Features(self.vectors[rows], self.labels[rows])
+
+
+@torch.no_grad()
+def encode(encoder: Callable[[Tensor], Tensor], data: Digits) -> Features:
+    """Frozen features of all images, without augmentation."""
+    return Features(F.normalize(encoder(data.images), dim=1).cpu().numpy(), data.labels.cpu().numpy())
+
+
+def knn_accuracy(train: Features, held_out: Features, neighbours: int = 5) -> float:
+    """Share of held-out images that most of their nearest training images agree with."""
+    model = KNeighborsClassifier(neighbours).fit(train.vectors, train.labels)
+    return model.score(held_out.vectors, held_out.labels)
+
+
+def linear_probe_accuracy(train: Features, held_out: Features) -> float:
+    """Accuracy of a logistic regression on the features."""
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    with threadpool_limits(1):  # products this small are 30 times slower on two busy cores than on one
+        return model.fit(train.vectors, train.labels).score(held_out.vectors, held_out.labels)
+
+
+def representation_scores(encoder: nn.Module, train: Digits, held_out: Digits) -> Scores:
+    """Accuracies on held-out images, with the labels of all training images and with few.
+
+    With all 1437 labels even random features do well on digits; few labels show what was learned without them.
+    """
+    train, held_out = encode(encoder, train), encode(encoder, held_out)
+    draws = StratifiedShuffleSplit(DRAWS, train_size=LABELS_PER_DIGIT * NUM_CLASSES, random_state=0)
+    few = [train[rows] for rows, _ in draws.split(train.vectors, train.labels)]
+    return {
+        "linear probe": linear_probe_accuracy(train, held_out),
+        "5-NN": knn_accuracy(train, held_out),
+        "linear probe, 100 labels": float(np.mean([linear_probe_accuracy(part, held_out) for part in few])),
+        "1-NN, 100 labels": float(np.mean([knn_accuracy(part, held_out, neighbours=1) for part in few])),
+    }
+
+
+def recall_at_1(features: Features) -> float:
+    """Share of images whose nearest other image is of their class."""
+    nearest = NearestNeighbors(n_neighbors=1).fit(features.vectors).kneighbors(return_distance=False)[:, 0]
+    return float((features.labels[nearest] == features.labels).mean())
+
+
+def verification_auc(features: Features) -> float:
+    """ROC AUC of the cosine as a test of whether two images are of one class, over all pairs."""
+    first, second = np.triu_indices(len(features.labels), k=1)
+    same = features.labels[first] == features.labels[second]
+    return float(roc_auc_score(same, (features.vectors @ features.vectors.T)[first, second]))
+
+
+def score_table(title: str, untrained: Scores, trained: Scores, chance: Scores | float) -> Table:
+    """Every score beside the untrained encoder's, and beside what guessing would give."""
+    table = Table(title=title)
+    table.add_column("score")
+    table.add_column("trained", justify="right", style="bold green")
+    table.add_column("untrained", justify="right")
+    table.add_column("chance", justify="right")
+    for name, score in trained.items():
+        guess = chance if isinstance(chance, float) else chance[name]
+        table.add_row(name, f"{score:.1%}", f"{untrained[name]:.1%}", f"{guess:.1%}")
+    return table
