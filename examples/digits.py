@@ -72,16 +72,14 @@ def load_images() -> Digits:
 def load_split(seed: int) -> tuple[Digits, Digits]:
     """Training (1437) and held-out (360) images, with the same share of every digit."""
     digits = load_images()
-    train, held_out = train_test_split(
-        range(len(digits)), test_size=0.2, stratify=digits.labels, random_state=seed
-    )
+    train, held_out = train_test_split(range(len(digits)), test_size=0.2, stratify=digits.labels, random_state=seed)
     return digits[train], digits[held_out]
 
 
 def draw_captions(labels: Tensor) -> Tensor:
     """One training caption in a random wording per label [N]: tokens [N, MAX_WORDS]."""
-    table = tokenize(captions(TRAIN_WORDINGS)).view(-1, NUM_CLASSES, MAX_WORDS)
-    wording = torch.randint(len(table), labels.shape)
+    table = tokenize(captions(TRAIN_WORDINGS)).to(labels.device).view(-1, NUM_CLASSES, MAX_WORDS)
+    wording = torch.randint(len(table), labels.shape, device=labels.device)
     return table[wording, labels]
 
 
@@ -119,13 +117,17 @@ class TextEncoder(nn.Module):
 
 
 class DualEncoder(nn.Module):
-    """Both encoders into one space of unit vectors, and CLIP's learned temperature."""
+    """Both encoders into one space of unit vectors, and the learned scale of their similarities.
 
-    def __init__(self, dim: int = 64):
+    It starts as in CLIP (``scale`` = 1 / 0.07, no bias) or, for instance, as in SigLIP (10 and -10).
+    """
+
+    def __init__(self, dim: int = 64, scale: float = 1 / 0.07, bias: float | None = None):
         super().__init__()
         self.image_encoder = ImageEncoder(dim)
         self.text_encoder = TextEncoder(dim)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.log_scale = nn.Parameter(torch.tensor(scale).log())
+        self.bias = None if bias is None else nn.Parameter(torch.tensor(bias))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Images [N, 1, 8, 8] to unit vectors [N, dim]."""
@@ -135,7 +137,7 @@ class DualEncoder(nn.Module):
         """Tokens [N, MAX_WORDS] to unit vectors [N, dim]."""
         return F.normalize(self.text_encoder(tokens), dim=-1)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Image features [N, dim], text features [N, dim] and the logit scale, as in CLIP."""
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor | None, ...]:
+        """Image features [N, dim], text features [N, dim], logit scale and bias: what the losses take, in order."""
         scale = self.log_scale.clamp(max=torch.tensor(100.0).log()).exp()
-        return self.encode_image(images), self.encode_text(tokens), scale
+        return self.encode_image(images), self.encode_text(tokens), scale, self.bias

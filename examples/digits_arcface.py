@@ -57,7 +57,7 @@ def main(
     output_dir: OutputDir = Path("demo_output"),
     seed: Seed = 0,
     device: Device = DEFAULT_DEVICE,
-) -> Scores:
+) -> tuple[Scores, Scores]:
     """Train an encoder of the digits 0 to 6 with ArcFace, and retrieve and verify images of 7, 8 and 9."""
     prepare(seed, output_dir)
     train_data, held_out = (part.to(device) for part in load_split(seed))
@@ -71,7 +71,7 @@ def main(
     console.print(score_table(f"ArcFace, {len(unseen)} images of unseen digits", before, after, CHANCE))
     features = encode(untrained, held_out), encode(f, held_out)
     plots.save_training("ArcFace loss", losses, *features, output_dir / "digits_arcface.png")
-    return after
+    return before, after
 
 
 if __name__ == "__main__":

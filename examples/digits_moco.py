@@ -22,7 +22,7 @@ from replearn_kernels import MomentumEncoder, NegativeQueue, info_nce_loss
 
 TEMPERATURE = 0.2
 MOMENTUM = 0.99
-QUEUE_SIZE = 1024  # four batches; a longer queue would hold every image, the query's own among them
+QUEUE_SIZE = 1024  # four batches: from an epoch on, the queue would hold every query's own image
 
 
 def train(f_q: nn.Module, data: Digits, epochs: int) -> list[float]:
@@ -46,7 +46,7 @@ def main(
     output_dir: OutputDir = Path("demo_output"),
     seed: Seed = 0,
     device: Device = DEFAULT_DEVICE,
-) -> Scores:
+) -> tuple[Scores, Scores]:
     """Train an encoder of handwritten digits with MoCo, without labels, and probe its features."""
     prepare(seed, output_dir)
     train_data, held_out = (part.to(device) for part in load_split(seed))
@@ -57,8 +57,8 @@ def main(
     before, after = (representation_scores(model, train_data, held_out) for model in (untrained, backbone))
     console.print(score_table(f"MoCo, {len(held_out)} held-out images", before, after, CHANCE))
     features = encode(untrained, held_out), encode(backbone, held_out)
-    plots.save_training("MoCo: InfoNCE loss", losses, *features, output_dir / "digits_moco.png")
-    return after
+    plots.save_training("InfoNCE loss", losses, *features, output_dir / "digits_moco.png")
+    return before, after
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ def train(f: nn.Module, g: nn.Module, data: Digits, epochs: int) -> list[float]:
 
 
 def main(
-    epochs: Epochs = 80,
+    epochs: Epochs = 60,
     output_dir: OutputDir = Path("demo_output"),
     seed: Seed = 0,
     device: Device = DEFAULT_DEVICE,
-) -> Scores:
+) -> tuple[Scores, Scores]:
     """Train an encoder of handwritten digits with SimCLR, without labels, and probe its features."""
     prepare(seed, output_dir)
     train_data, held_out = (part.to(device) for part in load_split(seed))
@@ -49,8 +49,8 @@ def main(
     before, after = (representation_scores(model, train_data, held_out) for model in (untrained, f))
     console.print(score_table(f"SimCLR, {len(held_out)} held-out images", before, after, CHANCE))
     features = encode(untrained, held_out), encode(f, held_out)
-    plots.save_training("SimCLR: NT-Xent loss", losses, *features, output_dir / "digits_simclr.png")
-    return after
+    plots.save_training("NT-Xent loss", losses, *features, output_dir / "digits_simclr.png")
+    return before, after
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main(
     output_dir: OutputDir = Path("demo_output"),
     seed: Seed = 0,
     device: Device = DEFAULT_DEVICE,
-) -> Scores:
+) -> tuple[Scores, Scores]:
     """Train an encoder of handwritten digits with supervised contrastive learning, and probe its features."""
     prepare(seed, output_dir)
     train_data, held_out = (part.to(device) for part in load_split(seed))
@@ -51,7 +51,7 @@ def main(
     console.print(score_table(f"SupCon, {len(held_out)} held-out images", before, after, CHANCE))
     features = encode(untrained, held_out), encode(f, held_out)
     plots.save_training("SupCon loss", losses, *features, output_dir / "digits_supcon.png")
-    return after
+    return before, after
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from sklearn.manifold import TSNE
 
 if TYPE_CHECKING:
-    from digits_clip import Evaluation
     from evaluate import Features
     from scaling import Figure
+    from zero_shot import Evaluation
 
 FUSED_COLOR, EAGER_COLOR, WRONG_COLOR = "#0b6e8a", "#d1731f", "#c8283c"
 DIGIT_COLORS = plt.get_cmap("tab10")
@@ -40,22 +40,31 @@ plt.rcParams.update(
 )
 
 
-def save_digits(evaluation: Evaluation, losses: list[float], floor: float, path: Path) -> None:
+def save_digits(
+    evaluation: Evaluation, loss_name: str, losses: list[float], path: Path, floor: float | None = None
+) -> None:
     """Loss curve, similarities, and the images that captions retrieve."""
     figure = plt.figure(figsize=(15, 7.2), layout="constrained")
     axes = figure.subplot_mosaic(
         [["loss", "retrieval"], ["similarity", "retrieval"]], width_ratios=(1, 0.92), height_ratios=(1, 1.4)
     )
-    draw_loss(axes["loss"], losses, floor)
+    draw_loss(axes["loss"], loss_name, losses)
+    if floor is not None:
+        draw_floor(axes["loss"], floor, max(losses))
     draw_similarity(axes["similarity"], evaluation)
     draw_retrieval(axes["retrieval"], evaluation)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def draw_loss(axes: Axes, losses: list[float], floor: float) -> None:
-    """Loss of every step above the loss that knowing only the digit allows."""
+def draw_loss(axes: Axes, name: str, losses: list[float]) -> None:
+    """Loss of every step."""
     axes.plot(losses, color=FUSED_COLOR, linewidth=2)
+    axes.set(title="Training loss", xlabel="step", ylabel=name, xlim=(0, len(losses)))
+
+
+def draw_floor(axes: Axes, floor: float, top: float) -> None:
+    """The loss that knowing only the digit allows."""
     axes.axhline(floor, color="0.45", linestyle="--", linewidth=1)
     axes.annotate(
         "floor: captions tell digits apart, not images of one digit",
@@ -68,8 +77,7 @@ def draw_loss(axes: Axes, losses: list[float], floor: float) -> None:
         color="0.35",
         fontsize=9,
     )
-    axes.set(title="Training loss", xlabel="step", ylabel="CLIP loss", xlim=(0, len(losses)))
-    axes.set_ylim(bottom=floor - 0.12 * (max(losses) - floor))
+    axes.set_ylim(bottom=floor - 0.12 * (top - floor))
 
 
 def draw_similarity(axes: Axes, evaluation: Evaluation) -> None:
@@ -117,11 +125,10 @@ def draw_retrieval(axes: Axes, evaluation: Evaluation) -> None:
     axes.set_title("Held-out images nearest to unseen captions")
 
 
-def save_training(title: str, losses: list[float], before: Features, after: Features, path: Path) -> None:
+def save_training(loss_name: str, losses: list[float], before: Features, after: Features, path: Path) -> None:
     """Loss curve, and t-SNE maps of the same images' features before and after training."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained", width_ratios=(0.8, 1, 1))
-    axes[0].plot(losses, color=FUSED_COLOR, linewidth=1.5)
-    axes[0].set(title=title, xlabel="step", xlim=(0, len(losses)))
+    draw_loss(axes[0], loss_name, losses)
     draw_map(axes[1], before, "Untrained features, t-SNE")
     draw_map(axes[2], after, "Trained features, t-SNE")
     figure.savefig(path, dpi=130)

@@ -50,9 +50,7 @@ class Training:
         self.batches = len(data) // batch_size  # of an epoch; what is left over is skipped
         self.total = epochs * self.batches
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=learning_rate, total_steps=self.total
-        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, learning_rate, total_steps=self.total)
         self.losses: list[float] = []
 
     @property

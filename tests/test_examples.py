@@ -1,0 +1,105 @@
+"""The examples on real data, with fewer epochs: each learns, and draws its figure."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+for library in ("sklearn", "matplotlib", "rich", "typer"):
+    pytest.importorskip(library)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import digits_arcface  # noqa: E402
+import digits_dino  # noqa: E402
+import digits_moco  # noqa: E402
+import digits_siglip  # noqa: E402
+import digits_simclr  # noqa: E402
+import digits_supcon  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from augment import Views  # noqa: E402
+from digits import CHANCE, load_images  # noqa: E402
+from evaluate import Features, recall_at_1, verification_auc  # noqa: E402
+
+PNG_SIGNATURE = b"\x89PNG"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So small a problem gains nothing from threads, and loses much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(example, epochs, output_dir):
+    """What the example's command returns, once its figure is there."""
+    scores = example.main(epochs=epochs, output_dir=output_dir / "new", device="cpu")
+    (figure,) = (output_dir / "new").iterdir()
+    assert figure.name == f"{example.__name__}.png"
+    assert figure.read_bytes().startswith(PNG_SIGNATURE)
+    return scores
+
+
+def test_simclr_needs_few_labels(tmp_path):
+    before, after = run(digits_simclr, 20, tmp_path)
+    assert after["linear probe, 100 labels"] > max(9 * CHANCE, before["linear probe, 100 labels"] + 0.02)
+
+
+def test_moco_needs_few_labels(tmp_path):
+    before, after = run(digits_moco, 20, tmp_path)
+    assert after["linear probe, 100 labels"] > max(9 * CHANCE, before["linear probe, 100 labels"] + 0.02)
+
+
+def test_supcon_separates_digits(tmp_path):
+    before, after = run(digits_supcon, 10, tmp_path)
+    assert after["5-NN"] > 9.5 * CHANCE
+    assert after["1-NN, 100 labels"] > before["1-NN, 100 labels"] + 0.02
+
+
+def test_dino_needs_few_labels(tmp_path):
+    before, after = run(digits_dino, 10, tmp_path)
+    assert after["5-NN"] > 9 * CHANCE
+    assert after["1-NN, 100 labels"] > before["1-NN, 100 labels"]
+
+
+def test_arcface_verifies_digits_it_never_saw(tmp_path):
+    before, after = run(digits_arcface, 6, tmp_path)
+    assert after["verification AUC, unseen digits"] > before["verification AUC, unseen digits"] + 0.03
+    assert after["recall@1, unseen digits"] > 0.95
+    assert after["recall@1, seen digits"] > 0.95
+
+
+def test_siglip_names_digits_zero_shot(tmp_path):
+    scores = run(digits_siglip, 40, tmp_path)
+    assert min(scores.values()) > 8.5 * CHANCE
+
+
+def test_views_without_strength_are_the_images():
+    images = load_images().images[:16]
+    still = Views(degrees=0, slant=0, zoom=(1, 1), shift=0, noise=0)
+    torch.testing.assert_close(still(images), images)
+
+
+def test_zoomed_view_is_a_crop():
+    image = torch.zeros(1, 1, 8, 8)
+    image[..., 2:6, 2:6] = 1
+    view = Views(degrees=0, slant=0, zoom=(2, 2), shift=0, noise=0)(image)
+    torch.testing.assert_close(view[..., 1:7, 1:7], torch.ones(1, 1, 6, 6))
+
+
+def test_every_image_gets_a_view_of_its_own():
+    images = load_images().images[:1].expand(8, -1, -1, -1)
+    assert Views(noise=0)(images).flatten(1).unique(dim=0).shape[0] == 8
+
+
+def test_retrieval_and_verification_by_hand():
+    vectors = np.array([[1, 0], [0.8, 0.6], [0, 1]])  # cosines: 0.8, 0.6, and 0 of the first with the last
+    pairs_near, pairs_far = Features(vectors, np.array([0, 0, 1])), Features(vectors, np.array([0, 1, 1]))
+    assert recall_at_1(pairs_near) == pytest.approx(2 / 3)  # the last image has none of its class
+    assert verification_auc(pairs_near) == 1  # 0.8 against 0.6 and 0
+    assert recall_at_1(pairs_far) == pytest.approx(1 / 3)  # the first has none, and is the second's nearest
+    assert verification_auc(pairs_far) == 0.5  # 0.6 against 0.8 and 0
