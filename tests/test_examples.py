@@ -44,38 +44,47 @@ def run(example, epochs, output_dir):
     return scores
 
 
+# Beside each threshold, the least of seeds 0 to 2. Untrained features are above chance too: 88 to 92% with 100 labels.
+
+
 def test_simclr_needs_few_labels(tmp_path):
     before, after = run(digits_simclr, 20, tmp_path)
-    assert after["linear probe, 100 labels"] > max(9 * CHANCE, before["linear probe, 100 labels"] + 0.02)
+    accuracy = after["linear probe, 100 labels"]
+    assert accuracy > 9 * CHANCE  # 93.6%
+    assert accuracy > before["linear probe, 100 labels"] + 0.02  # 3.4 points
 
 
 def test_moco_needs_few_labels(tmp_path):
     before, after = run(digits_moco, 20, tmp_path)
-    assert after["linear probe, 100 labels"] > max(9 * CHANCE, before["linear probe, 100 labels"] + 0.02)
-
-
-def test_supcon_separates_digits(tmp_path):
-    before, after = run(digits_supcon, 10, tmp_path)
-    assert after["5-NN"] > 9.5 * CHANCE
-    assert after["1-NN, 100 labels"] > before["1-NN, 100 labels"] + 0.02
+    accuracy = after["linear probe, 100 labels"]
+    assert accuracy > 9 * CHANCE  # 92.6%
+    assert accuracy > before["linear probe, 100 labels"] + 0.02  # 3.3 points
 
 
 def test_dino_needs_few_labels(tmp_path):
     before, after = run(digits_dino, 10, tmp_path)
-    assert after["5-NN"] > 9 * CHANCE
-    assert after["1-NN, 100 labels"] > before["1-NN, 100 labels"]
+    assert after["5-NN"] > 9 * CHANCE  # 96.9%
+    assert after["linear probe, 100 labels"] > before["linear probe, 100 labels"] + 0.005  # 1.5 points
+
+
+def test_supcon_separates_digits(tmp_path):
+    before, after = run(digits_supcon, 10, tmp_path)
+    assert after["5-NN"] > 9.5 * CHANCE  # 98.1%
+    assert after["1-NN, 100 labels"] > before["1-NN, 100 labels"] + 0.03  # 5.3 points
 
 
 def test_arcface_verifies_digits_it_never_saw(tmp_path):
     before, after = run(digits_arcface, 6, tmp_path)
-    assert after["verification AUC, unseen digits"] > before["verification AUC, unseen digits"] + 0.03
-    assert after["recall@1, unseen digits"] > 0.95
-    assert after["recall@1, seen digits"] > 0.95
+    auc = "verification AUC, unseen digits"
+    assert after[auc] > 0.8  # 0.851; chance is 0.5
+    assert after[auc] > before[auc] + 0.03  # 0.055
+    assert after["recall@1, unseen digits"] > 0.95  # 99.1%; chance is 33%
+    assert after["recall@1, seen digits"] > 0.95  # 99.2%; chance is 14%
 
 
 def test_siglip_names_digits_zero_shot(tmp_path):
     scores = run(digits_siglip, 40, tmp_path)
-    assert min(scores.values()) > 8.5 * CHANCE
+    assert min(scores.values()) > 8.5 * CHANCE  # 96.1%
 
 
 def test_views_without_strength_are_the_images():
