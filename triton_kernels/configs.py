@@ -35,14 +35,15 @@ class Config:
 #   max and sum (statistics) or three coefficients (weights): 220 to 255 registers. 128 x 256 spills on every GPU, and
 #   so do 128 x 128 in 4 warps.
 # - The weights kernel forms one block and ends, so only another program on the same multiprocessor can hide its
-#   epilogue. 128 x 64 takes 128 registers on sm_90: two programs of 96 KiB fit. On sm_100 a thread holds one row and
-#   twice the columns, where 128 x 128 spills.
+#   epilogue. 128 x 64 takes 128 registers or less on sm_90: two programs of 96 KiB fit (SupCon's and the sigmoids' take
+#   more: one). On sm_100 a thread holds one row and twice the columns, where 128 x 128 spills.
 # - Shared memory, (block_m + block_n) * block_k * bytes * stages, a stage less on sm_80: 48 and 64 KiB there, 96 and
 #   128 KiB of 227 on sm_90 and sm_100. The gradient kernel holds whole rows: 64 to 84 KiB at d = 128. sm_80's defaults
 #   stay below the 99 KiB of the small GPUs that take them too.
 # - "ieee" products have no matrix instruction: every thread multiplies its own entries, in small blocks.
 # - An epilogue that holds more than its statistics has its own: 128 x 128 spills where the sigmoids' losses and slopes
-#   share an exponential, and on sm_100 where SupCon's 64 columns a thread each have a group of two registers.
+#   share an exponential, and on sm_100 where SupCon's 64 columns a thread each have a group of two registers. There the
+#   margin's transposed gradients, whose 64 rows a thread each have a class and four coefficients, spill at 128 x 64.
 DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),
@@ -61,6 +62,7 @@ DEFAULTS: dict[tuple, Config] = {
     ("gradient", "half", 80): Config(128, 64, 0, warps=8, stages=2),
     ("gradient", "tf32", 80): Config(64, 32, 0, warps=4, stages=2),
     ("gradient", "ieee", 80): Config(32, 32, 0, warps=8, stages=1),
+    ("margin_softmax", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
     ("sup_con", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
     ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
     ("sigmoid", "statistics", "half", 80): Config(128, 64, 32, warps=8, stages=4),
