@@ -24,6 +24,9 @@ class DINOLoss(nn.Module):
     batch, over all processes where torch.distributed is initialised. The center is a buffer, which stays fp32 when the
     module is moved to half precision.
 
+    Centering keeps the teacher from one prototype, its low temperature from the uniform distribution. A loss that rises
+    to log K and stays has collapsed to the latter: the head's outputs share too large a mean for the temperature.
+
     In epochs 0 to E - 1, for E = ``warmup_teacher_temp_epochs``, the teacher's temperature rises linearly from
     ``warmup_teacher_temp`` (epoch 0) to ``teacher_temp`` (epoch E - 1, and all after).
 

@@ -83,6 +83,7 @@ class ClipLoss(_Loss):
         *,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
+        normalize: bool = False,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ):
@@ -90,6 +91,7 @@ class ClipLoss(_Loss):
         super().__init__(
             label_smoothing=validation.check_fraction("label_smoothing", label_smoothing),
             reduction=reduction,
+            normalize=normalize,
             backend=backend,
             memory_budget=memory_budget,
         )
@@ -126,11 +128,12 @@ class SigLipLoss(_Loss):
         dist_impl: str | None = None,
         *,
         reduction: str = "mean",
+        normalize: bool = False,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ):
         _refuse_processes("SigLipLoss", world_size)
-        super().__init__(reduction=reduction, backend=backend, memory_budget=memory_budget)
+        super().__init__(reduction=reduction, normalize=normalize, backend=backend, memory_budget=memory_budget)
 
     def forward(
         self,
@@ -139,9 +142,13 @@ class SigLipLoss(_Loss):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
+        *,
+        query_group: Tensor | None = None,
+        key_group: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss, or ``{"contrastive_loss": loss}``."""
-        loss = F.siglip_loss(image_features, text_features, logit_scale, logit_bias, **self.options)
+        """The loss, or ``{"contrastive_loss": loss}``. The groups are ours: pairs of equal group are positives."""
+        groups = dict(query_group=query_group, key_group=key_group)
+        loss = F.siglip_loss(image_features, text_features, logit_scale, logit_bias, **groups, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -20,8 +20,8 @@ class NegativeQueue(nn.Module):
 
     A step of training::
 
-        query, key = encoder(x1), momentum_encoder(x2)
-        loss = info_nce_loss(query, key, negatives=queue.negatives(), logit_scale=1 / 0.07, normalize=True)
+        query, key = F.normalize(encoder(x1), dim=1), F.normalize(momentum_encoder(x2), dim=1)
+        loss = info_nce_loss(query, key, negatives=queue.negatives(), logit_scale=1 / 0.07)
         queue.push(key)
         loss.backward()
 

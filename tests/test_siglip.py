@@ -139,5 +139,8 @@ def test_module_as_open_clip_calls_it(rng):
     losses = module(image_features=x, text_features=y, logit_scale=scale, logit_bias=bias, output_dict=True)
     torch.testing.assert_close(losses["contrastive_loss"], paper(x, y, scale, bias))
     torch.testing.assert_close(module(x, y, scale), paper(x, y, scale, 0.0))
+    groups = dict(query_group=torch.arange(30) % 4, key_group=torch.arange(30) % 3)
+    grouped = SigLipLoss(normalize=True)(3 * x, y, scale, bias, **groups)
+    torch.testing.assert_close(grouped, siglip_loss(x, y, scale, bias, **groups))
     with pytest.raises(NotImplementedError, match="one process, got world_size=2"):
         SigLipLoss(world_size=2)
