@@ -19,6 +19,7 @@ class _Loss(nn.Module):
         validation.check_reduction(options["reduction"])
         validation.check_backend_name(options["backend"])
         validation.check_memory_budget(options["memory_budget"])
+        validation.check_flag("normalize", options.get("normalize", False))
         self.options = options
 
     def extra_repr(self) -> str:
@@ -238,6 +239,8 @@ class _MarginLoss(_Loss):
     def __init__(
         self, dim: int, classes: int, margin: float, scale: float, reduction: str, backend: str, memory_budget: int
     ):
+        validation.check_count("dim", dim, 1)
+        validation.check_count("classes", classes, 1)
         super().__init__(
             margin=margin,
             scale=validation.check_positive("scale", scale),

@@ -161,7 +161,7 @@ def update_momentum(target_module: nn.Module, source_module: nn.Module, momentum
 
     Parameters and buffers are matched by name. Each keeps the target's dtype and device: a target in fp32 can follow a
     source in half precision, whereas a half-precision target would round steps of 1 - m = 0.001 away. Buffers, such as
-    batch norm's running statistics, are copied.
+    batch norm's running statistics, are copied, and so are parameters of integers.
 
     Args:
         target_module: the module that follows.
@@ -178,10 +178,12 @@ def update_momentum(target_module: nn.Module, source_module: nn.Module, momentum
     momentum = validation.check_fraction("momentum", momentum)
     parameters = _matched("parameter", target_module.named_parameters(), source_module.named_parameters())
     buffers = _matched("buffer", target_module.named_buffers(), source_module.named_buffers())
-    if parameters:
-        sources = [source.to(target.device, target.dtype) for target, source in parameters]
-        torch._foreach_lerp_([target for target, _ in parameters], sources, 1 - momentum)
-    for target, source in buffers:
+    averaged = [pair for pair in parameters if pair[0].dtype.is_floating_point and 0 < momentum < 1]
+    if averaged:
+        sources = [source.to(target.device, target.dtype) for target, source in averaged]
+        torch._foreach_lerp_([target for target, _ in averaged], sources, 1 - momentum)
+    copied = [pair for pair in parameters if not pair[0].dtype.is_floating_point or momentum == 0]
+    for target, source in copied + buffers:
         target.copy_(source)
 
 

@@ -175,20 +175,35 @@ def test_backward_twice_with_retained_graph(backend, rng):
             torch.testing.assert_close(torch.autograd.grad(loss, x)[0], first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("upstream", [1.0, 0.5])
-def test_gradients_changed_in_place_are_not_served_twice(upstream, backend, rng):
-    """Gradients made in the forward call may be handed out as they are saved; a second backward then must notice."""
+@pytest.mark.parametrize("change", ["grad", "hook", "data"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gradients_changed_in_place_do_not_reach_a_second_backward(change, symmetric, backend, rng):
+    """Gradients made in the forward call are handed over; those of a retained graph are made again."""
     x, y = unit_rows(rng, 20, 8).requires_grad_(), unit_rows(rng, 20, 8)
-    loss = info_nce_loss(x, y, logit_scale=9.0, backend=backend) * upstream
-    first = torch.autograd.grad(loss, x, retain_graph=True)[0]
-    kept = first.clone()
-    first.mul_(0)
-    try:
-        second = torch.autograd.grad(loss, x)[0]
-    except RuntimeError as error:
-        assert "modified by an inplace operation" in str(error)
+    expected = value_and_gradients(lambda x: info_nce_loss(x, y, symmetric=symmetric, backend="eager"), x)[1]
+    loss = info_nce_loss(x, y, symmetric=symmetric, backend=backend)
+    if change == "hook":
+        hook = x.register_hook(lambda gradient: gradient.mul_(0))
+        loss.backward(retain_graph=True)
+        hook.remove()
     else:
-        torch.testing.assert_close(second, kept)
+        first = torch.autograd.grad(loss, x, retain_graph=True)[0]
+        (first if change == "grad" else first.data).mul_(0)
+    torch.testing.assert_close(torch.autograd.grad(loss, x, retain_graph=True)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad(loss * 0.5, x)[0], expected / 2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_n_pair_in_chunks_of_rows(reduction, backend, rng):
+    """Every chunk has groups of its own."""
+    n = 2049
+    x, y, labels = torch.randn(n, 8, generator=rng), torch.randn(n, 8, generator=rng), torch.randint(99, (n,))
+    loss = partial(n_pair_loss, labels=labels)
+    check_against_eager(
+        lambda x, y: loss(x, y, backend=backend, memory_budget=1000, reduction=reduction).mean(),
+        lambda x, y: loss(x, y, backend="eager"),
+        x, y,
+    )  # fmt: skip
 
 
 def n_pair_formula(anchor, positive, labels):

@@ -49,9 +49,8 @@ void mask(const Tile<T>& tile, SoftmaxRoles roles) {
     const int64_t target = target_column(tile, i);
     if (roles.groups_ignored && tile.row_group) {
       const T kept = target >= 0 ? s[target] : T(0);
-      for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
-        const Vec<T> v = load(s + j, count);
-        store(s + j, same_group<T>(tile.row_group[i], tile.column_group, j, count) ? splat<T>(lowest) : v, count);
+      for_same_group(tile, i, [&](int64_t j, auto count, Bits<T> ignored) {
+        store(s + j, ignored ? splat<T>(lowest) : load(s + j, count), count);
       });
       if (target >= 0) s[target] = kept;
     }
@@ -69,10 +68,8 @@ void pick_positives(const Tile<T>& tile, SoftmaxRoles roles, T* of_rows, T* of_c
     if (target >= 0) of_rows[i] = s[target] * tile.sign;
     if (roles.groups_ignored || !tile.row_group) continue;
     Vec<T> sum{};
-    for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
-      Bits<T> positive = same_group<T>(tile.row_group[i], tile.column_group, j, count);
+    for_same_group(tile, i, [&](int64_t j, auto count, Bits<T> positive) {
       if (tile.diagonal) positive &= lane_index<T>(j) != Bits<T>{} + static_cast<Group<T>>(tile.first_row + i);
-      if (!any<T>(positive)) return;
       const Vec<T> v = only<T>(positive ? load(s + j, count) * tile.sign : Vec<T>{}, count, 0);
       sum += v;
       if (of_columns) store(of_columns + j, load(of_columns + j) + v);
@@ -242,7 +239,7 @@ inline void all_weights(const Tile<T>& tile, int64_t begin, int64_t end, T* out,
     form_weights<1, Mode>(tile, i, begin, end, out, out_stride, rows, reference, columns, column_share);
 }
 
-// The positives' part of W, after the rest: little work, as vectors without a positive are passed over.
+// The positives' part of W, after the rest.
 template <typename T>
 void subtract_positives(const Tile<T>& tile, SoftmaxRoles roles, T* out, int64_t out_stride, const T* of_rows,
                         const T* of_columns) {
@@ -251,9 +248,7 @@ void subtract_positives(const Tile<T>& tile, SoftmaxRoles roles, T* out, int64_t
     const int64_t target = target_column(tile, i);
     if (target >= 0) w[target] = roles.target_apart ? of_rows[i] : w[target] - of_rows[i];
     if (roles.groups_ignored || !tile.row_group) continue;
-    for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
-      const Bits<T> positive = same_group<T>(tile.row_group[i], tile.column_group, j, count);
-      if (!any<T>(positive)) return;
+    for_same_group(tile, i, [&](int64_t j, auto count, Bits<T> positive) {
       const Vec<T> share = of_columns ? load(of_columns + j, count) + of_rows[i] : splat<T>(of_rows[i]);
       store(w + j, load(w + j, count) - (positive ? share : Vec<T>{}), count);
     });

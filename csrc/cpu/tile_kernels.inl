@@ -43,6 +43,26 @@ inline Bits<T> same_group(Group<T> group, const Group<T>* column_group, int64_t 
   return load_groups<T>(column_group + j, count) == (Bits<T>{} + group);
 }
 
+// Calls body(j, count, mask) for the vectors of row i that hold a pair of its group, and few others: most rows have few
+// such pairs, and looking for them eight vectors at a time costs little.
+template <typename T, typename F>
+inline void for_same_group(const Tile<T>& tile, int64_t i, const F& body) {
+  constexpr int64_t kVectors = 8;
+  const Group<T> group = tile.row_group[i];
+  int64_t first = 0;
+  for (; first + kVectors * lanes<T> <= tile.columns; first += kVectors * lanes<T>) {
+    Bits<T> some{};
+    for (int64_t k = 0; k < kVectors; ++k)
+      some |= same_group<T>(group, tile.column_group, first + k * lanes<T>, Whole<T>{});
+    if (!any<T>(some)) continue;
+    for (int64_t j = first; j < first + kVectors * lanes<T>; j += lanes<T>)
+      body(j, Whole<T>{}, same_group<T>(group, tile.column_group, j, Whole<T>{}));
+  }
+  for_vectors<T>(first, tile.columns, [&](int64_t j, auto count) {
+    body(j, count, same_group<T>(group, tile.column_group, j, count));
+  });
+}
+
 #include "sigmoid_kernels.inl"
 #include "softmax_kernels.inl"
 

@@ -90,12 +90,19 @@ def _unflat(tensors, key_count: int) -> tuple[Inputs, list[Tensor]]:
 
 
 class _PairLoss(torch.autograd.Function):
-    """The eager route: the rule of the operators, without the dispatcher."""
+    """The eager route: the rule of the operators, without the dispatcher.
+
+    Gradients that came with the forward call are handed over to the first backward call, which scales them in place:
+    keeping them for a second would double the memory. Should it come (retain_graph=True), they are computed again.
+    """
 
     @staticmethod
     def forward(ctx, config, key_count, *tensors):
         inputs, _ = _unflat(tensors, key_count)
         loss, saved = schedules.forward(inputs, config)
+        ctx.gradients = None
+        if schedules.gradients_in_forward(inputs, config):
+            ctx.gradients, saved = saved, []
         _save(ctx, config, inputs, saved)
         return loss
 
@@ -103,7 +110,10 @@ class _PairLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         inputs, saved = _load(ctx)
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            gradients = schedules.backward(grad_loss, saved, inputs, ctx.config, may_alias=True)
+            if schedules.gradients_in_forward(inputs, ctx.config):
+                saved = ctx.gradients or schedules.forward(inputs, ctx.config)[1]
+                ctx.gradients = None
+            gradients = schedules.backward(grad_loss, saved, inputs, ctx.config, in_place=True)
             gradients = _placed(gradients, inputs, ctx.config)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not look like constants
             sources = [grad_loss, *inputs.differentiable]

@@ -203,9 +203,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _inverse_norms(features: Tensor) -> Tensor:
-    """``1 / |row|``, ``[M]``, as F.normalize has it."""
+    """``1 / |row|``, ``[M]``; 0 for a row of zeros, whose cosines and gradient are then 0."""
     norms = torch.linalg.vector_norm(features, dim=1, dtype=statistics_dtype(features.dtype))
-    return norms.clamp_(min=1e-12).reciprocal_()
+    return torch.where(norms == 0, 0, norms.clamp(min=1e-12).reciprocal())
 
 
 def _rows_contiguous(features: Tensor) -> Tensor:

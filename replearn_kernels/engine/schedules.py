@@ -43,7 +43,7 @@ class Config(NamedTuple):
 
 def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
     """The loss, and the tensors that :func:`backward` needs (none if no input needs a gradient)."""
-    check_values(inputs, OBJECTIVES[config.objective].target_name)
+    check_values(inputs, OBJECTIVES[config.objective])
     with on_device_of(inputs.query):
         run = _Run.of(inputs, config)
         if run.plan.schedule == "row_chunks":
@@ -55,21 +55,24 @@ def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
         return loss, saved if any(config.needs_grad) else []
 
 
+def gradients_in_forward(inputs: Inputs, config: Config) -> bool:
+    """Whether :func:`forward` returns gradients for :func:`backward` to scale; otherwise they come from a sweep."""
+    return plan_of(inputs, config).schedule != "two_sweeps"
+
+
 def backward(
-    grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config, may_alias: bool = False
+    grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config, in_place: bool = False
 ) -> list[Tensor]:
     """Gradients in the order of ``inputs.differentiable``; an empty tensor where none is due.
 
-    ``may_alias``: they may be the saved tensors themselves, where the upstream gradient is 1. That is what
-    ``loss.backward()`` passes, and it halves the memory of the losses whose gradients come with the forward call.
+    ``in_place``: gradients that came with the forward call are scaled in place, as nobody else will need them.
     """
     with on_device_of(inputs.query):
         if plan_of(inputs, config).schedule == "two_sweeps":
             results = _second_sweep(_Run.of(inputs, config), saved, grad_loss)
-        elif may_alias and grad_loss.device.type == "cpu" and grad_loss.item() == 1:
-            results = saved
-        else:  # not in place: what was saved may be needed again
-            results = [g * grad_loss if needs else g for g, needs in zip(saved, config.needs_grad)]
+        else:
+            multiply = Tensor.mul_ if in_place else torch.mul
+            results = [multiply(g, grad_loss) if needs else g for g, needs in zip(saved, config.needs_grad)]
         return [
             result.to(tensor.dtype) if needs else inputs.query.new_empty(0)
             for tensor, result, needs in zip(inputs.differentiable, results, config.needs_grad)

@@ -17,16 +17,19 @@ BACKEND_NAMES = ("auto", "triton", "cpp", "torch", "eager")
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_features(name: str, features: Tensor, ndim: int = 2) -> None:
-    """A floating-point tensor of ``ndim`` dimensions."""
+SHAPES = {2: "[N, d]", 3: "[N, K, d]"}
+
+
+def check_features(name: str, features: Tensor, ndim: int = 2, shape: str | None = None) -> None:
+    """A floating-point tensor of ``ndim`` dimensions; ``shape``: what to call it where it is wrong."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
     if features.is_nested or features.layout is not torch.strided:
         kind = "a nested tensor" if features.is_nested else f"layout {features.layout}"
         raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
     if features.ndim != ndim:
-        shape = {2: "[N, d]", 3: "[N, K, d]"}[ndim]
-        raise ValueError(f"{name} must have {ndim} dimensions {shape}, got shape {tuple(features.shape)}")
+        wanted = shape or f"{ndim} dimensions {SHAPES[ndim]}"
+        raise ValueError(f"{name} must have {wanted}, got shape {tuple(features.shape)}")
     if features.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {features.dtype}")
 
@@ -100,7 +103,7 @@ def check_target(
     if target.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {target.dtype}")
     if target.shape != (rows,):
-        raise ValueError(f"{name} must have shape ({rows},), one key per query, got {tuple(target.shape)}")
+        raise ValueError(f"{name} must have shape ({rows},), one per row, got {tuple(target.shape)}")
     if target.device != query.device:
         raise ValueError(f"{name} must be on the features' device {query.device}, got {target.device}")
 
@@ -122,7 +125,7 @@ def check_positive(name: str, value: float) -> float:
     """A float above 0, and finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not 0 < value < float("inf"):
+    if not 0 < value <= torch.finfo(torch.float64).max:
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return float(value)
 
@@ -136,13 +139,13 @@ def check_count(name: str, value: int, least: int) -> int:
 
 
 def check_temperature(name: str, temperature: float | Tensor, features: Tensor) -> Tensor:
-    """Positive; its inverse, the scale, as a 0-d tensor."""
+    """Its inverse, the scale, as a 0-d tensor; whether a tensor's value is positive, check_values tells."""
     if isinstance(temperature, Tensor):
-        temperature = check_scale(name, temperature, features)
-        if temperature.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_positive(name, temperature.item())
-        return temperature.reciprocal()
-    return check_scale(f"1 / {name}", 1 / check_positive(name, temperature), features)
+        return check_scale(name, temperature, features).to(statistics_dtype(features.dtype)).reciprocal()
+    scale, dtype = 1 / check_positive(name, temperature), statistics_dtype(features.dtype)
+    if scale > torch.finfo(dtype).max:
+        raise ValueError(f"{name} must be positive and finite in {dtype}, and its inverse too, got {temperature}")
+    return torch.full((), scale, dtype=dtype, device=features.device)
 
 
 def check_margin(margin: float, most: float) -> float:
@@ -181,11 +184,18 @@ def check_memory_budget(memory_budget: int) -> int:
     return memory_budget
 
 
-def check_values(inputs: Inputs, target_name: str) -> None:
+def check_values(inputs: Inputs, objective) -> None:
     """The checks that read data: target within the keys, scale and bias finite."""
-    for name, scalar in (("logit_scale", inputs.logit_scale), ("logit_bias", inputs.logit_bias)):
-        if scalar is not None and scalar.device.type == "cpu":
-            check_finite(name, scalar.item(), statistics_dtype(inputs.query.dtype))
+    dtype = statistics_dtype(inputs.query.dtype)
+    if inputs.logit_scale.device.type == "cpu":
+        scale = inputs.logit_scale.item()
+        if not objective.by_temperature:
+            check_finite("logit_scale", scale, dtype)
+        elif not 0 < scale <= torch.finfo(dtype).max:
+            raise ValueError(f"temperature must be positive and finite in {dtype}, got {1 / scale if scale else 'inf'}")
+    if inputs.logit_bias is not None and inputs.logit_bias.device.type == "cpu":
+        check_finite("logit_bias", inputs.logit_bias.item(), dtype)
+    name = objective.target_name
     target = inputs.target
     if target is None or target.numel() == 0:
         return
@@ -194,7 +204,7 @@ def check_values(inputs: Inputs, target_name: str) -> None:
         low, high = (int(bound) for bound in target.aminmax())
         if low < 0 or high >= columns:
             wrong = low if low < 0 else high
-            raise ValueError(f"{target_name} must be in [0, {columns}), the keys' rows, got {wrong}")
+            raise ValueError(f"{name} must be in [0, {columns}), got {wrong}")
     else:
         inside = ((target >= 0) & (target < columns)).all()
-        torch._assert_async(inside, f"{target_name} must be in [0, {columns}), the keys' rows")
+        torch._assert_async(inside, f"{name} must be in [0, {columns})")

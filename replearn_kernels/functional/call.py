@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine import validation
 from ..engine.backends import resolve_backend
 from ..engine.operators import pair_loss
-from ..engine.problem import Inputs
-from ..engine.schedules import Config
+from ..engine.problem import Inputs, statistics_dtype
+from ..engine.schedules import Config, on_device_of
 from ..objectives import Objective
 
 
@@ -33,12 +34,23 @@ class Options(NamedTuple):
 def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[[], Tensor]) -> Tensor:
     """The fused loss, or with ``backend="eager"`` the formula that ``eager()`` computes."""
     if options.backend == "eager":
-        validation.check_values(inputs, objective.target_name)
-        return eager()
+        validation.check_values(inputs, objective)
+        with on_device_of(inputs.query):
+            return eager()
     enabled = torch.is_grad_enabled()
     needs_grad = [enabled and tensor.requires_grad for tensor in inputs.differentiable]
     config = Config(objective.name, objective.parameters, *options, needs_grad)
     return pair_loss(inputs, config)
+
+
+def unit_rows(features: Tensor) -> Tensor:
+    """F.normalize in fp32 (fp64), in which a norm does not overflow; a row of zeros has the gradient 0.
+
+    F.normalize divides such a row by 1e-12: in fp16 0 / 0, and elsewhere a gradient 1e12 times the others.
+    """
+    rows = features.to(statistics_dtype(features.dtype))
+    zero = (rows == 0).all(-1, keepdim=True)
+    return F.normalize(rows.masked_fill(zero, 1.0), dim=-1).masked_fill(zero, 0.0).to(features.dtype)
 
 
 def autocast(*features: Tensor | None) -> tuple[Tensor | None, ...]:

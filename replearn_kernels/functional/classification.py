@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..engine import validation
 from ..engine.problem import Inputs
 from ..objectives import MarginSoftmax
-from .call import Options, check_pair, run
+from .call import Options, check_pair, run, unit_rows
 
 CLASSIFIER_BUDGET = 32 * 2**20
 """Bytes of cosines kept: with a million classes the weight is what fills the memory, and the loss should add little."""
@@ -102,5 +101,5 @@ def _margin_loss(
     validation.check_target(labels, len(embeddings), len(weight), embeddings, name="labels", required=True)
     logit_scale = validation.check_scale("scale", validation.check_positive("scale", scale), embeddings)
     options = Options.of(reduction, backend, memory_budget, embeddings)
-    inputs = Inputs(F.normalize(embeddings, dim=-1), [weight], None, labels, None, None, logit_scale, None)
+    inputs = Inputs(unit_rows(embeddings), [weight], None, labels, None, None, logit_scale, None)
     return run(inputs, objective, options, lambda: reference.margin_loss(inputs, objective, reduction))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -10,7 +9,7 @@ from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..objectives import Sigmoid, Softmax
-from .call import Options, autocast, check_pair, run
+from .call import Options, autocast, check_pair, run, unit_rows
 
 
 def info_nce_loss(
@@ -198,8 +197,8 @@ def siglip_loss(
     if logit_bias is not None:
         logit_bias = validation.check_scale("logit_bias", logit_bias, image)
     options = Options.of(reduction, backend, memory_budget, image)
-    if normalize:
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    if validation.check_flag("normalize", normalize):
+        image, text = unit_rows(image), unit_rows(text)
     inputs = Inputs(image, [text], None, None, query_group, key_group, logit_scale, logit_bias)
     return run(inputs, Sigmoid(query_group is not None), options, lambda: reference.siglip_loss(inputs, reduction))
 
@@ -225,8 +224,8 @@ def _softmax_loss(
         labels = validation.check_labels("labels", labels, len(query), query)
     logit_scale = validation.check_scale("logit_scale", logit_scale, query)
     options = Options.of(reduction, backend, memory_budget, query)
-    if normalize:
-        query, key, queue, own = (None if t is None else F.normalize(t, dim=-1) for t in (query, key, queue, own))
+    if validation.check_flag("normalize", normalize):
+        query, key, queue, own = (None if t is None else unit_rows(t) for t in (query, key, queue, own))
     keys = [key] if queue is None else [key, queue]
     inputs = Inputs(query, keys, own, target, labels, labels, logit_scale, None)
     return run(inputs, objective, options, lambda: reference.softmax_loss(inputs, objective, reduction))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..engine import validation
 from ..engine.operators import refuse_transforms
 from ..engine.problem import statistics_dtype
+from .call import unit_rows
 
 COSINE_BACKENDS = ("auto", "torch", "eager")
 
@@ -55,19 +55,9 @@ def cosine_similarity_loss(
     dtype = statistics_dtype(embeddings.dtype)
     # In fp64, also for fp32: the sum over all rows less the sum over the own class can be smaller than either by a
     # factor of N. A pass over N x d numbers costs little beside the encoder; autocast leaves fp64 alone.
-    rows = _unit_rows(embeddings.to(dtype)).double()
+    rows = unit_rows(embeddings.to(dtype)).double()
     formula = reference.cosine_similarities if backend == "eager" else _closed_form
     return reference.reduce(formula(rows, labels.contiguous()), reduction).to(dtype)
-
-
-def _unit_rows(rows: Tensor) -> Tensor:
-    """F.normalize, but a row of zeros stays out of the derivatives.
-
-    F.normalize divides such a row by 1e-12: its gradient would be 1e12 times the others, beyond fp16, and its second
-    derivative NaN. It is replaced before, for the derivatives' sake, and again after, for the value's.
-    """
-    zero = (rows == 0).all(1, keepdim=True)
-    return F.normalize(rows.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
 
 
 def _closed_form(rows: Tensor, labels: Tensor) -> Tensor:

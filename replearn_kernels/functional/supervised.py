@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -11,7 +10,7 @@ from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..objectives import SupCon
-from .call import Options, autocast, check_pair, run
+from .call import Options, autocast, check_pair, run, unit_rows
 
 
 def nt_xent_loss(
@@ -90,7 +89,7 @@ def sup_con_loss(
     loss is 0, with zero gradients. Labels that are no integers: TypeError; of the wrong shape or device: ValueError.
     """
     views = features.ndim if isinstance(features, Tensor) else 2
-    validation.check_features("features", features, 3 if views == 3 else 2)
+    validation.check_features("features", features, 3 if views == 3 else 2, "2 dimensions [N, d], or 3 [B, V, d]")
     (features,) = autocast(features)
     if labels is not None:
         labels = validation.check_labels("labels", labels, features.shape[0], features)
@@ -115,7 +114,7 @@ def _batch_loss(
 ) -> Tensor:
     logit_scale = validation.check_temperature("temperature", temperature, features)
     options = Options.of(reduction, backend, memory_budget, features)
-    if normalize:
-        features = F.normalize(features, dim=-1)
+    if validation.check_flag("normalize", normalize):
+        features = unit_rows(features)
     inputs = Inputs(features, [], None, None, labels, None, logit_scale, None)
     return run(inputs, SupCon(), options, lambda: reference.sup_con_loss(inputs, reduction))

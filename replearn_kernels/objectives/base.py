@@ -29,6 +29,8 @@ class Objective(ABC):
     """Every row has one positive, ``target[i]``; False: groups say which pairs are positive."""
     target_name = "target"
     """What callers know it by."""
+    by_temperature = False
+    """Callers know the scale by its inverse, which is positive."""
     unit_keys = False
     """The keys are normalised on the fly."""
     roles: tuple[bool, ...] = ()

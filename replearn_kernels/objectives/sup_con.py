@@ -35,6 +35,7 @@ class SupCon(Objective):
     family = "softmax"
     needs_columns = True
     uses_target = False
+    by_temperature = True
     roles = (False, False)
 
     @classmethod
@@ -60,7 +61,7 @@ class SupCon(Objective):
         row_max, row_sum, positive = row_table
         counts = problem.positive_counts
         loss = (row_max - positive / counts.clamp(min=1)) * abs(problem.scale) + row_sum.log()
-        return torch.where(counts > 0, loss, 0)
+        return torch.where((counts > 0) | row_sum.isnan(), loss, 0)  # a NaN shows, whatever its row counts for
 
     def rows_counted(self, problem: Problem) -> Tensor:
         return (problem.positive_counts > 0).sum().clamp(min=1).to(problem.statistics_dtype)

@@ -75,7 +75,7 @@ class CppBackend(TorchBackend):
 
     def __init__(self, objective):
         super().__init__(objective)
-        self._groups: tuple[Tensor | None, Tensor | None] | None = None
+        self._groups: tuple[Problem, Tensor, Tensor] | None = None
 
     @staticmethod
     def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
@@ -97,9 +97,9 @@ class CppBackend(TorchBackend):
         pairs = super()._pairs(problem, tile)
         if pairs.row_group is None:
             return pairs
-        if self._groups is None:
-            self._groups = _narrow_groups(problem)
-        rows, columns = self._groups
+        if self._groups is None or self._groups[0] is not problem:  # a chunk of rows is a problem of its own
+            self._groups = problem, *_narrow_groups(problem)
+        _, rows, columns = self._groups
         return pairs._replace(row_group=rows[tile.rows], column_group=columns[tile.columns])
 
     def new_kept(self, problem: Problem, elements: int) -> Tensor:
