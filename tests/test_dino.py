@@ -291,3 +291,12 @@ def test_functional_transforms_are_refused(rng):
     for function, tensor in ((lambda s: dino_loss(s, *fixed), student), (lambda s: head_loss(s, *others), features)):
         with pytest.raises(NotImplementedError, match="torch.func transforms.*backend='eager'"):
             torch.func.grad(function)(tensor)
+
+
+def test_huge_logits_stay_finite():
+    """A row's first maximum rises from that of nothing; the rise must not overflow."""
+    student = torch.zeros(2, 1, 3)
+    student[..., 0] = 1e37
+    teacher = torch.tensor([[[1.0, 0, 0]], [[1.0, 0, 0]]])
+    ours, eager = (dino_loss(student, teacher, torch.zeros(3), backend=backend) for backend in ("auto", "eager"))
+    torch.testing.assert_close(ours, eager)

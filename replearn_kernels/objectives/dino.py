@@ -44,10 +44,10 @@ class Dino:
     teacher_temp: float
 
     def new_statistics(self, batch: int, student_views: int, teacher_views: int, like: Tensor) -> Statistics:
-        """Of no prototypes: the lowest max, no sum."""
+        """Of no prototypes: half of the lowest number as max, from which no logit rises by more than there is; no sum."""
         tables = [like.new_zeros(2, batch, views) for views in (student_views, teacher_views)]
         for table in tables:
-            table[0] = torch.finfo(like.dtype).min
+            table[0] = torch.finfo(like.dtype).min / 2
         return Statistics(*tables, like.new_zeros(batch, teacher_views, student_views))
 
     def update_statistics(self, student: Tensor, teacher: Tensor, statistics: Statistics) -> None:
