@@ -44,7 +44,7 @@ class Dino:
     teacher_temp: float
 
     def new_statistics(self, batch: int, student_views: int, teacher_views: int, like: Tensor) -> Statistics:
-        """Of no prototypes: half of the lowest number as max, from which no logit rises by more than there is; no sum."""
+        """Of no prototypes: no sum, and as max half of the lowest number, from which a rise does not overflow."""
         tables = [like.new_zeros(2, batch, views) for views in (student_views, teacher_views)]
         for table in tables:
             table[0] = torch.finfo(like.dtype).min / 2
