@@ -119,6 +119,14 @@ class DINOLoss(nn.Module):
 class DINOHeadLoss(DINOLoss):
     """:func:`~replearn_kernels.dino_head_loss` with the constructor, the center and the warm-up of :class:`DINOLoss`.
 
+    Features are the head's outputs before its last layer, normalised as the head does it, one view stacked on the
+    other, and weights that layer's prototypes (normalised where the layer is weight-normalised)::
+
+        student = torch.stack([backbone(view) for view in views])
+        with torch.no_grad():
+            teacher = torch.stack([teacher_backbone(view) for view in views[:2]])
+        loss = dino(student, teacher, prototypes.weight, teacher_prototypes.weight, epoch)
+
     The mean of the teacher's logits is ``mean(teacher_features) @ teacher_weight.T``: O(K d), without logits.
     """
 

@@ -171,7 +171,7 @@ class NPairLoss(_Loss):
 
 
 class NTXentLoss(_Loss):
-    """:func:`~replearn_kernels.nt_xent_loss` as a module."""
+    """:func:`~replearn_kernels.nt_xent_loss` as a module; a learnable temperature needs the function."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class NTXentLoss(_Loss):
 
 
 class SupConLoss(_Loss):
-    """:func:`~replearn_kernels.sup_con_loss` as a module."""
+    """:func:`~replearn_kernels.sup_con_loss` as a module; a learnable temperature needs the function."""
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ class _MarginLoss(_Loss):
 class ArcFaceLoss(_MarginLoss):
     """:func:`~replearn_kernels.arcface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
 
-    Its parameter belongs into the optimizer, beside the encoder's.
+    Its parameter belongs in the optimizer, beside the encoder's.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ class ArcFaceLoss(_MarginLoss):
 class CosFaceLoss(_MarginLoss):
     """:func:`~replearn_kernels.cosface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
 
-    Its parameter belongs into the optimizer, beside the encoder's.
+    Its parameter belongs in the optimizer, beside the encoder's.
     """
 
     def __init__(

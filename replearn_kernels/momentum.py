@@ -24,6 +24,8 @@ class NegativeQueue(nn.Module):
         loss = info_nce_loss(query, key, negatives=queue.negatives(), logit_scale=1 / 0.07)
         queue.push(key)
         loss.backward()
+        optimizer.step()
+        momentum_encoder.update(encoder)
 
     He et al., "Momentum Contrast", 2020 (arXiv:1911.05722).
 
