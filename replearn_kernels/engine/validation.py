@@ -123,8 +123,7 @@ def check_labels(name: str, labels: Tensor, rows: int, features: Tensor) -> Tens
 
 def check_positive(name: str, value: float) -> float:
     """A float above 0, and finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    check_number(name, value)
     if not 0 < value <= torch.finfo(torch.float64).max:
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return float(value)
@@ -150,8 +149,7 @@ def check_temperature(name: str, temperature: float | Tensor, features: Tensor) 
 
 def check_margin(margin: float, most: float) -> float:
     """In [0, ``most``]."""
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise TypeError(f"margin must be a float, got {type(margin).__name__}")
+    check_number("margin", margin)
     if not 0 <= margin <= most:
         raise ValueError(f"margin must be in [0, {most:.6g}], got {margin}")
     return float(margin)
@@ -162,15 +160,20 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-def check_backend_name(name: str) -> None:
-    if name not in BACKEND_NAMES:
-        raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, got {name!r}")
+def check_backend_name(name: str, names: tuple[str, ...] = BACKEND_NAMES) -> None:
+    if name not in names:
+        raise ValueError(f"backend must be one of {', '.join(names)}, got {name!r}")
+
+
+def check_number(name: str, value: float) -> None:
+    """A Python number; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
 
 
 def check_fraction(name: str, value: float) -> float:
     """A float in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
     return float(value)

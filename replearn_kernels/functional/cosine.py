@@ -48,8 +48,7 @@ def cosine_similarity_loss(
     validation.check_features("embeddings", embeddings)
     labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)
     validation.check_reduction(reduction)
-    if backend not in COSINE_BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(COSINE_BACKENDS)}, got {backend!r}")
+    validation.check_backend_name(backend, COSINE_BACKENDS)
     if backend != "eager":
         refuse_transforms()
     dtype = statistics_dtype(embeddings.dtype)

@@ -168,15 +168,13 @@ def check_dino_options(student_temp, teacher_temp, reduction, backend, dtype) ->
     student_temp = check_dino_temperature("student_temp", student_temp, statistics_dtype(dtype))
     teacher_temp = check_dino_temperature("teacher_temp", teacher_temp, statistics_dtype(dtype))
     validation.check_reduction(reduction)
-    if backend not in DINO_BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(DINO_BACKENDS)}, got {backend!r}")
+    validation.check_backend_name(backend, DINO_BACKENDS)
     return student_temp, teacher_temp, reduction
 
 
 def check_dino_temperature(name: str, value: float, dtype: torch.dtype) -> float:
     """A normal number of the statistics' dtype: a smaller one would make 0 / 0 of a logit that is its row's maximum."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    validation.check_number(name, value)
     limits = torch.finfo(dtype)
     if not limits.tiny <= value <= limits.max:
         raise ValueError(f"{name} must be positive and finite in {dtype}, got {value}")
