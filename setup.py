@@ -41,7 +41,7 @@ def extensions() -> dict:
         depends=HEADERS,
         include_dirs=[str(ROOT / "csrc")],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-        extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
+        extra_compile_args=["-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-psabi"],
         py_limited_api=True,
     )
     return {

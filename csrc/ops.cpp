@@ -6,6 +6,9 @@
 
 #include <string>
 
+#include "cpu/distance_tile.h"
+#include "cpu/hardest_tile.h"
+#include "cpu/margin_contrastive_tile.h"
 #include "cpu/memory.h"
 #include "cpu/sigmoid_tile.h"
 #include "cpu/softmax_tile.h"
@@ -50,7 +53,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
         "bool target_apart, bool groups_ignored, Tensor row_coefficients, Tensor? column_coefficients) -> ()");
   m.def("sigmoid_statistics_(Tensor s, " PAIRS "Tensor(a!) row_table, Tensor? column_table) -> ()");
   m.def("sigmoid_weights_(Tensor s, Tensor(a!) out, " PAIRS "Tensor(b!) row_table, Tensor? column_table) -> ()");
+  m.def("hardest_statistics_(Tensor v, " PAIRS "Tensor(a!) row_table, Tensor(b!)? column_table) -> ()");
+  m.def("margin_contrastive_statistics_(Tensor v, " PAIRS
+        "float margin, bool squared, Tensor(a!) row_table, Tensor(b!)? column_table) -> ()");
+  m.def("margin_contrastive_weights_(Tensor v, Tensor(a!) out, " PAIRS
+        "float margin, bool squared, Tensor(b!) row_table, Tensor column_table) -> ()");
 #undef PAIRS
+#define POINTS "Tensor rows, Tensor columns, Tensor row_squares, Tensor column_squares, bool squared, bool diagonal"
+  m.def("negative_distances_(Tensor(a!) s, " POINTS ") -> ()");
+  m.def("distance_chain_(Tensor(a!) w, Tensor v, " POINTS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+#undef POINTS
   m.def(
       "softmax_one_tile(Tensor query, Tensor key, Tensor? target, float scale, float share, bool symmetric, "
       "bool needs_query, bool needs_key) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -65,6 +77,11 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("softmax_weights_", TORCH_BOX(&replearn::softmax_weights_));
   m.impl("sigmoid_statistics_", TORCH_BOX(&replearn::sigmoid_statistics_));
   m.impl("sigmoid_weights_", TORCH_BOX(&replearn::sigmoid_weights_));
+  m.impl("hardest_statistics_", TORCH_BOX(&replearn::hardest_statistics_));
+  m.impl("margin_contrastive_statistics_", TORCH_BOX(&replearn::margin_contrastive_statistics_));
+  m.impl("margin_contrastive_weights_", TORCH_BOX(&replearn::margin_contrastive_weights_));
+  m.impl("negative_distances_", TORCH_BOX(&replearn::negative_distances_));
+  m.impl("distance_chain_", TORCH_BOX(&replearn::distance_chain_));
   m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));
   m.impl("advise_huge_pages_", TORCH_BOX(&replearn::advise_huge_pages_));
   m.impl("vector_exp", TORCH_BOX(&vector_exp));

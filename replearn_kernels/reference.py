@@ -11,9 +11,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .engine.problem import Inputs, statistics_dtype
-from .objectives import MarginSoftmax, Softmax
+from .objectives import BatchHard, HardLifted, Lifted, MarginContrastive, MarginSoftmax, Softmax
 
 
 def softmax_loss(inputs: Inputs, objective: Softmax, reduction: str) -> Tensor:
@@ -70,6 +71,75 @@ def margin_loss(inputs: Inputs, objective: MarginSoftmax, reduction: str) -> Ten
         phi = true - m
     logits = inputs.logit_scale * cosine.scatter(1, inputs.target.unsqueeze(1), phi)
     return reduce(_cross_entropy(logits, inputs.target, 0.0), reduction)
+
+
+def contrastive_loss(inputs: Inputs, objective: MarginContrastive, reduction: str) -> Tensor:
+    """Half of the pairs' losses for each of their rows; the mean is over pairs."""
+    distance, positive, itself = _distances(inputs)
+    losses = torch.where(positive, distance, (objective.margin - distance).clamp(min=0))
+    losses = losses.square() if objective.squared else losses
+    count = len(losses) * (len(losses) - 1) // 2
+    return reduce(losses.masked_fill(itself, 0).sum(1) / 2, reduction, torch.tensor(count, device=losses.device))
+
+
+def lifted_structure_loss(inputs: Inputs, objective: Lifted | HardLifted, reduction: str) -> Tensor:
+    """Over positive pairs, half of each pair's for each of its rows; the mean is over pairs."""
+    distance, positive, itself = _distances(inputs)
+    v = (objective.margin - distance).masked_fill(positive | itself, -torch.inf)
+    r = _finite(v.logsumexp(1) if isinstance(objective, Lifted) else v.max(1).values if len(v) else v.sum(1))
+    combine = torch.logaddexp if isinstance(objective, Lifted) else torch.maximum
+    losses = torch.where(positive, combine(r.unsqueeze(1), r) + distance, 0).clamp(min=0).square() / 4
+    return reduce(losses.sum(1), reduction, positive.sum() // 2)
+
+
+def batch_hard_losses(inputs: Inputs, objective: BatchHard) -> Tensor:
+    """``[N]``: of every anchor, 0 without a positive or without a negative."""
+    squares, positive, itself = squared_distances(inputs), *_roles(inputs)
+    if objective.distance == "cosine":
+        isolated = (inputs.query == 0).all(1)
+        squares = squares + isolated.unsqueeze(1).to(squares) + isolated.to(squares)
+    of_square = {"euclidean": safe_sqrt, "squared_euclidean": torch.clone, "cosine": lambda square: square / 2}
+    distance = of_square[objective.distance](squares)
+    negative = ~(positive | itself)
+    if not len(distance):
+        return distance.sum(1)
+    p = squares.masked_fill(~positive, -1).argmax(1, keepdim=True)
+    n = squares.masked_fill(~negative, torch.inf).argmin(1, keepdim=True)
+    losses = (distance.gather(1, p) - distance.gather(1, n)).squeeze(1) + objective.margin
+    return torch.where(positive.any(1) & negative.any(1), losses, 0).clamp(min=0)
+
+
+def squared_distances(inputs: Inputs) -> Tensor:
+    """``|x_i - x_j|^2`` from differences, which cancel nothing, some rows at a time: N x N x d are not kept."""
+    (x,) = _features(inputs)
+    rows = max(2**22 // max(x.numel(), 1), 1)
+    blocks = [checkpoint(_squares_between, x[i : i + rows], x, use_reentrant=False) for i in range(0, len(x), rows)]
+    return torch.cat(blocks) if blocks else x @ x.t()
+
+
+def safe_sqrt(squares: Tensor) -> Tensor:
+    """The root with the sub-gradient 0 at 0."""
+    zero = squares == 0
+    return squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+
+
+def _squares_between(rows: Tensor, x: Tensor) -> Tensor:
+    return (rows.unsqueeze(1) - x).square().sum(2)
+
+
+def _distances(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances, which pairs are of one group, and which entries are a row with itself."""
+    return safe_sqrt(squared_distances(inputs)), *_roles(inputs)
+
+
+def _roles(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    itself = torch.eye(len(inputs.query), device=inputs.query.device, dtype=torch.bool)
+    return (inputs.row_group.unsqueeze(1) == inputs.row_group) & ~itself, itself
+
+
+def _finite(r: Tensor) -> Tensor:
+    """-inf, of no negatives, as a number whose exp is 0: differences of two are then no NaN."""
+    return r.clamp(min=torch.finfo(r.dtype).min / 4)
 
 
 def dino_loss(student, teacher, center, student_temp, teacher_temp, reduction) -> Tensor:

@@ -41,6 +41,29 @@ struct SoftmaxRoles {
   bool groups_ignored;  // pairs of a group are left out, but for the target; otherwise they are the positives
 };
 
+// The rows and columns of a tile as points (engine/distances.py: Points).
+template <typename T>
+struct Points {
+  const T *rows, *columns;
+  int64_t row_stride, column_stride, d;
+  const T *row_squares, *column_squares;
+  bool squared;
+};
+
+// The hardest pairs (objectives/hardest.py), each a contiguous array over the tile's rows or columns.
+template <typename T>
+struct Hardest {
+  T *negative, *negative_number, *positive, *positive_number;
+  const T* number;
+};
+
+template <typename T>
+struct ContrastiveMargin {
+  T margin;
+  bool squared;
+  T share;  // of a pair's loss that a row takes
+};
+
 template <typename T>
 struct TileKernels {
   // Folds the tile into its rows' statistics, and sets `partial` to its columns' if not null. Masks the tile.
@@ -54,6 +77,18 @@ struct TileKernels {
       const Tile<T>&, SoftmaxRoles, T* out, int64_t out_stride, Coefficients<T> rows, Coefficients<T> columns);
   // Adds every row's loss to loss[rows] and its sum of W to weight_sum[rows]; writes weight[i] W unless `out` is null.
   void (*sigmoid)(const Tile<T>&, T* out, int64_t out_stride, const T* weight, T* loss, T* weight_sum);
+  // Products to negative distances, and W to dL/d products with its sums: distance_kernels.inl.
+  void (*negative_distances)(const Tile<T>&, const Points<T>&);
+  void (*distance_chain)(const Tile<T>&, const Points<T>&, T* out, int64_t out_stride, T* row_sums, T* column_sums,
+                         void (*take)(void*, int64_t, int64_t, T), void* list);
+  // Folds the tile into its rows' hardest pairs, and sets `partial` to its columns' if not null.
+  void (*hardest_statistics)(const Tile<T>&, const T* numbers, Hardest<T> rows, Hardest<T> partial);
+  void (*hardest_merge)(
+      const T* partials, int64_t count, int64_t padded, int64_t begin, int64_t end, Hardest<T> columns);
+  // Adds every row's share of losses to loss[rows]; writes W unless `out` is null. And of columns [begin, end).
+  void (*margin_contrastive)(const Tile<T>&, ContrastiveMargin<T>, T* out, int64_t out_stride, const T* row_weight,
+                             const T* column_weight, T* loss);
+  void (*margin_contrastive_columns)(const Tile<T>&, ContrastiveMargin<T>, int64_t begin, int64_t end, T* loss);
   void (*exp)(const T* x, T* out, int64_t count);
   void (*log1p)(const T* x, T* out, int64_t count);
 };

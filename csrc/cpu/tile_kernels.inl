@@ -63,8 +63,13 @@ inline void for_same_group(const Tile<T>& tile, int64_t i, const F& body) {
   });
 }
 
-#include "sigmoid_kernels.inl"
+// clang-format off: the softmax family's constants are others' too
 #include "softmax_kernels.inl"
+#include "sigmoid_kernels.inl"
+#include "distance_kernels.inl"
+#include "hardest_kernels.inl"
+#include "margin_contrastive_kernels.inl"
+// clang-format on
 
 template <typename T>
 void exp_array(const T* x, T* out, int64_t count) {
@@ -78,7 +83,18 @@ void log1p_array(const T* x, T* out, int64_t count) {
 
 template <typename T>
 constexpr replearn::TileKernels<T> kernels() {
-  return {softmax_statistics<T>, softmax_merge<T>, softmax_weights<T>, sigmoid<T>, exp_array<T>, log1p_array<T>};
+  return {softmax_statistics<T>,
+          softmax_merge<T>,
+          softmax_weights<T>,
+          sigmoid<T>,
+          negative_distances<T>,
+          distance_chain<T>,
+          hardest_statistics<T>,
+          hardest_merge<T>,
+          margin_contrastive<T>,
+          margin_contrastive_columns<T>,
+          exp_array<T>,
+          log1p_array<T>};
 }
 
 }  // namespace

@@ -64,6 +64,7 @@ def make_plan(
     one_gradient: bool,
     needs_columns: bool,
     needs_statistics: bool = True,
+    sweeps_gradients: bool = True,
     is_batch: bool = False,
 ) -> Plan:
     """Choose the schedule that does the least work within ``memory_budget``.
@@ -75,6 +76,7 @@ def make_plan(
         one_gradient: one upstream gradient scales the gradients of all rows.
         needs_columns: W needs the statistics of whole columns.
         needs_statistics: W needs statistics at all.
+        sweeps_gradients: there is a second sweep, for which tiles can be kept.
         is_batch: the columns are the rows, and only tiles on and above the diagonal are visited.
     """
     width = sum(widths)
@@ -88,8 +90,9 @@ def make_plan(
     if is_batch:
         row_blocks = blocks(rows, statistics_tile.rows)
         elements = sum((block.stop - block.start) * (rows - block.start) for block in row_blocks)
-    kept = min(elements, memory_budget // itemsize) if needs_grad and needs_statistics and itemsize else 0
-    if needs_grad and one_gradient and itemsize and rows and width:
+    keeps = needs_grad and needs_statistics and sweeps_gradients and itemsize
+    kept = min(elements, memory_budget // itemsize) if keeps else 0
+    if keeps and one_gradient and rows and width:
         chunk_rows = 0
         if rows <= tile_shapes[0][0] and rows * width == kept <= _SMALL_ELEMENTS:
             chunk_rows = rows

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .columns import BatchColumns, OwnColumns, SharedColumns, Source, Tile, blocks
+from .distances import Points
 from .plan import TileShape
 
 
@@ -65,12 +66,18 @@ class Problem:
     column_group: Tensor | None
     scale: float | Tensor
     bias: float | Tensor
+    given_rows: Tensor | None = None  # [N, d]: the queries before they were centred, where similarities are distances
+    squares: Tensor | None = None  # [N]: |x_i|^2 of the centred rows
+    isolated: Tensor | None = None  # [N]: what is added to the squared distances of row i
     _positive_counts: Tensor | None = None
 
     @classmethod
     def build(cls, inputs: Inputs, needs_grad: list[bool], objective) -> Problem:
         """From the operator's arguments; ``needs_grad`` in the order of ``inputs.differentiable``."""
-        query = _rows_contiguous(inputs.query)
+        query, given_rows, squares, isolated = _rows_contiguous(inputs.query), None, None, None
+        if objective.by_distance:
+            given_rows = query
+            query, squares, isolated = _centred(query, objective.unit_rows)
         sources: list[Source] = [
             SharedColumns(
                 _rows_contiguous(key), needs, has_positives=i == 0,
@@ -87,7 +94,10 @@ class Problem:
         )
         column_group = row_group if inputs.is_batch else column_group
         bias = 0.0 if inputs.logit_bias is None else number_of(inputs.logit_bias)
-        return cls(query, tuple(sources), target, row_group, column_group, number_of(inputs.logit_scale), bias)
+        return cls(
+            query, tuple(sources), target, row_group, column_group, number_of(inputs.logit_scale), bias,
+            given_rows, squares, isolated,
+        )  # fmt: skip
 
     @property
     def rows(self) -> int:
@@ -154,6 +164,11 @@ class Problem:
             groups = self.row_group[tile.rows], self.column_group[tile.columns]
         return Pairs(self.scale, self.bias, target, *groups, tile.columns.start, tile.diagonal)
 
+    def points(self, tile: Tile, squared: bool) -> Points:
+        """What turns the tile's products into distances."""
+        rows, columns = (self.given_rows[part].to(self.statistics_dtype) for part in (tile.rows, tile.columns))
+        return Points(rows, columns, self.squares[tile.rows], self.squares[tile.columns], squared, tile.diagonal)
+
     def total_logits(self) -> Tensor:
         """``sum_j l_ij`` over all columns of row i, ``[N]``, in O((N + M) d)."""
         dtype = self.statistics_dtype
@@ -206,6 +221,17 @@ def _inverse_norms(features: Tensor) -> Tensor:
     """``1 / |row|``, ``[M]``; 0 for a row of zeros, whose cosines and gradient are then 0."""
     norms = torch.linalg.vector_norm(features, dim=1, dtype=statistics_dtype(features.dtype))
     return torch.where(norms == 0, 0, norms.clamp(min=1e-12).reciprocal())
+
+
+def _centred(rows: Tensor, unit_rows: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows, centred where their dtype is that of the statistics (rounding the result would move half-precision
+    points), their squares, and for unit rows 1 for those of zeros: their distance from every row is 1 - cos = 1."""
+    dtype = statistics_dtype(rows.dtype)
+    isolated = (rows == 0).all(1).to(dtype) if unit_rows else None
+    if rows.dtype == dtype and len(rows):
+        rows = rows - rows.mean(0)
+    squares = rows.to(dtype).square().sum(1)
+    return rows, squares if isolated is None else squares + isolated, isolated
 
 
 def _rows_contiguous(features: Tensor) -> Tensor:

@@ -164,9 +164,10 @@ def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Ten
     kept, row_table, *rest = saved
     column_table = rest[0] if rest else None
     row_weights, factor = _row_weights(grad_loss, run)
-    coefficients = run.objective.coefficients(run.problem, row_table, column_table, row_weights)
     gradients = run.new_gradients()
-    sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients)
+    coefficients = run.objective.coefficients(run.problem, row_table, column_table, row_weights, gradients.query)
+    if run.objective.sweeps_gradients:
+        sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients)
     return run.results(gradients, coefficients[0], factor * run.share)
 
 
@@ -200,9 +201,11 @@ def _row_chunks(run: _Run) -> tuple[Tensor, list[Tensor]]:
         kept.rewind()
         statistics = sweep_statistics(chunk, plan, runner, kept)
         losses.append(runner.objective.row_losses(chunk, *statistics))
-        coefficients = runner.objective.coefficients(chunk, *statistics, torch.ones_like(losses[-1]))
+        of_chunk = gradients.of_rows(problem, rows)
+        ones = torch.ones_like(losses[-1])
+        coefficients = runner.objective.coefficients(chunk, *statistics, ones, of_chunk.query)
         kept.rewind()
-        sweep_gradients(chunk, plan, runner, kept, coefficients, gradients.of_rows(problem, rows))
+        sweep_gradients(chunk, plan, runner, kept, coefficients, of_chunk)
     return torch.cat(losses).sum() * run.share, run.results(gradients, None, run.share)
 
 
@@ -247,6 +250,7 @@ def _make_plan(
         one_gradient=one_gradient,
         needs_columns=objective.needs_columns,
         needs_statistics=objective.needs_statistics,
+        sweeps_gradients=objective.sweeps_gradients,
         is_batch=is_batch,
     )  # fmt: skip
 

@@ -147,7 +147,7 @@ def check_temperature(name: str, temperature: float | Tensor, features: Tensor) 
     return torch.full((), scale, dtype=dtype, device=features.device)
 
 
-def check_margin(margin: float, most: float) -> float:
+def check_margin(margin: float, most: float = torch.finfo(torch.float32).max) -> float:
     """In [0, ``most``]."""
     check_number("margin", margin)
     if not 0 <= margin <= most:

@@ -13,6 +13,8 @@ from ..engine.problem import Pairs, Problem
 class Objective(ABC):
     """The mathematics of a family of losses over logits ``l_ij = scale * s_ij + bias``; knows no tiles' order.
 
+    Where the similarities are distances (:mod:`..engine.distances`), ``s_ij`` is v.
+
     A table holds one quantity per row of it and one value per row (or column) of the problem, so that a tile takes a
     slice of all quantities at once. Where rows are compared with each other (a batch), one table serves both sides.
     """
@@ -33,7 +35,13 @@ class Objective(ABC):
     """Callers know the scale by its inverse, which is positive."""
     unit_keys = False
     """The keys are normalised on the fly."""
-    roles: tuple[bool, ...] = ()
+    by_distance: str = ""
+    """"distance": similarities are ``-|x_i - x_j|``; "square": ``-|x_i - x_j|^2``; "": products."""
+    unit_rows = False
+    """The rows have length 1, or 0; where similarities are distances, such a row is isolated."""
+    sweeps_gradients = True
+    """False: the gradient is one of few pairs, which :meth:`coefficients` adds."""
+    roles: tuple[bool | float, ...] = ()
     """What the native passes and the epilogue want to know beyond the pairs."""
     one_tile_parameters: tuple | None = None
     """What the native call for a whole problem of one tile takes; None if there is none."""
@@ -65,8 +73,11 @@ class Objective(ABC):
         return max(problem.rows, 1)
 
     @abstractmethod
-    def coefficients(self, problem, row_table, column_table, grad_rows) -> tuple[Tensor, Tensor | None]:
-        """What a tile needs to know of its rows and columns to form W, for upstream gradients ``dL/dL_i``."""
+    def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, Tensor | None]:
+        """What a tile needs to know of its rows and columns to form W, for upstream gradients ``dL/dL_i``.
+
+        ``d_query``: where the gradients of pairs that W leaves out are added.
+        """
 
     @abstractmethod
     def weights(self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:

@@ -63,7 +63,7 @@ class MarginSoftmax(Objective):
         phi, _, top, others, total = self._joined(problem, row_table)
         return (top - phi) * problem.scale + total.log()
 
-    def coefficients(self, problem, row_table, column_table, grad_rows) -> tuple[Tensor, None]:
+    def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
         _, slope, top, others, total = self._joined(problem, row_table)
         positive = -grad_rows * (others / total) * slope
         return torch.stack([top, total.log(), grad_rows, positive, torch.zeros_like(top)]), None

@@ -59,7 +59,7 @@ class Sigmoid(Objective):
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         return row_table[0].clone()
 
-    def coefficients(self, problem, row_table, column_table, grad_rows) -> tuple[Tensor, None]:
+    def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
         return torch.stack([torch.zeros_like(grad_rows), torch.zeros_like(grad_rows), grad_rows]), None
 
     def weights(self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:

@@ -101,7 +101,7 @@ class Softmax(Objective):
             loss = (loss + column_loss) / 2
         return loss
 
-    def coefficients(self, problem, row_table, column_table, grad_rows) -> tuple[Tensor, Tensor | None]:
+    def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, Tensor | None]:
         smoothing = self.label_smoothing
         weight = grad_rows / 2 if self.symmetric else grad_rows
         row_max, row_sum, _ = row_table
@@ -143,6 +143,15 @@ def fold_sum_exp(v: Tensor, steep: float | Tensor, dim: int, table: Tensor) -> N
     total = ((v - new_max.unsqueeze(dim)) * steep).exp_().sum(dim)
     old_sum.mul_(((old_max - new_max) * steep).exp_()).add_(total)
     old_max.copy_(new_max)
+
+
+def logarithms(top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """(max, log of sum) of coefficients, where rows may be alone, with an empty sum.
+
+    Its logarithm times a weight of 0 would be NaN. The highest max in place of the lowest makes all probabilities 0.
+    """
+    empty = total == 0
+    return torch.where(empty, torch.finfo(top.dtype).max, top), torch.where(empty, 1, total).log()
 
 
 def pick_targets(v: Tensor, pairs: Pairs, positive: Tensor) -> None:

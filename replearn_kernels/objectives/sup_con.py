@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..engine.problem import Pairs, Problem
 from .base import Objective, empty_table, sign, steepness
-from .softmax import fold_sum_exp, probabilities
+from .softmax import fold_sum_exp, logarithms, probabilities
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,11 @@ class SupCon(Objective):
     def rows_counted(self, problem: Problem) -> Tensor:
         return (problem.positive_counts > 0).sum().clamp(min=1).to(problem.statistics_dtype)
 
-    def coefficients(self, problem, row_table, column_table, grad_rows) -> tuple[Tensor, None]:
+    def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
         row_max, row_sum, _ = row_table
         counts = problem.positive_counts
         weight = torch.where(counts > 0, grad_rows, 0)
-        # A row alone in its batch has an empty sum, whose logarithm times a weight of 0 would be NaN. The highest max
-        # in place of the lowest makes its probabilities 0.
-        empty = row_sum == 0
-        row_max = torch.where(empty, torch.finfo(row_max.dtype).max, row_max)
-        log_sum = torch.where(empty, 1, row_sum).log()
+        row_max, log_sum = logarithms(row_max, row_sum)
         positive_weight = weight / counts.clamp(min=1)
         return torch.stack([row_max, log_sum, weight, positive_weight, torch.zeros_like(weight)]), None
 

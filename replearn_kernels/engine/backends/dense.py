@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import distances
 from ..columns import Tile
 from ..counters import count_product
 from ..problem import Pairs, Problem, statistics_dtype
@@ -23,7 +24,7 @@ class TorchBackend(Backend):
 
     def __init__(self, objective):
         super().__init__(objective)
-        self._buffer: Tensor | None = None
+        self._buffers: dict[str, Tensor] = {}
 
     @staticmethod
     def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
@@ -36,17 +37,37 @@ class TorchBackend(Backend):
         return statistics_dtype(dtype)
 
     def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
-        s = tile.source.product(tile, self._tile_buffer(tile) if kept is None else kept)
+        s = self._similarities(problem, tile, self._tile_buffer(tile) if kept is None else kept)
         self._statistics_pass(s, self._pairs(problem, tile), *statistics_of(tile, *statistics))
 
     def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
         out = self._tile_buffer(tile)
-        s = tile.source.product(tile, out) if kept is None else kept
+        s = self._similarities(problem, tile, out) if kept is None else kept
         self._weights_pass(s, out, self._pairs(problem, tile), *coefficients_of(tile, *coefficients))
         return out
 
+    def accumulate_gradients(
+        self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients, d_query, d_source
+    ) -> None:
+        if not self.objective.by_distance:
+            return super().accumulate_gradients(problem, tile, kept, coefficients, d_query, d_source)
+        if kept is None:  # the distances are needed beside the weights
+            kept = self._similarities(problem, tile, self._tile_buffer(tile, "distances"))
+        w = self.weights(problem, tile, kept, coefficients)
+        points = problem.points(tile, self.objective.by_distance == "square")
+        sums = self._chain_pass(w, kept, points)
+        tile.source.accumulate(tile, w, self.addmm_, d_query, d_source)
+        distances.finish_tile_(problem.given_rows, problem.query, tile, sums, d_query)
+
     def workspace(self) -> tuple[Tensor, ...]:
-        return () if self._buffer is None else (self._buffer,)
+        return tuple(self._buffers.values())
+
+    def _similarities(self, problem: Problem, tile: Tile, out: Tensor) -> Tensor:
+        """The tile's products, or distances, in ``out``."""
+        s = tile.source.product(tile, out)
+        if self.objective.by_distance:
+            self._distances_pass(s, problem.points(tile, self.objective.by_distance == "square"))
+        return s
 
     def _statistics_pass(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         self.objective.update_statistics(s, pairs, row_table, column_table)
@@ -56,16 +77,23 @@ class TorchBackend(Backend):
     ) -> None:
         self.objective.weights(s, out, pairs, row_table, column_table)
 
+    def _distances_pass(self, s: Tensor, points: distances.Points) -> None:
+        distances.negative_distances_(s, points)
+
+    def _chain_pass(self, w: Tensor, v: Tensor, points: distances.Points) -> distances.TileSums:
+        return distances.chain_(w, v, points)
+
     def _pairs(self, problem: Problem, tile: Tile) -> Pairs:
         return problem.pairs(tile, self.objective.uses_target)
 
-    def _tile_buffer(self, tile: Tile) -> Tensor:
+    def _tile_buffer(self, tile: Tile, purpose: str = "weights") -> Tensor:
         """Room for the tile, the same memory for all: a fresh buffer per tile would leave the caches."""
         rows, columns = tile.shape
         stride = columns + _ROW_PADDING
-        if self._buffer is None or self._buffer.numel() < rows * stride:
-            self._buffer = tile.query.new_empty(rows * stride)
-        return self._buffer[: rows * stride].view(rows, stride)[:, :columns]
+        buffer = self._buffers.get(purpose)
+        if buffer is None or buffer.numel() < rows * stride:
+            buffer = self._buffers[purpose] = tile.query.new_empty(rows * stride)
+        return buffer[: rows * stride].view(rows, stride)[:, :columns]
 
 
 class CppBackend(TorchBackend):
@@ -96,6 +124,12 @@ class CppBackend(TorchBackend):
     ) -> None:
         native = getattr(torch.ops.replearn_kernels, f"{self.objective.family}_weights_").default
         native(s, out, *pairs, *self.objective.roles, row_table, column_table)
+
+    def _distances_pass(self, s: Tensor, points: distances.Points) -> None:
+        torch.ops.replearn_kernels.negative_distances_.default(s, *points)
+
+    def _chain_pass(self, w: Tensor, v: Tensor, points: distances.Points) -> distances.TileSums:
+        return distances.TileSums(*torch.ops.replearn_kernels.distance_chain_.default(w, v, *points))
 
     def _pairs(self, problem: Problem, tile: Tile) -> Pairs:
         pairs = super()._pairs(problem, tile)

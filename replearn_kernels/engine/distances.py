@@ -1,0 +1,158 @@
+r"""Similarities that are distances: ``v_ij = -|x_i - x_j|``, or its square, from the products that the sweeps form.
+
+An objective over distances is a function of v, as others are of products, and W = dL/dv. Two steps of a tile know the
+difference: products become v before the pass, and W becomes dL/d<x_i, x_j> after it.
+
+    |x_i - x_j|^2 = |x_i|^2 + |x_j|^2 - 2 <x_i, x_j>                        (squares, a tile of products)
+    dL/dx_i = sum_j w_ij (x_j - x_i) = (w X)_i - (sum_j w_ij) x_i          w = W / D, or 2 W for squares
+
+Both lines cancel where points are near each other beside their distance from the origin, which is why the points are
+centred first (fp32, fp64), and why a pair is *near* where ``|x_i - x_j|^2 < NEAR (|x_i|^2 + |x_j|^2)``: its distance is
+formed again from the difference of its rows, and its gradient is added from it, outside the products. The products
+leave |x_i - x_j|^2 with an error of some eps (|x_i|^2 + |x_j|^2), hence a distance with a relative error of at most
+some eps / (2 NEAR): 1e-5 in fp32. A distance of 0 has the gradient 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .columns import Tile, blocks
+
+NEAR = 2**-8
+
+# Elements of the differences formed at a time: 16 MiB in fp32, so that they stay small beside a tile.
+_BLOCK_ELEMENTS = 2**22
+
+
+class Points(NamedTuple):
+    """What a tile has to know to turn products into distances."""
+
+    rows: Tensor  # [R, d], as given, in the dtype of the statistics: their differences are exact where they matter
+    columns: Tensor  # [C, d]
+    row_squares: Tensor  # [R]: |x|^2 of the centred rows, whose products the tile holds
+    column_squares: Tensor  # [C]
+    squared: bool  # v is the negative square of the distance
+    diagonal: bool  # the columns are the rows
+
+
+def negative_distances_(s: Tensor, points: Points) -> None:
+    """``v`` from products ``s[R, C]``, in place; 0 for a row with itself."""
+    norms = points.row_squares.unsqueeze(1) + points.column_squares
+    s.mul_(-2).add_(norms)
+    near = s < norms * NEAR
+    if points.diagonal:
+        near.fill_diagonal_(False)
+    i, j = near.nonzero(as_tuple=True)
+    for block in blocks(len(i), _block_rows(points.rows)):
+        s[i[block], j[block]] = (points.rows[i[block]] - points.columns[j[block]]).square().sum(1)
+    if not points.squared:
+        s.sqrt_()
+    s.neg_()
+    if points.diagonal:
+        s.fill_diagonal_(0)
+
+
+class TileSums(NamedTuple):
+    """Of a tile of weights w: its sums, and the near pairs taken out of it."""
+
+    of_rows: Tensor  # [R]: sum_j w_ij
+    of_columns: Tensor  # [C]: sum_i w_ij
+    near_rows: Tensor  # [P] int64, counted within the tile
+    near_columns: Tensor  # [P]
+    near_weights: Tensor  # [P]
+
+
+def chain_(w: Tensor, v: Tensor, points: Points) -> TileSums:
+    """``w[R, C] = W dv/d<x_i, x_j>`` in place of W = dL/dv; near pairs are taken out."""
+    if points.squared:
+        w.mul_(2)
+        squares = -v
+    else:
+        w.div_(-v).masked_fill_(v == 0, 0)
+        squares = v.square()
+    if points.diagonal:
+        w.fill_diagonal_(0)
+    norms = points.row_squares.unsqueeze(1) + points.column_squares
+    i, j = ((squares < norms * NEAR) & (w != 0)).nonzero(as_tuple=True)
+    near = w[i, j]
+    w[i, j] = 0
+    return TileSums(w.sum(1), w.sum(0), i, j, near)
+
+
+def finish_tile_(x: Tensor, centred: Tensor, tile: Tile, sums: TileSums, d_query: Tensor) -> None:
+    """From the sums ``W X`` of a tile to ``sum_j w_ij (x_j - x_i)``, in place; and the near pairs'.
+
+    ``x``: all rows as given, and ``centred`` as they entered the products. A tile on the diagonal holds both images of a pair: its rows' sums, and one image, are all.
+    """
+    d_query[tile.rows] -= centred[tile.rows] * sums.of_rows.unsqueeze(1)
+    if tile.mirrored:
+        d_query[tile.columns] -= centred[tile.columns] * sums.of_columns.unsqueeze(1)
+    i, j, w = sums.near_rows, sums.near_columns, sums.near_weights
+    if tile.diagonal and len(i):
+        once = i < j
+        i, j, w = i[once], j[once], w[once]
+    if len(i):
+        add_differences_(d_query, x, i + tile.rows.start, j + tile.columns.start, -w)
+
+
+def pair_squares(x: Tensor, i: Tensor, j: Tensor, isolated: Tensor | None = None) -> Tensor:
+    """``|x_i - x_j|^2`` of listed pairs, from differences, ``[P]``; an isolated row is 1 further from every other."""
+    total = x.new_empty(len(i), dtype=_dtype(x))
+    for block in blocks(len(i), _block_rows(x)):
+        total[block] = _differences(x, i[block], j[block]).square().sum(1)
+    return total if isolated is None else total + isolated[i] + isolated[j]
+
+
+def add_differences_(gradient: Tensor, x: Tensor, i: Tensor, j: Tensor, a: Tensor) -> None:
+    """``gradient[i] += a (x_i - x_j)`` and ``gradient[j] -= a (x_i - x_j)`` for listed pairs, in their order."""
+    for block in blocks(len(i), _block_rows(x)):
+        difference = _differences(x, i[block], j[block]) * a[block].unsqueeze(1)
+        _add_rows_(gradient, i[block], difference)
+        _add_rows_(gradient, j[block], difference.neg_())
+
+
+def positive_pairs(group: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every unordered pair of rows of one group, once, as indices ``(i, j)``: some at a time, for rows of ``width``.
+
+    Reads the number of pairs back, which makes a GPU wait once.
+    """
+    order = group.argsort(stable=True)
+    ordered = group[order]
+    position = torch.arange(len(group), device=group.device)
+    partners = torch.searchsorted(ordered, ordered, right=True) - position - 1  # later rows of the row's group
+    last = partners.cumsum(0)
+    total = int(last[-1]) if len(group) else 0
+    for block in blocks(total, _block_elements_of(width)):
+        pair = torch.arange(block.start, block.stop, device=group.device)
+        first = torch.searchsorted(last, pair, right=True)
+        second = first + 1 + pair - (last[first] - partners[first])
+        yield order[first], order[second]
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _differences(x: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return x[i].to(_dtype(x)) - x[j].to(_dtype(x))
+
+
+def _block_rows(x: Tensor) -> int:
+    return _block_elements_of(x.shape[1])
+
+
+def _block_elements_of(width: int) -> int:
+    return max(_BLOCK_ELEMENTS // max(width, 1), 1)
+
+
+def _add_rows_(gradient: Tensor, index: Tensor, values: Tensor) -> None:
+    """In a fixed order: PyTorch adds to repeated rows in turn on a CPU, and on a GPU where it sorts the indices."""
+    if gradient.is_cuda:
+        gradient.index_put_((index,), values, accumulate=True)
+    else:
+        gradient.index_add_(0, index, values)

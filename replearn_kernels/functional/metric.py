@@ -1,0 +1,110 @@
+"""Metric learning: losses over the distances of labelled rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..engine import validation
+from ..engine.plan import DEFAULT_MEMORY_BUDGET
+from ..engine.problem import Inputs, statistics_dtype
+from ..objectives import HardLifted, Lifted, MarginContrastive
+from .call import Options, autocast, run, unit_rows
+
+
+def lifted_structure_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 1.0,
+    smooth: bool = True,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    r"""Lifted structured loss: every positive pair against all negatives of both of its rows.
+
+    With Euclidean distances D, P the unordered pairs of equal labels, N_i the rows with another label than row i's:
+
+        J_ij = log(sum_{k in N_i} exp(margin - D_ik) + sum_{k in N_j} exp(margin - D_jk)) + D_ij       smooth
+        J_ij = max(max_{k in N_i} margin - D_ik, max_{k in N_j} margin - D_jk) + D_ij                  not smooth
+        loss = 1 / (2 |P|) sum_{(i, j) in P} max(0, J_ij)^2
+
+    Oh Song et al., "Deep Metric Learning via Lifted Structured Feature Embedding", 2016 (arXiv:1511.06452), equations
+    4 and 3. Distances are exact to about 1e-5 (fp32) however near two rows are; equal rows have the gradient 0.
+
+    Args:
+        embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
+        labels: integers ``[N]``; any values.
+        margin: at least 0, in units of distance. Default 1.0.
+        smooth: the log-sum-exp over negatives, an upper bound of the maximum; False: the maximum. Default True.
+        reduction: "mean" over the pairs of P, "sum", or "none": ``[N]``, where each pair counts half for either row.
+        normalize: L2-normalise the embeddings first. Default False.
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
+        memory_budget: bytes of distances that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
+
+    Returns:
+        The loss, in fp32 (fp64 for fp64 inputs). Without a positive pair 0, with zero gradients.
+
+    Raises:
+        TypeError: an argument is not of the type or dtype above.
+        ValueError: wrong rank or shape, another device, a margin that is negative or not finite, an unknown reduction
+            or backend, a negative budget.
+        RuntimeError: the backend asked for is not available here.
+    """
+    margin = validation.check_margin(margin)
+    objective = (Lifted if validation.check_flag("smooth", smooth) else HardLifted)(margin)
+    inputs, options = _batch(embeddings, labels, reduction, normalize, backend, memory_budget)
+    return run(inputs, objective, options, lambda: reference.lifted_structure_loss(inputs, objective, reduction))
+
+
+def contrastive_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 1.0,
+    squared: bool = True,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    r"""Margin contrastive loss: rows of one label attract each other, all others repel up to a margin.
+
+    Over the N (N - 1) / 2 unordered pairs, with Euclidean distances D:
+
+        loss_ij = D_ij^2                     equal labels        D_ij                   squared=False
+                = max(0, margin - D_ij)^2    other labels        max(0, margin - D_ij)
+
+    Hadsell, Chopra, LeCun, "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006 (there with a factor
+    of 1/2).
+
+    Args:
+        embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
+        labels: integers ``[N]``; any values.
+        margin: at least 0, in units of distance. Default 1.0.
+        squared: squares of distance and hinge, as in the paper; False: both plain. Default True.
+        reduction: "mean" over all pairs, "sum", or "none": ``[N]``, where each pair counts half for either row.
+
+    The other arguments, the result and the exceptions are those of :func:`lifted_structure_loss`.
+    """
+    margin = validation.check_margin(margin)
+    objective = MarginContrastive(margin, validation.check_flag("squared", squared))
+    inputs, options = _batch(embeddings, labels, reduction, normalize, backend, memory_budget)
+    return run(inputs, objective, options, lambda: reference.contrastive_loss(inputs, objective, reduction))
+
+
+def _batch(
+    embeddings: Tensor, labels: Tensor, reduction: str, normalize: bool, backend: str, memory_budget: int
+) -> tuple[Inputs, Options]:
+    """Labelled rows to be compared with each other, checked."""
+    validation.check_features("embeddings", embeddings)
+    (embeddings,) = autocast(embeddings)
+    labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)
+    options = Options.of(reduction, backend, memory_budget, embeddings)
+    if validation.check_flag("normalize", normalize):
+        embeddings = unit_rows(embeddings)
+    scale = torch.ones((), dtype=statistics_dtype(embeddings.dtype), device=embeddings.device)
+    return Inputs(embeddings, [], None, None, labels, None, scale, None), options

@@ -1,0 +1,144 @@
+"""Losses of the hardest pairs: the gradient is one of few pairs, which one sweep of statistics finds.
+
+Over ``v_ij = -|x_i - x_j|^2``, one table for rows and columns:
+
+    [5, N]  negative (the largest v of another group), its column, positive (the smallest v of the row's group), its
+            column, own number (the columns' too)
+
+A column is -1 where there is none; of equal ones the first is taken. Columns are numbers of the table's dtype, exact up
+to 2^24 rows in fp32.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..engine.distances import add_differences_, pair_squares
+from ..engine.problem import Pairs, Problem
+from .base import Objective
+
+MOST_ROWS = 2**24
+"""What fp32 can number."""
+
+
+class Hardest(Objective):
+    """What such losses share: the statistics, and a gradient without a sweep."""
+
+    family = "hardest"
+    by_distance = "square"
+    needs_columns = True
+    uses_target = False
+    sweeps_gradients = False
+
+    def new_statistics(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, None]:
+        table = like.new_full((5, rows), -1)
+        limits = torch.finfo(like.dtype)
+        table[0], table[2] = limits.min, limits.max
+        table[4] = torch.arange(rows, device=like.device)
+        return table, None
+
+    def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
+        positive = pairs.same_group()
+        limits = torch.finfo(s.dtype)
+        negatives = s.masked_fill(pairs.same_group(), limits.min)
+        if pairs.diagonal:
+            negatives.fill_diagonal_(limits.min)
+        positives = s.masked_fill(~positive, limits.max)
+        of_columns = row_table if column_table is None else column_table
+        for dim, table, others in ((1, row_table, of_columns), (0, column_table, row_table)):
+            if table is not None:
+                _keep_better(table[0:2], *negatives.max(dim), others[4], torch.gt)
+                _keep_better(table[2:4], *positives.min(dim), others[4], torch.lt)
+
+    def weights(self, s, out, pairs, row_table, column_table) -> None:
+        raise NotImplementedError(f"{self.name} has no sweep of gradients")
+
+    def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
+        self.add_gradient(problem, row_table, grad_rows, d_query)
+        return grad_rows.unsqueeze(0), None
+
+    @abstractmethod
+    def add_gradient(self, problem: Problem, row_table: Tensor, grad_rows: Tensor, d_query: Tensor) -> None:
+        """Add the gradients of the pairs to ``d_query``."""
+
+
+def _keep_better(table: Tensor, value: Tensor, index: Tensor, numbers: Tensor, better) -> None:
+    """``table = (value, number)``, where the new value is strictly better."""
+    replace = better(value, table[0])
+    table[0] = torch.where(replace, value, table[0])
+    table[1] = torch.where(replace, numbers[index], table[1])
+
+
+def hardest_negatives(row_table: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether every row has a negative, and its column (0 where not)."""
+    return row_table[1] >= 0, row_table[1].clamp(min=0).long()
+
+
+def hardest_positives(row_table: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of positives."""
+    return row_table[3] >= 0, row_table[3].clamp(min=0).long()
+
+
+@dataclass(frozen=True)
+class BatchHard(Hardest):
+    r"""Hermans et al. 2017: ``L_a = [D(a, p) - D(a, n) + margin]+`` with a's farthest positive and nearest negative.
+
+    D is the Euclidean ``distance``, its square, or half of it, which between unit rows is ``1 - cos`` ("cosine"). 0 for
+    an anchor without a positive or without a negative. The distances of the pairs found are formed again from the
+    differences of their rows.
+    """
+
+    margin: float = 0.2
+    distance: str = "euclidean"
+
+    name = "batch_hard"
+    DISTANCES = ("euclidean", "squared_euclidean", "cosine")
+
+    @classmethod
+    def from_parameters(cls, parameters: list[float]) -> BatchHard:
+        margin, distance = parameters
+        return cls(margin, cls.DISTANCES[int(distance)])
+
+    @property
+    def parameters(self) -> list[float]:
+        return [self.margin, float(self.DISTANCES.index(self.distance))]
+
+    @property
+    def unit_rows(self) -> bool:
+        return self.distance == "cosine"
+
+    def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
+        violation, _, valid = self._violations(problem, row_table)
+        losses = torch.where(valid, violation.clamp(min=0), 0)
+        return losses + problem.squares * 0  # a NaN shows, also where no pair with it was chosen
+
+    def add_gradient(self, problem: Problem, row_table: Tensor, grad_rows: Tensor, d_query: Tensor) -> None:
+        violation, pairs, valid = self._violations(problem, row_table)
+        weight = torch.where(valid & (violation > 0), grad_rows, 0)
+        anchor = torch.arange(problem.rows, device=weight.device)
+        for sign, (other, square) in zip((1, -1), pairs):
+            add_differences_(d_query, problem.given_rows, anchor, other, sign * weight * self._slope(square))
+
+    def _violations(self, problem: Problem, row_table: Tensor):
+        """``D(a, p) - D(a, n) + margin``, the pairs with their squared distances, and which anchors have both."""
+        (has_positive, p), (has_negative, n) = hardest_positives(row_table), hardest_negatives(row_table)
+        anchor = torch.arange(problem.rows, device=p.device)
+        squares = [pair_squares(problem.given_rows, anchor, other, problem.isolated) for other in (p, n)]
+        to_positive, to_negative = (self._distance(square) for square in squares)
+        valid = has_positive & has_negative
+        return to_positive - to_negative + self.margin, list(zip((p, n), squares)), valid
+
+    def _distance(self, square: Tensor) -> Tensor:
+        if self.distance == "euclidean":
+            return square.sqrt()
+        return square if self.distance == "squared_euclidean" else square / 2
+
+    def _slope(self, square: Tensor) -> Tensor:
+        """a of a pair's gradient ``a (x_i - x_j)``: dD / d(D^2) times 2."""
+        if self.distance == "euclidean":
+            return torch.where(square > 0, square.rsqrt(), 0)
+        return torch.full_like(square, 2 if self.distance == "squared_euclidean" else 1)
