@@ -1,12 +1,9 @@
 """The queue of negatives in two processes: all ranks push the keys of all ranks, also in DistributedDataParallel."""
 
-import datetime
-import time
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import Ranks, needs_gloo
 from torch import nn
 
 from replearn_kernels import info_nce_loss
@@ -86,24 +83,9 @@ DISTRIBUTED_CHECKS = [
 ]
 
 
-def run_rank(rank, store):
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
-    for check in DISTRIBUTED_CHECKS:
-        check(rank)
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+@needs_gloo
 def test_two_processes(tmp_path):
     """Every check in DISTRIBUTED_CHECKS, on both ranks of one run."""
-    context = mp.spawn(run_rank, args=(tmp_path / "store",), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the two processes did not end in time"
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
+    with Ranks(2, tmp_path) as ranks:
+        for check in DISTRIBUTED_CHECKS:
+            ranks.run(check)
