@@ -87,7 +87,8 @@ def chain_(w: Tensor, v: Tensor, points: Points) -> TileSums:
 def finish_tile_(x: Tensor, centred: Tensor, tile: Tile, sums: TileSums, d_query: Tensor) -> None:
     """From the sums ``W X`` of a tile to ``sum_j w_ij (x_j - x_i)``, in place; and the near pairs'.
 
-    ``x``: all rows as given, and ``centred`` as they entered the products. A tile on the diagonal holds both images of a pair: its rows' sums, and one image, are all.
+    ``x``: all rows as given, ``centred``: as they entered the products. A tile on the diagonal holds both images of a
+    pair: its rows' sums, and one image, are all.
     """
     d_query[tile.rows] -= centred[tile.rows] * sums.of_rows.unsqueeze(1)
     if tile.mirrored:
