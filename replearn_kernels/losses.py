@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional as F
@@ -20,6 +21,7 @@ class _Loss(nn.Module):
         validation.check_backend_name(options["backend"])
         validation.check_memory_budget(options["memory_budget"])
         validation.check_flag("normalize", options.get("normalize", False))
+        validation.check_strategy(options.get("strategy", "auto"))
         self.options = options
 
     def extra_repr(self) -> str:
@@ -38,6 +40,8 @@ class InfoNCELoss(_Loss):
         normalize: bool = False,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        group=None,
+        strategy: str = "auto",
     ):
         super().__init__(
             symmetric=validation.check_flag("symmetric", symmetric),
@@ -46,6 +50,8 @@ class InfoNCELoss(_Loss):
             normalize=normalize,
             backend=backend,
             memory_budget=memory_budget,
+            group=group,
+            strategy=strategy,
         )
 
     def forward(
@@ -65,12 +71,15 @@ class InfoNCELoss(_Loss):
 class ClipLoss(_Loss):
     """:func:`~replearn_kernels.clip_loss` with the constructor and the call of open_clip's ``ClipLoss``.
 
-    ``local_loss``, ``gather_with_grad``, ``cache_labels``, ``rank`` and ``use_horovod`` are open_clip's settings for
-    a batch spread over processes. They change nothing in one process, and ``world_size > 1`` is refused: a loss over
-    the local rows alone would be a different loss.
+    With ``world_size > 1`` the batch is that of all processes of torch.distributed's default group, or of ``group``.
+    As in open_clip the loss is the mean over the own rows with ``local_loss``, over all rows without. The gradients are
+    those of open_clip with ``gather_with_grad``, whatever it is here: DistributedDataParallel averages them to those of
+    the mean over all rows. ``rank`` and ``cache_labels`` change nothing: the group knows, and no labels are formed.
 
     Raises:
-        NotImplementedError: ``world_size > 1`` or ``use_horovod``.
+        NotImplementedError: ``use_horovod``.
+        RuntimeError: in the call, ``world_size > 1`` without torch.distributed's default group.
+        ValueError: in the call, ``world_size`` is not the group's.
     """
 
     def __init__(
@@ -87,14 +96,19 @@ class ClipLoss(_Loss):
         normalize: bool = False,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        group=None,
+        strategy: str = "auto",
     ):
-        _refuse_processes("ClipLoss", world_size, use_horovod)
+        if use_horovod:
+            raise NotImplementedError("ClipLoss exchanges features by torch.distributed, got use_horovod=True")
+        self.local_loss, self.world_size, self.group = local_loss, world_size, group
         super().__init__(
             label_smoothing=validation.check_fraction("label_smoothing", label_smoothing),
             reduction=reduction,
             normalize=normalize,
             backend=backend,
             memory_budget=memory_budget,
+            strategy=strategy,
         )
 
     def forward(
@@ -107,18 +121,23 @@ class ClipLoss(_Loss):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or ``{"contrastive_loss": loss}``. ``logit_bias`` is taken, as open_clip passes it on: a constant
         added to every logit leaves a softmax as it is, so it changes nothing and gets no gradient."""
-        loss = F.clip_loss(image_features, text_features, logit_scale, **self.options)
+        group = _group_of(self)
+        loss = F.clip_loss(image_features, text_features, logit_scale, group=group, **self.options)
+        if group is not None and not self.local_loss and self.options["reduction"] == "mean":
+            loss = loss + (_mean_over_ranks(loss, group) - loss).detach()
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class SigLipLoss(_Loss):
     """:func:`~replearn_kernels.siglip_loss` with the constructor and the call of open_clip's ``SigLipLoss``.
 
-    ``cache_labels``, ``rank`` and ``dist_impl`` are open_clip's settings for a batch spread over processes. They change
-    nothing in one process, and ``world_size > 1`` is refused: a loss over the local rows alone is a different loss.
+    With ``world_size > 1`` the batch is that of all processes of torch.distributed's default group, or of ``group``:
+    the loss is that of the own images with all texts, and DistributedDataParallel averages its gradients to those of
+    the whole batch, as in open_clip. ``rank``, ``cache_labels`` and ``dist_impl`` change nothing; ``strategy`` is ours.
 
     Raises:
-        NotImplementedError: ``world_size > 1``.
+        RuntimeError: in the call, ``world_size > 1`` without torch.distributed's default group.
+        ValueError: in the call, ``world_size`` is not the group's.
     """
 
     def __init__(
@@ -132,9 +151,13 @@ class SigLipLoss(_Loss):
         normalize: bool = False,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        group=None,
+        strategy: str = "auto",
     ):
-        _refuse_processes("SigLipLoss", world_size)
-        super().__init__(reduction=reduction, normalize=normalize, backend=backend, memory_budget=memory_budget)
+        self.world_size, self.group = world_size, group
+        super().__init__(
+            reduction=reduction, normalize=normalize, backend=backend, memory_budget=memory_budget, strategy=strategy
+        )
 
     def forward(
         self,
@@ -148,7 +171,7 @@ class SigLipLoss(_Loss):
         key_group: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or ``{"contrastive_loss": loss}``. The groups are ours: pairs of equal group are positives."""
-        groups = dict(query_group=query_group, key_group=key_group)
+        groups = dict(query_group=query_group, key_group=key_group, group=_group_of(self))
         loss = F.siglip_loss(image_features, text_features, logit_scale, logit_bias, **groups, **self.options)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -163,8 +186,17 @@ class NPairLoss(_Loss):
         normalize: bool = False,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        group=None,
+        strategy: str = "auto",
     ):
-        super().__init__(reduction=reduction, normalize=normalize, backend=backend, memory_budget=memory_budget)
+        super().__init__(
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            memory_budget=memory_budget,
+            group=group,
+            strategy=strategy,
+        )
 
     def forward(self, anchor: Tensor, positive: Tensor, labels: Tensor | None = None) -> Tensor:
         return F.n_pair_loss(anchor, positive, labels=labels, **self.options)
@@ -181,6 +213,8 @@ class NTXentLoss(_Loss):
         normalize: bool = True,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        group=None,
+        strategy: str = "auto",
     ):
         super().__init__(
             temperature=validation.check_positive("temperature", temperature),
@@ -188,6 +222,8 @@ class NTXentLoss(_Loss):
             normalize=normalize,
             backend=backend,
             memory_budget=memory_budget,
+            group=group,
+            strategy=strategy,
         )
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -205,6 +241,8 @@ class SupConLoss(_Loss):
         normalize: bool = True,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        group=None,
+        strategy: str = "auto",
     ):
         super().__init__(
             temperature=validation.check_positive("temperature", temperature),
@@ -212,6 +250,8 @@ class SupConLoss(_Loss):
             normalize=normalize,
             backend=backend,
             memory_budget=memory_budget,
+            group=group,
+            strategy=strategy,
         )
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -309,13 +349,23 @@ class CosFaceLoss(_MarginLoss):
         return F.cosface_loss(embeddings, self.weight, labels, **self.options)
 
 
-def _refuse_processes(name: str, world_size: int, use_horovod: bool = False) -> None:
-    if world_size != 1 or use_horovod:
-        raise NotImplementedError(
-            f"{name} computes the batch of one process, got world_size={world_size}"
-            + (", use_horovod=True" if use_horovod else "")
-        )
+def _group_of(loss: ClipLoss | SigLipLoss):
+    """The group of a module with open_clip's settings: given, or with ``world_size > 1`` the default group."""
+    if loss.world_size == 1:
+        return loss.group
+    if loss.group is None and not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(f"world_size={loss.world_size} needs torch.distributed.init_process_group")
+    group = dist.group.WORLD if loss.group is None else loss.group
+    if loss.world_size != dist.get_world_size(group):
+        raise ValueError(f"world_size must be the group's, {dist.get_world_size(group)}, got {loss.world_size}")
+    return group
+
+
+def _mean_over_ranks(loss: Tensor, group) -> Tensor:
+    mean = loss.detach().clone()
+    dist.all_reduce(mean, group=group)
+    return mean / dist.get_world_size(group)
 
 
 def _repr(options: dict) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return ", ".join(f"{name}={value!r}" for name, value in options.items() if name != "group" or value is not None)

@@ -10,10 +10,14 @@ from torch import Tensor
 
 @dataclass
 class Work:
-    """FLOPs of matrix products, and the peak bytes of tile buffers, kept tiles and statistics."""
+    """FLOPs of matrix products, the peak bytes of tile buffers, kept tiles and statistics, and what was sent.
+
+    With a process group, blocks of other ranks and their gradients are workspace too, and so are the own gradients.
+    """
 
     flops: int = 0
     workspace_bytes: int = 0
+    sent_elements: int = 0  # to other ranks, by this one
 
     def units(self, n: int, m: int, d: int) -> float:
         """Products of one N x M x d matrix multiplication, ``2 N M d`` FLOPs each."""
@@ -55,3 +59,9 @@ def count_workspace(*buffers: Tensor | None) -> None:
         size = sum(b.numel() * b.element_size() for b in buffers if b is not None)
         for work in _active:
             work.workspace_bytes = max(work.workspace_bytes, size)
+
+
+def count_sent(elements: int) -> None:
+    """So many elements left for other ranks."""
+    for work in _active:
+        work.sent_elements += elements

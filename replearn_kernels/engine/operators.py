@@ -13,9 +13,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from . import schedules
+from . import distributed, schedules
 from .problem import Inputs
 from .schedules import Config
+from .shards import Layout
 
 _INPUTS = (
     "Tensor query, Tensor[] keys, Tensor? own, Tensor? target, Tensor? row_group, Tensor? column_group, "
@@ -47,16 +48,20 @@ torch.library.register_fake("replearn_kernels::pair_loss", _forward_with(schedul
 torch.library.register_fake("replearn_kernels::pair_loss_backward", _backward_with(schedules.fake_backward))
 
 
-def pair_loss(inputs: Inputs, config: Config) -> Tensor:
-    """The loss of every row against its columns, differentiable once.
+def pair_loss(inputs: Inputs, config: Config, layout: Layout | None = None) -> Tensor:
+    """The loss of every row against its columns, differentiable once; with a ``layout``, those of all ranks.
 
     Raises:
-        NotImplementedError: inside a torch.func transform.
+        NotImplementedError: inside a torch.func transform; a layout with tensors that are traced or wrapped.
     """
     refuse_transforms()
+    if layout is not None:
+        if _needs_dispatcher(*inputs.differentiable):
+            raise NotImplementedError("a loss with group= takes plain tensors: their data goes to other ranks")
+        return _PairLoss.apply(distributed.Schedules(layout), config, len(inputs.keys), *_flat(inputs))
     if _needs_dispatcher(*inputs.differentiable):
         return torch.ops.replearn_kernels.pair_loss(*inputs, *config)[0]
-    return _PairLoss.apply(config, len(inputs.keys), *_flat(inputs))
+    return _PairLoss.apply(schedules, config, len(inputs.keys), *_flat(inputs))
 
 
 def refuse_transforms() -> None:
@@ -90,18 +95,18 @@ def _unflat(tensors, key_count: int) -> tuple[Inputs, list[Tensor]]:
 
 
 class _PairLoss(torch.autograd.Function):
-    """The eager route: the rule of the operators, without the dispatcher.
+    """The eager route: the rule of the operators, without the dispatcher. ``route``: whose forward and backward.
 
     Gradients that came with the forward call are handed over to the first backward call, which scales them in place:
     keeping them for a second would double the memory. Should it come (retain_graph=True), they are computed again.
     """
 
     @staticmethod
-    def forward(ctx, config, key_count, *tensors):
+    def forward(ctx, route, config, key_count, *tensors):
         inputs, _ = _unflat(tensors, key_count)
-        loss, saved = schedules.forward(inputs, config)
-        ctx.gradients = None
-        if schedules.gradients_in_forward(inputs, config):
+        loss, saved = route.forward(inputs, config)
+        ctx.route, ctx.gradients = route, None
+        if route.gradients_in_forward(inputs, config):
             ctx.gradients, saved = saved, []
         _save(ctx, config, inputs, saved)
         return loss
@@ -110,16 +115,16 @@ class _PairLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         inputs, saved = _load(ctx)
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            if schedules.gradients_in_forward(inputs, ctx.config):
-                saved = ctx.gradients or schedules.forward(inputs, ctx.config)[1]
+            if ctx.route.gradients_in_forward(inputs, ctx.config):
+                saved = ctx.gradients or ctx.route.forward(inputs, ctx.config)[1]
                 ctx.gradients = None
-            gradients = schedules.backward(grad_loss, saved, inputs, ctx.config, in_place=True)
+            gradients = ctx.route.backward(grad_loss, saved, inputs, ctx.config, in_place=True)
             gradients = _placed(gradients, inputs, ctx.config)
         if torch.is_grad_enabled():  # create_graph=True: the gradients must not look like constants
             sources = [grad_loss, *inputs.differentiable]
             marked = _RefuseSecondDerivative.apply(len(sources), *sources, *_flat(gradients))
             gradients, _ = _unflat(marked, ctx.key_count)
-        return None, None, *_flat(gradients)
+        return None, None, None, *_flat(gradients)
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):

@@ -86,10 +86,7 @@ def make_plan(
     )
     if not needs_statistics and needs_grad and one_gradient:
         return Plan("one_sweep", gradient_tile, gradient_tile, 0)
-    elements = rows * width
-    if is_batch:
-        row_blocks = blocks(rows, statistics_tile.rows)
-        elements = sum((block.stop - block.start) * (rows - block.start) for block in row_blocks)
+    elements = visited_pairs(rows, width, statistics_tile.rows, is_batch)
     keeps = needs_grad and needs_statistics and sweeps_gradients and itemsize
     kept = min(elements, memory_budget // itemsize) if keeps else 0
     if keeps and one_gradient and rows and width:
@@ -103,6 +100,13 @@ def make_plan(
             chunk = TileShape(balanced_block(rows, chunk_rows), statistics_tile.columns)
             return Plan("row_chunks", chunk, chunk, chunk.rows * width)
     return Plan("two_sweeps", statistics_tile, gradient_tile, kept)
+
+
+def visited_pairs(rows: int, width: int, row_block: int, is_batch: bool) -> int:
+    """The entries of all tiles that a sweep visits."""
+    if not is_batch:
+        return rows * width
+    return sum((block.stop - block.start) * (rows - block.start) for block in blocks(rows, row_block))
 
 
 def balanced_block(size: int, limit: int) -> int:

@@ -114,10 +114,19 @@ class Problem:
     def positive_counts(self) -> Tensor:
         """In a batch, how many other rows are in row i's group, ``[N]``; without reading back from a GPU."""
         if self._positive_counts is None:
-            ordered = self.row_group.sort().values
+            ordered = self._all_groups().sort().values
             first, last = (torch.searchsorted(ordered, self.row_group, right=right) for right in (False, True))
             self._positive_counts = last - first - 1
         return self._positive_counts
+
+    def _all_groups(self) -> Tensor:
+        """The groups of all rows that a row of the batch is compared with, and its own."""
+        return self.row_group
+
+    @property
+    def total_rows(self) -> int:
+        """Rows that a column sees."""
+        return self.rows
 
     @property
     def width(self) -> int:
@@ -169,16 +178,33 @@ class Problem:
         rows, columns = (self.given_rows[part].to(self.statistics_dtype) for part in (tile.rows, tile.columns))
         return Points(rows, columns, self.squares[tile.rows], self.squares[tile.columns], squared, tile.diagonal)
 
+    def at_targets(self, column_values: Tensor) -> Tensor:
+        """``[..., M]`` of the columns to ``[..., N]``: of every row's positive."""
+        return column_values[..., self.target]
+
+    def sum_at_targets(self, row_values: Tensor) -> Tensor:
+        """``[N]`` to ``[M]``: the sum over the rows whose positive a column is, 0 where it is none's.
+
+        In fp64: there alone PyTorch adds in a fixed order on the CPU too.
+        """
+        return sum_at(self.target, row_values, self.sources[0].width).to(row_values.dtype)
+
     def total_logits(self) -> Tensor:
         """``sum_j l_ij`` over all columns of row i, ``[N]``, in O((N + M) d)."""
         dtype = self.statistics_dtype
-        total = sum(source.total(dtype) for source in self.sources)
+        keys, *others = self.sources
+        total = sum((source.total(dtype) for source in others), start=self._over_ranks(keys.total(dtype)))
         return (self.query.to(dtype) * total).sum(1) * self.scale
 
     def total_column_logits(self) -> Tensor:
         """``sum_i l_ij`` over all rows, for every column j of the first source, ``[M]``."""
         dtype = self.statistics_dtype
-        return (self.sources[0].features.to(dtype) @ self.query.sum(0, dtype=dtype)) * self.scale
+        total = self._over_ranks(self.query.sum(0, dtype=dtype))
+        return (self.sources[0].features.to(dtype) @ total) * self.scale
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        """Their sum over the ranks of the batch: here one."""
+        return values
 
 
 class Pairs(NamedTuple):
@@ -215,6 +241,11 @@ def number_of(scalar: Tensor) -> float | Tensor:
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics, accumulators and losses: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sum_at(index: Tensor, values: Tensor, count: int) -> Tensor:
+    """``[count]``, fp64: the sum of the values of each index."""
+    return values.new_zeros(count, dtype=torch.float64).index_put_((index,), values.double(), accumulate=True)
 
 
 def _inverse_norms(features: Tensor) -> Tensor:

@@ -133,7 +133,10 @@ class _Run(NamedTuple):
     @property
     def share(self) -> float | Tensor:
         """Of a row in the loss."""
-        return 1 / self.objective.rows_counted(self.problem) if self.config.reduction == "mean" else 1.0
+        if self.config.reduction != "mean":
+            return 1.0
+        count = self.objective.rows_counted(self.problem)
+        return 1 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
     def new_gradients(self) -> Gradients:
         return Gradients.zeros(self.problem, self.with_query)

@@ -20,10 +20,15 @@ def sweep_statistics(problem: Problem, plan: Plan, backend: Backend, kept: KeptT
     """Sweep 1: the statistics of rows (and columns) from every tile, keeping the tiles that fit."""
     like = problem.query.new_empty((), dtype=problem.statistics_dtype)
     statistics = backend.objective.new_statistics(problem.rows, problem.sources[0].width, like)
+    fold_statistics(problem, plan, backend, kept, statistics)
+    return statistics
+
+
+def fold_statistics(problem: Problem, plan: Plan, backend: Backend, kept: KeptTiles, statistics: Tables) -> None:
+    """Sweep 1 into tables that may hold other columns' statistics already."""
     for tile in problem.tiles(plan.statistics_tile, backend.compute_dtype(problem.query.dtype)):
         backend.update_statistics(problem, tile, kept.place(tile), statistics)
     count_workspace(kept.buffer, *backend.workspace(), *statistics)
-    return statistics
 
 
 @dataclass

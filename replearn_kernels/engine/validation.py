@@ -14,6 +14,7 @@ from .problem import Inputs, statistics_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 BACKEND_NAMES = ("auto", "triton", "cpp", "torch", "eager")
+STRATEGIES = ("auto", "ring", "gather")
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -163,6 +164,11 @@ def check_reduction(reduction: str) -> None:
 def check_backend_name(name: str, names: tuple[str, ...] = BACKEND_NAMES) -> None:
     if name not in names:
         raise ValueError(f"backend must be one of {', '.join(names)}, got {name!r}")
+
+
+def check_strategy(strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
 
 
 def check_number(name: str, value: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -14,21 +15,64 @@ from ..engine.backends import resolve_backend
 from ..engine.operators import pair_loss
 from ..engine.problem import Inputs, statistics_dtype
 from ..engine.schedules import Config, on_device_of
+from ..engine.shards import meet
+from ..engine.world import World
 from ..objectives import Objective
 
 
 class Options(NamedTuple):
-    """What every loss takes, checked."""
+    """What every loss takes, checked; ``world`` and ``strategy``, what every loss over pairs takes."""
 
     reduction: str
     backend: str
     memory_budget: int
+    world: World | None = None
+    strategy: str = "auto"
 
     @classmethod
-    def of(cls, reduction: str, backend: str, memory_budget: int, features: Tensor) -> Options:
+    def of(
+        cls,
+        reduction: str,
+        backend: str,
+        memory_budget: int,
+        features: Tensor,
+        world: World | None = None,
+        strategy: str = "auto",
+    ) -> Options:
         validation.check_reduction(reduction)
         validation.check_memory_budget(memory_budget)
-        return cls(reduction, resolve_backend(backend, features.device, features.dtype), memory_budget)
+        validation.check_strategy(strategy)
+        name = resolve_backend(backend, features.device, features.dtype)
+        if world is not None and name == "eager":
+            raise ValueError("backend='eager' is the formula for the batch of one process: it takes no group")
+        return cls(reduction, name, memory_budget, world, strategy)
+
+
+def in_group(function):
+    """For a loss function that takes ``group``: what fails on one rank before all have met is told to the others.
+
+    The function gets its :class:`World` in the group's place, or None. torch.compile leaves it out of its graphs: what
+    comes from other ranks has sizes that no graph knows.
+    """
+
+    @wraps(function)
+    def call(*args, group=None, **keywords):
+        if group is None:
+            return function(*args, **keywords)
+        return _in_group(function, group, args, keywords)
+
+    return call
+
+
+@torch._disable_dynamo
+def _in_group(function, group, args, keywords):
+    world = World.of(group)
+    try:
+        return function(*args, group=world, **keywords)
+    except Exception as error:
+        if world is not None and not world.has_met:
+            world.meet({"error": f"{type(error).__name__}: {error}"})
+        raise
 
 
 def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[[], Tensor]) -> Tensor:
@@ -39,8 +83,12 @@ def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[
             return eager()
     enabled = torch.is_grad_enabled()
     needs_grad = [enabled and tensor.requires_grad for tensor in inputs.differentiable]
-    config = Config(objective.name, objective.parameters, *options, needs_grad)
-    return pair_loss(inputs, config)
+    how = options.reduction, options.backend, options.memory_budget
+    config = Config(objective.name, objective.parameters, *how, needs_grad)
+    if options.world is None:
+        return pair_loss(inputs, config)
+    alike = {"reduction": options.reduction, "requires_grad": needs_grad}
+    return pair_loss(inputs, config, meet(options.world, inputs, objective, alike, options.strategy))
 
 
 def unit_rows(features: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..objectives import Sigmoid, Softmax
-from .call import Options, autocast, check_pair, run, unit_rows
+from .call import Options, autocast, check_pair, in_group, run, unit_rows
 
 
+@in_group
 def info_nce_loss(
     query: Tensor,
     key: Tensor,
@@ -25,6 +26,8 @@ def info_nce_loss(
     normalize: bool = False,
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    group=None,
+    strategy: str = "auto",
 ) -> Tensor:
     r"""Cross entropy that picks every query's key out of all keys, without the N x M matrix of logits.
 
@@ -52,25 +55,35 @@ def info_nce_loss(
             full matrix, which can be differentiated twice.
         memory_budget: bytes of similarities that may be kept for the backward pass instead of computed again.
             Default 256 MiB; 0 keeps none.
+        group: a torch.distributed process group: the batch is that of all its ranks, each of which passes its shard
+            and calls backward. Targets count through the keys of all ranks, in their order; negatives are the rank's
+            own. Default: this process alone. See docs/design.md, "Many ranks".
+        strategy: "ring": blocks of keys travel from rank to rank, in O(local N x d) memory; "gather": all at once;
+            "auto": "gather" where the features and gradients of all ranks take up to 32 MiB.
 
     Returns:
-        The loss, in fp32 (fp64 for fp64 inputs). Without queries 0, with zero gradients.
+        The loss, in fp32 (fp64 for fp64 inputs). Without queries 0, with zero gradients. With a group, "mean" is R / N
+        times the sum over the own queries, with R ranks and N queries on all of them: the mean over the own queries
+        where all have as many, and always such that the plain mean over the ranks is the mean over all queries. The
+        gradients are those of the sum over the ranks, which DistributedDataParallel averages to those of that mean.
 
     Raises:
         TypeError: an argument is not of the type or dtype above, or two features differ in dtype.
         ValueError: wrong rank or shape, different widths or devices, target out of range, a scale that is not
-            finite, an unknown reduction or backend, a negative budget.
-        RuntimeError: the backend asked for is not available here.
+            finite, an unknown reduction or backend, a negative budget; with a group, on every rank: shards that do
+            not fit together, or a call that failed on another rank.
+        RuntimeError: the backend asked for is not available here; a rank of the group died, or did not come within
+            the group's timeout.
     """
     objective = Softmax(
         validation.check_flag("symmetric", symmetric), validation.check_fraction("label_smoothing", label_smoothing)
     )
     features = {"query": query, "key": key}
-    return _softmax_loss(
-        objective, features, target, negatives, None, logit_scale, normalize, reduction, backend, memory_budget
-    )
+    options = reduction, backend, memory_budget, group, strategy
+    return _softmax_loss(objective, features, target, negatives, None, logit_scale, normalize, options)
 
 
+@in_group
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -81,6 +94,8 @@ def clip_loss(
     normalize: bool = False,
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    group=None,
+    strategy: str = "auto",
 ) -> Tensor:
     r"""The CLIP loss: image i picks text i out of all texts, and the reverse, without the N x N matrix.
 
@@ -103,11 +118,11 @@ def clip_loss(
         validation.check_same_rows("image_features", image_features, "text_features", text_features)
     objective = Softmax(symmetric=True, label_smoothing=validation.check_fraction("label_smoothing", label_smoothing))
     features = {"image_features": image_features, "text_features": text_features}
-    return _softmax_loss(
-        objective, features, None, None, None, logit_scale, normalize, reduction, backend, memory_budget
-    )
+    options = reduction, backend, memory_budget, group, strategy
+    return _softmax_loss(objective, features, None, None, None, logit_scale, normalize, options)
 
 
+@in_group
 def n_pair_loss(
     anchor: Tensor,
     positive: Tensor,
@@ -117,6 +132,8 @@ def n_pair_loss(
     normalize: bool = False,
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    group=None,
+    strategy: str = "auto",
 ) -> Tensor:
     r"""Multi-class N-pair loss: anchor i's positive against the positives of all other classes.
 
@@ -137,9 +154,11 @@ def n_pair_loss(
         validation.check_same_rows("anchor", anchor, "positive", positive)
     objective = Softmax(groups_ignored=labels is not None)
     features = {"anchor": anchor, "positive": positive}
-    return _softmax_loss(objective, features, None, None, labels, 1.0, normalize, reduction, backend, memory_budget)
+    options = reduction, backend, memory_budget, group, strategy
+    return _softmax_loss(objective, features, None, None, labels, 1.0, normalize, options)
 
 
+@in_group
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -152,6 +171,8 @@ def siglip_loss(
     normalize: bool = False,
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    group=None,
+    strategy: str = "auto",
 ) -> Tensor:
     r"""The sigmoid loss: every image-text pair is classified on its own, as matching or not.
 
@@ -175,6 +196,7 @@ def siglip_loss(
         normalize: L2-normalise both features first.
         backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: taken as by every loss, but one sweep has nothing to keep.
+        group, strategy: as in :func:`info_nce_loss`.
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). Without images 0, with zero gradients.
@@ -196,7 +218,7 @@ def siglip_loss(
     logit_scale = validation.check_scale("logit_scale", logit_scale, image)
     if logit_bias is not None:
         logit_bias = validation.check_scale("logit_bias", logit_bias, image)
-    options = Options.of(reduction, backend, memory_budget, image)
+    options = Options.of(reduction, backend, memory_budget, image, group, strategy)
     if validation.check_flag("normalize", normalize):
         image, text = unit_rows(image), unit_rows(text)
     inputs = Inputs(image, [text], None, None, query_group, key_group, logit_scale, logit_bias)
@@ -211,11 +233,12 @@ def _softmax_loss(
     labels: Tensor | None,
     logit_scale: float | Tensor,
     normalize: bool,
-    reduction: str,
-    backend: str,
-    memory_budget: int,
+    options: tuple,
 ) -> Tensor:
-    """The softmax family behind one check of arguments; ``features``: queries and keys under the caller's names."""
+    """The softmax family behind one check of arguments; ``features``: queries and keys under the caller's names.
+
+    ``options``: reduction, backend, memory_budget, group, strategy.
+    """
     query, key = check_pair(features)
     query_name = next(iter(features))
     queue, own = _split_negatives(negatives, query_name, query)
@@ -223,7 +246,8 @@ def _softmax_loss(
     if labels is not None:
         labels = validation.check_labels("labels", labels, len(query), query)
     logit_scale = validation.check_scale("logit_scale", logit_scale, query)
-    options = Options.of(reduction, backend, memory_budget, query)
+    reduction, backend, memory_budget, group, strategy = options
+    options = Options.of(reduction, backend, memory_budget, query, group, strategy)
     if validation.check_flag("normalize", normalize):
         query, key, queue, own = (None if t is None else unit_rows(t) for t in (query, key, queue, own))
     keys = [key] if queue is None else [key, queue]

@@ -9,10 +9,12 @@ from .. import reference
 from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
+from ..engine.world import World
 from ..objectives import SupCon
-from .call import Options, autocast, check_pair, run, unit_rows
+from .call import Options, autocast, check_pair, in_group, run, unit_rows
 
 
+@in_group
 def nt_xent_loss(
     z_i: Tensor,
     z_j: Tensor,
@@ -22,6 +24,8 @@ def nt_xent_loss(
     normalize: bool = True,
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    group=None,
+    strategy: str = "auto",
 ) -> Tensor:
     r"""SimCLR's loss: each of 2N views picks its sample's other view out of the 2N - 1 others.
 
@@ -39,6 +43,7 @@ def nt_xent_loss(
         normalize: L2-normalise both first. Default True.
         backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of similarities that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
+        group, strategy: as in :func:`~replearn_kernels.info_nce_loss`; the rows are those of all ranks.
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). Without rows 0, with zero gradients.
@@ -51,12 +56,12 @@ def nt_xent_loss(
     """
     z_i, z_j = check_pair({"z_i": z_i, "z_j": z_j})
     validation.check_same_rows("z_i", z_i, "z_j", z_j)
-    sample = torch.arange(z_i.shape[0], device=z_i.device)
-    return _batch_loss(
-        torch.cat([z_i, z_j]), sample.repeat(2), temperature, reduction, normalize, backend, memory_budget
-    )
+    sample = _own_samples(z_i.shape[0], z_i, group).repeat(2)
+    options = reduction, backend, memory_budget, group, strategy
+    return _batch_loss(torch.cat([z_i, z_j]), sample, temperature, normalize, options)
 
 
+@in_group
 def sup_con_loss(
     features: Tensor,
     labels: Tensor | None = None,
@@ -66,6 +71,8 @@ def sup_con_loss(
     normalize: bool = True,
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    group=None,
+    strategy: str = "auto",
 ) -> Tensor:
     r"""Supervised contrastive loss (the paper's L_out): rows of one label attract each other, all others repel.
 
@@ -96,24 +103,31 @@ def sup_con_loss(
     elif views != 3:
         raise ValueError("labels are needed for features [N, d]; only views [B, V, d] can do without")
     else:
-        labels = torch.arange(features.shape[0], device=features.device)
+        labels = _own_samples(features.shape[0], features, group)
     if views == 3:
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
-    return _batch_loss(features, labels, temperature, reduction, normalize, backend, memory_budget)
+    options = reduction, backend, memory_budget, group, strategy
+    return _batch_loss(features, labels, temperature, normalize, options)
+
+
+def _own_samples(count: int, features: Tensor, world: World | None) -> Tensor:
+    """A number for each sample, that no sample of another rank has."""
+    samples = torch.arange(count, device=features.device)
+    return samples if world is None else samples * world.size + world.rank
 
 
 def _batch_loss(
     features: Tensor,
     labels: Tensor,
     temperature: float | Tensor,
-    reduction: str,
     normalize: bool,
-    backend: str,
-    memory_budget: int,
+    options: tuple,
 ) -> Tensor:
+    """``options``: reduction, backend, memory_budget, group, strategy."""
+    reduction, backend, memory_budget, group, strategy = options
     logit_scale = validation.check_temperature("temperature", temperature, features)
-    options = Options.of(reduction, backend, memory_budget, features)
+    options = Options.of(reduction, backend, memory_budget, features, group, strategy)
     if validation.check_flag("normalize", normalize):
         features = unit_rows(features)
     inputs = Inputs(features, [], None, None, labels, None, logit_scale, None)

@@ -64,13 +64,20 @@ class Objective(ABC):
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         """Fold a tile of products ``s[R, C]`` into the statistics of its rows and columns."""
 
+    def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
+        """Fold the statistics ``other`` into ``table``, of the same columns, from other ranks' rows.
+
+        Needed for a process group: the column table's, or in a batch the row table's, which stands for both.
+        """
+        raise NotImplementedError(f"{self.name} cannot merge statistics: it has no process group")
+
     @abstractmethod
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         """``L_i`` of every row, ``[N]``."""
 
     def rows_counted(self, problem: Problem) -> int | Tensor:
-        """How many rows the mean is over: at least 1."""
-        return max(problem.rows, 1)
+        """How many rows the mean is over."""
+        return problem.rows
 
     @abstractmethod
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, Tensor | None]:

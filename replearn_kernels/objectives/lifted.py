@@ -52,7 +52,7 @@ class _Lifted(Objective):
 
     def rows_counted(self, problem: Problem) -> Tensor:
         """The positive pairs."""
-        return (problem.positive_counts.sum() // 2).clamp(min=1).to(problem.statistics_dtype)
+        return (problem.positive_counts.sum() // 2).to(problem.statistics_dtype)
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         r = self._of_rows(row_table)

@@ -84,6 +84,9 @@ class Softmax(Objective):
         if column_table is not None:
             fold_sum_exp(v, steepness(pairs.scale), 0, column_table)
 
+    def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
+        merge_sum_exp(table, other, steepness(scale))
+
     # -- combine ---------------------------------------------------------------------------------------------
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
@@ -93,10 +96,10 @@ class Softmax(Objective):
         if self.label_smoothing:
             loss = loss + self.label_smoothing * (positive * steep - problem.total_logits() / max(problem.width, 1))
         if self.symmetric:
-            column_max, column_sum = column_table[:, problem.target]
+            column_max, column_sum = problem.at_targets(column_table)
             column_loss = (column_max - positive) * steep + column_sum.log()
             if self.label_smoothing:
-                mean = problem.total_column_logits()[problem.target] / max(problem.rows, 1)
+                mean = problem.at_targets(problem.total_column_logits()) / max(problem.total_rows, 1)
                 column_loss = column_loss + self.label_smoothing * (positive * steep - mean)
             loss = (loss + column_loss) / 2
         return loss
@@ -110,11 +113,9 @@ class Softmax(Objective):
         if not self.symmetric:
             return rows, None
         column_max, column_sum = column_table
-        # A column that is no row's positive has weight 0, one that is several rows' has their sum. In fp64: there
-        # alone PyTorch adds in a fixed order on the CPU too.
-        weights = torch.zeros_like(column_max, dtype=torch.float64)
-        weight = weights.index_put_((problem.target,), weight.double(), accumulate=True).to(weight.dtype)
-        offset = weight * (smoothing / max(problem.rows, 1))
+        # A column that is no row's positive has weight 0, one that is several rows' has their sum.
+        weight = problem.sum_at_targets(weight)
+        offset = weight * (smoothing / max(problem.total_rows, 1))
         return rows, torch.stack([column_max, column_sum.log(), weight, torch.zeros_like(weight), offset])
 
     # -- sweep 2 ---------------------------------------------------------------------------------------------
@@ -152,6 +153,14 @@ def logarithms(top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """
     empty = total == 0
     return torch.where(empty, torch.finfo(top.dtype).max, top), torch.where(empty, 1, total).log()
+
+
+def merge_sum_exp(table: Tensor, other: Tensor, steep: float | Tensor) -> None:
+    """Merge two tables ``(max, sum, ...)`` of one column each, in place; what follows the sum adds up."""
+    new_max = torch.maximum(table[0], other[0])
+    table[1].mul_(((table[0] - new_max) * steep).exp_()).add_(other[1] * ((other[0] - new_max) * steep).exp_())
+    table[0].copy_(new_max)
+    table[2:] += other[2:]
 
 
 def pick_targets(v: Tensor, pairs: Pairs, positive: Tensor) -> None:

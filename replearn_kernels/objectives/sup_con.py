@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..engine.problem import Pairs, Problem
 from .base import Objective, empty_table, sign, steepness
-from .softmax import fold_sum_exp, logarithms, probabilities
+from .softmax import fold_sum_exp, logarithms, merge_sum_exp, probabilities
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,9 @@ class SupCon(Objective):
                 table[2] += positives.sum(dim)
                 fold_sum_exp(_without_self(v, pairs), steepness(pairs.scale), dim, table)
 
+    def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
+        merge_sum_exp(table, other, steepness(scale))
+
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         row_max, row_sum, positive = row_table
         counts = problem.positive_counts
@@ -64,7 +67,7 @@ class SupCon(Objective):
         return torch.where((counts > 0) | row_sum.isnan(), loss, 0)  # a NaN shows, whatever its row counts for
 
     def rows_counted(self, problem: Problem) -> Tensor:
-        return (problem.positive_counts > 0).sum().clamp(min=1).to(problem.statistics_dtype)
+        return (problem.positive_counts > 0).sum().to(problem.statistics_dtype)
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
         row_max, row_sum, _ = row_table

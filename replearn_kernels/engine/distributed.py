@@ -1,0 +1,304 @@
+"""The schedules of a batch that is spread over the ranks of a process group.
+
+    two sweeps    statistics in the forward call: blocks of keys travel, and carry their columns' statistics home.
+                  Gradients in the backward call: blocks travel with their columns' coefficients, and carry gradients.
+    one sweep     where W needs no statistics: the second tour, in the forward call.
+
+Rank r returns the mean over its own rows, weighted so that the plain mean over the R ranks is the mean L of the global
+batch, and gets the gradients of the sum of what all ranks return, each times its upstream gradient: R dL/dx for its
+features, which DistributedDataParallel averages to that of L. Scale and bias, which all ranks share, get the mean over
+the ranks, dL/ds, on every rank: as right with DistributedDataParallel as without.
+
+All ranks must call forward and backward, and several losses in the same order. The order of every sum is fixed by the
+ranks (:mod:`.ring`): the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import make_backend
+from .backends.base import Backend, KeptTiles
+from .counters import count_workspace
+from .plan import Plan, TileShape, balanced_block, visited_pairs
+from .problem import Inputs, Problem
+from .ring import Tour, travel
+from .schedules import Config, on_device_of
+from .shards import Layout, Shard
+from .sweeps import Gradients, Tables, fold_statistics, sums_over_columns, sweep_gradients
+from .world import World
+
+
+class Schedules(NamedTuple):
+    """What :mod:`.schedules` is to a batch in one process."""
+
+    layout: Layout
+
+    def forward(self, inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
+        """This rank's loss, and the tensors that :meth:`backward` needs (none if no input needs a gradient)."""
+        with on_device_of(inputs.query):
+            run = _Run.of(inputs, config, self.layout)
+            if self.gradients_in_forward(inputs, config):
+                tables = run.new_tables()
+                losses, results = _sweep_gradients(run, tables, run.new_kept(0), run.share, with_losses=True)
+                return losses.sum() * run.share, results
+            kept = run.new_kept(run.kept_elements)
+            tables = _sweep_statistics(run, kept)
+            losses = run.objective.row_losses(run.shard, *tables)
+            loss = losses if config.reduction == "none" else losses.sum() * run.share
+            saved = [kept.buffer, *(table for table in tables if table is not None)]
+            return loss, saved if any(config.needs_grad) else []
+
+    @staticmethod
+    def gradients_in_forward(inputs: Inputs, config: Config) -> bool:
+        """Whether :meth:`forward` returns gradients for :meth:`backward` to scale."""
+        needs_statistics = config.make_objective().needs_statistics
+        return not needs_statistics and any(config.needs_grad) and config.reduction != "none"
+
+    def backward(
+        self, grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config, in_place: bool
+    ) -> list[Tensor]:
+        """Gradients in the order of ``inputs.differentiable``; an empty tensor where none is due."""
+        with on_device_of(inputs.query):
+            upstream = _upstream(grad_loss, self.layout.world)
+            in_forward = self.gradients_in_forward(inputs, config)
+            if in_forward and (upstream == upstream[0]).all():
+                results = [gradient.mul_(grad_loss) if in_place else gradient * grad_loss for gradient in saved]
+            else:
+                run = _Run.of(inputs, config, self.layout)
+                if in_forward:  # their sums are of no use: the rows of each rank have a factor of their own
+                    saved = [run.new_kept(0).buffer, *run.new_tables()[:1]]
+                kept, row_table, *column_table = saved
+                weights, factor = _row_weights(grad_loss, upstream, len(inputs.query))
+                coefficients = run.objective.coefficients(run.shard, row_table, *(column_table or [None]), weights)
+                _, results = _sweep_gradients(run, coefficients, KeptTiles(kept), factor * run.share)
+            return [
+                result.to(tensor.dtype) if needs else inputs.query.new_empty(0)
+                for tensor, result, needs in zip(inputs.differentiable, results, config.needs_grad)
+            ]
+
+
+@dataclass
+class _Run:
+    """One call at work, on one rank."""
+
+    shard: Shard
+    config: Config
+    layout: Layout
+    runner: Backend
+    share: float | Tensor = 1.0  # of a row in the loss
+
+    @classmethod
+    def of(cls, inputs: Inputs, config: Config, layout: Layout) -> _Run:
+        objective = config.make_objective()
+        shard = Shard.of(inputs, config.needs_grad, objective, layout)
+        run = cls(shard, config, layout, make_backend(config.backend, objective))
+        if config.reduction == "mean":
+            counted = torch.as_tensor(objective.rows_counted(shard), device=inputs.query.device)
+            total = layout.world.sum(counted.to(shard.statistics_dtype))
+            run.share = layout.world.size / total.clamp(min=1)
+        return run
+
+    @property
+    def objective(self):
+        return self.runner.objective
+
+    @property
+    def is_batch(self) -> bool:
+        return self.layout.is_batch
+
+    @property
+    def needs_grad_of_scalars(self) -> list[bool]:
+        """Of the scale, and of the bias if there is one."""
+        return self.config.needs_grad[1 + (0 if self.is_batch else len(self.shard.sources)) :]
+
+    def new_tables(self) -> Tables:
+        """Statistics of nothing, for the own rows and columns."""
+        return self.objective.new_statistics(self.shard.rows, self.shard.sources[0].width, self.like)
+
+    def new_column_table(self, rank: int) -> Tensor | None:
+        """Statistics of nothing, for the columns of ``rank``; in a batch they are rows there."""
+        columns = self.layout.columns[rank]
+        row_table, column_table = self.objective.new_statistics(columns if self.is_batch else 0, columns, self.like)
+        return row_table if self.is_batch else column_table
+
+    @property
+    def like(self) -> Tensor:
+        return self.shard.query.new_empty((), dtype=self.shard.statistics_dtype)
+
+    def new_kept(self, elements: int) -> KeptTiles:
+        return KeptTiles(self.runner.new_kept(self.shard, elements))
+
+    @property
+    def kept_elements(self) -> int:
+        """Entries that may be kept, out of all that this rank visits."""
+        if not (any(self.config.needs_grad) and self.runner.keeps_tiles):
+            return 0
+        rows, home = self.shard.rows, sum(source.width for source in self.shard.sources)
+        entries = visited_pairs(rows, home, self._tile("statistics", rows, home).rows, self.is_batch)
+        for step in range(1, self.layout.hops + 1):
+            region = self.layout.region((self.layout.world.rank - step) % self.layout.world.size)
+            high, wide = (part.stop - part.start for part in region)
+            entries += high * wide
+        return min(entries, self.config.memory_budget // self.shard.statistics_dtype.itemsize)
+
+    def plan(self, problem: Problem) -> Plan:
+        widest = max(source.width for source in problem.sources)
+        tiles = [self._tile(sweep, problem.rows, widest) for sweep in ("statistics", "gradients")]
+        return Plan("two_sweeps", *tiles, 0)
+
+    def _tile(self, sweep: str, rows: int, columns: int) -> TileShape:
+        query = self.shard.query
+        most_rows, most_columns = self.runner.tile_shape(
+            sweep, query.shape[1], query.dtype, query.device.type, self.objective, self.is_batch
+        )
+        return TileShape(balanced_block(rows, most_rows), balanced_block(columns, most_columns))
+
+    def travel(self, tour: Tour) -> list[Tensor]:
+        return travel(tour, self.layout.world, self.layout.hops, self.layout.strategy)
+
+    def results(self, gradients: Gradients, row_coefficients: Tensor, factor) -> list[Tensor]:
+        """Gradients for features, scale and bias, times ``factor``: an empty tensor of its own for each not needed."""
+        needs_scale, *needs_bias = self.needs_grad_of_scalars
+        scalars = [gradients.scale_gradient(self.shard) * factor if needs_scale else None]
+        if needs_bias:
+            scalars.append(self.objective.bias_gradient(row_coefficients) * factor if needs_bias[0] else None)
+        world = self.layout.world
+        scalars = [None if scalar is None else world.sum(scalar) / world.size for scalar in scalars]
+        features = gradients.finish(self.shard, factor, self.config.needs_grad)
+        return [self.shard.query.new_empty(0) if tensor is None else tensor for tensor in (*features, *scalars)]
+
+
+class _RowsAndColumns(Tour):
+    """Blocks of features, beginning with those of the own rank."""
+
+    def __init__(self, run: _Run, kept: KeptTiles):
+        self.run, self.shard, self.kept = run, run.shard, kept
+        self.block = [run.shard.sources[0].features.contiguous()]
+
+    def new_block(self, rank: int) -> list[Tensor]:
+        features, *tables = self.block
+        columns = self.run.layout.columns[rank]
+        return [features.new_empty(columns, features.shape[1]), *(t.new_empty(t.shape[0], columns) for t in tables)]
+
+    def new_carried(self, rank: int) -> list[Tensor]:
+        return self.new_shares(rank)
+
+
+class _StatisticsTour(_RowsAndColumns):
+    """Sweep 1. What is carried: the table of the columns, if whole columns are needed."""
+
+    def __init__(self, run: _Run, kept: KeptTiles):
+        super().__init__(run, kept)
+        self.tables = run.new_tables()
+
+    def new_shares(self, rank: int) -> list[Tensor]:
+        table = self.run.new_column_table(rank)
+        return [] if table is None else [table]
+
+    def at_home(self) -> None:
+        fold_statistics(self.shard, self.run.plan(self.shard), self.run.runner, self.kept, self.tables)
+
+    def visit(self, rank: int, block: list[Tensor]) -> list[Tensor]:
+        problem, shares = self.shard.visit(rank, block[0], needs_grad=False), self.new_shares(rank)
+        rows, columns = self.run.layout.region(rank)
+        tables = self.tables[0][:, rows], shares[0][:, columns] if shares else None
+        fold_statistics(problem, self.run.plan(problem), self.run.runner, self.kept, tables)
+        return shares
+
+    def merge(self, carried: list[Tensor], other: list[Tensor]) -> None:
+        for table, more in zip(carried, other):
+            self.run.objective.merge_statistics(table, more, self.shard.scale)
+
+    def held(self) -> tuple[Tensor | None, ...]:
+        return self.kept.buffer, *self.run.runner.workspace(), *self.tables
+
+
+class _GradientsTour(_RowsAndColumns):
+    """Sweep 2. What is carried: the gradient of the columns, and with losses in a batch the table that they are in."""
+
+    def __init__(self, run: _Run, kept: KeptTiles, coefficients: Tables, with_losses: bool):
+        super().__init__(run, kept)
+        self.coefficients, self.with_losses = coefficients, with_losses
+        self.carries_table = with_losses and run.is_batch
+        of_columns = coefficients[0] if run.is_batch else coefficients[1]
+        if of_columns is not None and not with_losses:
+            self.block.append(of_columns.contiguous())
+        with_query = sums_over_columns(run.shard, run.config.needs_grad[0], run.needs_grad_of_scalars[0])
+        self.gradients = Gradients.zeros(run.shard, with_query)
+        self.carries_gradient = run.is_batch or run.shard.sources[0].needs_grad
+
+    def new_shares(self, rank: int) -> list[Tensor]:
+        features = self.block[0]
+        shape, dtype = (self.run.layout.columns[rank], features.shape[1]), self.shard.statistics_dtype
+        shares = [features.new_zeros(shape, dtype=dtype)] if self.carries_gradient else []
+        return [*shares, self.run.new_column_table(rank)] if self.carries_table else shares
+
+    def at_home(self) -> None:
+        self._sweep(self.shard, self.coefficients, self.gradients)
+
+    def visit(self, rank: int, block: list[Tensor]) -> list[Tensor]:
+        problem, shares = self.shard.visit(rank, block[0], self.carries_gradient), self.new_shares(rank)
+        rows, columns = self.run.layout.region(rank)
+        of_columns = shares[1] if self.carries_table else block[1] if len(block) > 1 else None
+        coefficients = self.coefficients[0][:, rows], None if of_columns is None else of_columns[:, columns]
+        d_query = None if self.gradients.query is None else self.gradients.query[rows]
+        into = Gradients(d_query, [shares[0][columns] if self.carries_gradient else None])
+        self._sweep(problem, coefficients, into)
+        return shares
+
+    def merge(self, carried: list[Tensor], other: list[Tensor]) -> None:
+        if self.carries_gradient:
+            carried[0].add_(other[0])
+        if self.carries_table:
+            self.run.objective.merge_statistics(carried[1], other[1], self.shard.scale)
+
+    def finish(self, carried: list[Tensor]) -> None:
+        """Add what came home to what was found there."""
+        home = [self.gradients.query if self.run.is_batch else self.gradients.sources[0], self.coefficients[0]]
+        self.merge(home, carried)
+
+    def held(self) -> tuple[Tensor | None, ...]:
+        gradients, workspace = self.gradients, self.run.runner.workspace()
+        return self.kept.buffer, *workspace, *self.coefficients, gradients.query, *gradients.sources
+
+    def _sweep(self, problem: Problem, coefficients: Tables, into: Gradients) -> None:
+        plan, runner = self.run.plan(problem), self.run.runner
+        sweep_gradients(problem, plan, runner, self.kept, coefficients, into, self.with_losses)
+
+
+def _sweep_statistics(run: _Run, kept: KeptTiles) -> Tables:
+    tour = _StatisticsTour(run, kept)
+    carried = run.travel(tour)
+    tour.merge([tour.tables[0] if run.is_batch else tour.tables[1]], carried)
+    return tour.tables
+
+
+def _sweep_gradients(
+    run: _Run, coefficients: Tables, kept: KeptTiles, factor, with_losses: bool = False
+) -> tuple[Tensor | None, list[Tensor]]:
+    """The losses, if asked for, and the gradients."""
+    tour = _GradientsTour(run, kept, coefficients, with_losses)
+    tour.finish(run.travel(tour))
+    count_workspace(*tour.held())
+    losses = run.objective.row_losses(run.shard, *coefficients) if with_losses else None
+    return losses, run.results(tour.gradients, coefficients[0], factor)
+
+
+def _upstream(grad_loss: Tensor, world: World) -> Tensor:
+    """The largest upstream gradient of every rank, by magnitude; of a scalar loss, the one that it has."""
+    largest = grad_loss
+    if grad_loss.ndim:
+        largest = grad_loss.abs().amax() if len(grad_loss) else grad_loss.new_zeros(())
+    return torch.cat(world.gather(largest.reshape(1), [1] * world.size))
+
+
+def _row_weights(grad_loss: Tensor, upstream: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Upstream gradients of the rows as (weights of order 1, factor), the factor the same on all ranks."""
+    largest = torch.where(upstream.isfinite(), upstream.abs(), 0).amax()
+    factor = torch.where(largest > 0, largest, 1)
+    return (grad_loss / factor).expand(rows), factor

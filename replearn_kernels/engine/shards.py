@@ -1,0 +1,183 @@
+"""One batch on many ranks: what each of them has of it, and the problem as one rank sees it.
+
+Rows, columns and targets of the global batch are numbered through the shards in the order of the ranks: column j of
+rank r is number ``columns[0] + ... + columns[r - 1] + j``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .columns import SharedColumns
+from .problem import Inputs, Problem, statistics_dtype, sum_at
+from .validation import check_values
+from .world import World
+
+# Up to so many bytes of features and gradients of all ranks, "auto" gathers them: two exchanges, not one per rank.
+_GATHERED_BYTES = 32 * 2**20
+
+
+class Layout(NamedTuple):
+    """The shards, and how they meet."""
+
+    world: World
+    rows: list[int]  # of every rank
+    columns: list[int]  # of every rank's keys; its rows, where they are compared with each other
+    is_batch: bool
+    strategy: str  # "ring" or "gather"
+
+    @property
+    def hops(self) -> int:
+        """The ranks that a block visits: of a batch half of the others, as (i, j) and (j, i) are one pair."""
+        return self.world.size // 2 if self.is_batch else self.world.size - 1
+
+    def first_column(self, rank: int) -> int:
+        return sum(self.columns[:rank])
+
+    def region(self, visitor: int) -> tuple[slice, slice]:
+        """Own rows and the visitor's columns that are compared here.
+
+        In a batch of an even number of ranks, two opposite ones visit each other: each takes half of the lower one's
+        rows.
+        """
+        rank, size = self.world.rank, self.world.size
+        rows, columns = slice(0, self.rows[rank]), slice(0, self.columns[visitor])
+        if self.is_batch and 2 * abs(rank - visitor) == size:
+            half = self.rows[min(rank, visitor)] // 2
+            if rank < visitor:
+                rows = slice(0, half)
+            else:
+                columns = slice(half, columns.stop)
+        return rows, columns
+
+
+@dataclass(slots=True, eq=False)
+class Shard(Problem):
+    """The rows of one rank: its walk is over the columns of its own rank, its formulas are about all ranks'."""
+
+    layout: Layout | None = None
+    global_target: Tensor | None = None  # given_target counts from the first column of the own rank
+    groups: tuple[Tensor, ...] = ()  # of the columns of every rank
+
+    @classmethod
+    def of(cls, inputs: Inputs, needs_grad: list[bool], objective, layout: Layout) -> Shard:
+        shard = cls.build(inputs, needs_grad, objective)
+        shard.layout, world = layout, layout.world
+        if shard.given_target is not None:
+            shard.global_target = shard.given_target
+            shard.given_target = shard.global_target - layout.first_column(world.rank)
+        if shard.column_group is not None:
+            shard.groups = tuple(world.gather(shard.column_group, layout.columns))
+        return shard
+
+    def visit(self, rank: int, features: Tensor, needs_grad: bool) -> Problem:
+        """The problem of the own rows and the columns of ``rank``: of the region that is compared here."""
+        rows, columns = self.layout.region(rank)
+        shift = self.layout.first_column(self.layout.world.rank) - self.layout.first_column(rank)
+        return replace(
+            self,
+            query=self.query[rows],
+            sources=(SharedColumns(features[columns], needs_grad, has_positives=True),),
+            given_target=self.target[rows] + shift,
+            row_group=None if self.row_group is None else self.row_group[rows],
+            column_group=self.groups[rank][columns] if self.groups else None,
+        )
+
+    @property
+    def total_rows(self) -> int:
+        return sum(self.layout.rows)
+
+    @property
+    def width(self) -> int:
+        return sum(self.layout.columns) + sum(source.width for source in self.sources[1:])
+
+    def at_targets(self, column_values: Tensor) -> Tensor:
+        if self.global_target is None:
+            return Problem.at_targets(self, column_values)
+        gathered = self.layout.world.gather(column_values, self.layout.columns)
+        return torch.cat(gathered, dim=-1)[..., self.global_target]
+
+    def sum_at_targets(self, row_values: Tensor) -> Tensor:
+        if self.global_target is None:
+            return Problem.sum_at_targets(self, row_values)
+        world, columns = self.layout.world, self.layout.columns
+        shares = sum_at(self.global_target, row_values, sum(columns)).split(columns)
+        arriving = [torch.empty_like(shares[world.rank]) for _ in columns]
+        arriving[world.rank] = shares[world.rank]
+        others = [rank for rank in range(world.size) if rank != world.rank]
+        world.exchange([(rank, shares[rank]) for rank in others], [(rank, arriving[rank]) for rank in others])
+        return sum(arriving).to(row_values.dtype)
+
+    def _all_groups(self) -> Tensor:
+        return torch.cat(self.groups)
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        return self.layout.world.sum(values)
+
+
+def meet(world: World, inputs: Inputs, objective, alike: dict, strategy: str) -> Layout:
+    """The layout of a batch whose shards fit together.
+
+    Args:
+        alike: further options that must be the same on every rank.
+
+    Raises:
+        ValueError: they do not, on every rank; or the call failed on another rank, before it came here.
+    """
+    check_values(inputs._replace(target=None), objective)
+    alike = {
+        "loss": objective.name,
+        "parameters": objective.parameters,
+        "d": inputs.query.shape[1],
+        "dtype": str(inputs.query.dtype),
+        "device": inputs.query.device.type,
+        "logit_scale": _value(inputs.logit_scale),
+        "logit_bias": _value(inputs.logit_bias),
+        "negatives": "own" if inputs.own is not None else "queue" if len(inputs.keys) > 1 else None,
+        "target": "given" if inputs.target is not None else None,
+        "strategy": strategy,
+        **alike,
+    }
+    told = {"alike": alike, "rows": inputs.query.shape[0], "columns": inputs.widths[0], "target": _range(inputs.target)}
+    descriptions = world.meet(told)
+    _check_alike([description["alike"] for description in descriptions])
+    columns = [description["columns"] for description in descriptions]
+    _check_targets([description["target"] for description in descriptions], sum(columns))
+    if strategy == "auto":
+        itemsize = inputs.query.dtype.itemsize + statistics_dtype(inputs.query.dtype).itemsize
+        small = sum(columns) * inputs.query.shape[1] * itemsize <= _GATHERED_BYTES
+        strategy = "gather" if small else "ring"
+    return Layout(world, [description["rows"] for description in descriptions], columns, inputs.is_batch, strategy)
+
+
+def _check_alike(descriptions: list[dict]) -> None:
+    for name in descriptions[0]:
+        ranks: dict[str, list[int]] = {}
+        for rank, description in enumerate(descriptions):
+            ranks.setdefault(str(description[name]), []).append(rank)
+        if len(ranks) > 1:
+            values = " and ".join(f"{value} on rank {', '.join(map(str, at))}" for value, at in ranks.items())
+            raise ValueError(f"{name} must be the same on every rank of the group, got {values}")
+
+
+def _check_targets(ranges: list[tuple[int, int] | None], columns: int) -> None:
+    for rank, bounds in enumerate(ranges):
+        if bounds is not None and not 0 <= bounds[0] <= bounds[1] < columns:
+            wrong = bounds[0] if bounds[0] < 0 else bounds[1]
+            raise ValueError(f"target must be in [0, {columns}), the keys of all ranks, got {wrong} on rank {rank}")
+
+
+def _range(target: Tensor | None) -> tuple[int, int] | None:
+    """The least and the largest, where reading them makes nobody wait."""
+    if target is None or target.numel() == 0 or target.device.type != "cpu":
+        return None
+    low, high = target.aminmax()
+    return int(low), int(high)
+
+
+def _value(scalar: Tensor | None) -> float | None:
+    return scalar.item() if scalar is not None and scalar.device.type == "cpu" else None

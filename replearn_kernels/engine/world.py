@@ -1,0 +1,86 @@
+"""A process group as the engine sees it: who sits where, what all agree on, and all that leaves a process, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .counters import count_sent
+
+
+class World:
+    """The ranks of a group, seen from one of them. Ranks are the group's, 0 to ``size - 1``."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.has_met = False  # an error before all have met is told to the others, who would wait for this rank
+
+    @classmethod
+    def of(cls, group) -> World | None:
+        """None without a group, and of a group of one: nobody to exchange anything with.
+
+        Raises:
+            TypeError: not a process group.
+            ValueError: this process is none of its ranks.
+        """
+        if group is None:
+            return None
+        if dist.is_available() and group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError("group must be one that this process is a rank of")
+        if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"group must be a torch.distributed process group, got {type(group).__name__}")
+        world = cls(group)
+        return world if world.size > 1 else None
+
+    def meet(self, description: dict) -> list[dict]:
+        """The descriptions of all ranks. An "error" in one is an error on all: nobody waits for who will not come.
+
+        Raises:
+            ValueError: another rank has an error.
+        """
+        self.has_met = True
+        descriptions: list[dict] = [{}] * self.size
+        dist.all_gather_object(descriptions, description, group=self.group)
+        errors = [f"rank {rank}: {told['error']}" for rank, told in enumerate(descriptions) if "error" in told]
+        if errors and "error" not in description:
+            raise ValueError(f"the loss failed on other ranks of the group: {'; '.join(errors)}")
+        return descriptions
+
+    def gather(self, tensor: Tensor, counts: list[int]) -> list[Tensor]:
+        """A small tensor of every rank, of ``counts[rank]`` entries along its last dimension; on all ranks."""
+        most = max(counts)
+        count_sent((self.size - 1) * tensor.numel())
+        padded = torch.nn.functional.pad(tensor, (0, most - tensor.shape[-1]))
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded, group=self.group)
+        return [part[..., :count] for part, count in zip(gathered, counts)]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks, in their order: the same bits everywhere."""
+        flat = tensor.reshape(-1)
+        return sum(self.gather(flat, [flat.numel()] * self.size)).view(tensor.shape)
+
+    def start(self, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]) -> list[dist.Work]:
+        """Send tensors to ranks and receive others in place, by (rank, tensor); to be waited for.
+
+        Both ends list what goes from one to the other in the same order. Empty tensors stay where they are.
+        """
+        operations = [self._operation(dist.isend, rank, tensor) for rank, tensor in sends if tensor.numel()]
+        count_sent(sum(operation.tensor.numel() for operation in operations))
+        operations += [self._operation(dist.irecv, rank, tensor) for rank, tensor in receives if tensor.numel()]
+        return dist.batch_isend_irecv(operations) if operations else []
+
+    def exchange(self, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]) -> None:
+        """:meth:`start`, and wait."""
+        wait(self.start(sends, receives))
+
+    def _operation(self, kind, rank: int, tensor: Tensor) -> dist.P2POp:
+        return dist.P2POp(kind, tensor, group=self.group, group_peer=rank)
+
+
+def wait(pending: list[dist.Work]) -> None:
+    for work in pending:
+        work.wait()

@@ -1,0 +1,124 @@
+"""The losses over shards of one batch, and what a single process says of the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from replearn_kernels import clip_loss, info_nce_loss, n_pair_loss, nt_xent_loss, siglip_loss, sup_con_loss
+
+WIDTH, QUEUE, VIEWS = 5, 3, 2
+
+
+@dataclass
+class Batch:
+    """Of all ranks, or of one. Rows are spread over the ranks; scale, bias and queue are everywhere the same."""
+
+    x: Tensor
+    y: Tensor
+    own: Tensor
+    views: Tensor
+    labels: Tensor
+    target: Tensor
+    scale: Tensor
+    bias: Tensor
+    queue: Tensor
+
+    @classmethod
+    def random(cls, rows: int) -> Batch:
+        g = torch.Generator().manual_seed(rows)
+
+        def features(*shape):
+            return torch.randn(*shape, WIDTH, generator=g, dtype=torch.float64)
+
+        return cls(
+            features(rows), features(rows), features(rows, 2), features(rows, VIEWS),
+            torch.randint(0, max(rows // 2, 1), (rows,), generator=g), torch.randint(0, rows, (rows,), generator=g),
+            torch.tensor(1.7, dtype=torch.float64), torch.tensor(-0.6, dtype=torch.float64), features(QUEUE),
+        )  # fmt: skip
+
+    def shard(self, rank: int, sizes: list[int]) -> Batch:
+        start = sum(sizes[:rank])
+        return replace(self, **{name: getattr(self, name)[start : start + sizes[rank]] for name in SPREAD})
+
+    def leaves(self) -> Batch:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in tensors.items()})
+
+    def gradients(self) -> dict[str, Tensor]:
+        names = [name for name in DIFFERENTIABLE if getattr(self, name).grad is not None]
+        return {name: getattr(self, name).grad for name in names}
+
+
+SPREAD = ("x", "y", "own", "views", "labels", "target")
+DIFFERENTIABLE = ("x", "y", "own", "views", "scale", "bias", "queue")
+
+LOSSES = {
+    "clip": lambda b, **k: clip_loss(b.x, b.y, b.scale, **k),
+    "clip_smoothed": lambda b, **k: clip_loss(b.x, b.y, b.scale, label_smoothing=0.2, **k),
+    "clip_frozen_text": lambda b, **k: clip_loss(b.x, b.y.detach(), b.scale, normalize=True, **k),
+    "info_nce": lambda b, **k: info_nce_loss(b.x, b.y, logit_scale=b.scale, **k),
+    "info_nce_frozen": lambda b, **k: info_nce_loss(b.x.detach(), b.y.detach(), logit_scale=b.scale, **k),
+    "info_nce_negative_scale": lambda b, **k: info_nce_loss(b.x, b.y, logit_scale=-b.scale, symmetric=True, **k),
+    "info_nce_target": lambda b, **k: info_nce_loss(b.x, b.y, target=b.target, logit_scale=b.scale, **k),
+    "info_nce_target_symmetric": lambda b, **k: info_nce_loss(
+        b.x, b.y, target=b.target, logit_scale=b.scale, symmetric=True, label_smoothing=0.1, **k
+    ),
+    "info_nce_queue": lambda b, **k: info_nce_loss(
+        b.x, b.y, negatives=b.queue, logit_scale=b.scale, symmetric=True, label_smoothing=0.1, **k
+    ),
+    "info_nce_own": lambda b, **k: info_nce_loss(b.x, b.y, negatives=b.own, logit_scale=b.scale, **k),
+    "n_pair": lambda b, **k: n_pair_loss(b.x, b.y, **k),
+    "n_pair_labels": lambda b, **k: n_pair_loss(b.x, b.y, labels=b.labels, **k),
+    "siglip": lambda b, **k: siglip_loss(b.x, b.y, b.scale, b.bias, **k),
+    "siglip_groups": lambda b, **k: siglip_loss(
+        b.x, b.y, b.scale, b.bias, query_group=b.labels, key_group=b.labels, normalize=True, **k
+    ),
+    "nt_xent": lambda b, **k: nt_xent_loss(b.x, b.y, temperature=1 / b.scale, **k),
+    "sup_con": lambda b, **k: sup_con_loss(b.x, b.labels, temperature=1 / b.scale, **k),
+    "sup_con_views": lambda b, **k: sup_con_loss(b.views, temperature=0.3, **k),
+}
+
+
+def on_one_rank(rank, name, sizes, options, ranks=None, factors=None):
+    """The loss of a rank's shard and its gradients, as arrays: what the tests compare with :func:`in_one_process`.
+
+    ``ranks``: of a sub-group; ``factors``: of the loss, for each rank.
+    """
+    group = dist.group.WORLD if ranks is None else dist.new_group(ranks)
+    if ranks is not None:
+        if rank not in ranks:
+            return None
+        rank = ranks.index(rank)
+    batch = Batch.random(sum(sizes)).shard(rank, sizes).leaves()
+    loss = LOSSES[name](batch, group=group, **options)
+    weighted = loss if factors is None else loss * factors[rank]
+    weighted.sum().backward()
+    return loss.detach().numpy(), {name: gradient.numpy() for name, gradient in batch.gradients().items()}
+
+
+def in_one_process(name, sizes, factors=None):
+    """(loss of every row, by rank; the mean over ranks of what they return; its gradients for the whole batch)."""
+    world = len(sizes)
+    batch = Batch.random(sum(sizes)).leaves()
+    rows = LOSSES[name](batch, reduction="none", backend="eager")
+    mean = LOSSES[name](batch, backend="eager")
+    by_rank = [by_rank_of(name, rows, rank, sizes) for rank in range(world)]
+    total = rows.sum()
+    share = mean.detach() / total.detach() if total else torch.zeros(())  # 1 / the rows that count
+    factors = [1.0] * world if factors is None else factors
+    (share * sum(part.sum() * factor for part, factor in zip(by_rank, factors))).backward()
+    return [part.detach() for part in by_rank], [part.sum().item() * share.item() * world for part in by_rank], batch
+
+
+def by_rank_of(name, rows, rank, sizes):
+    """The losses of a rank's rows, in the order in which it has them."""
+    start, size = sum(sizes[:rank]), sizes[rank]
+    if name == "nt_xent":
+        first, second = rows.chunk(2)
+        return torch.cat([first[start : start + size], second[start : start + size]])
+    per = VIEWS if name == "sup_con_views" else 1
+    return rows[start * per : (start + size) * per]
