@@ -65,7 +65,7 @@ class MarginContrastive(Objective):
         return row_table[0].clone()
 
     def rows_counted(self, problem: Problem) -> int:
-        return problem.total_rows * (problem.total_rows - 1) // 2
+        return problem.rows * (problem.rows - 1) // 2
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
         return torch.stack([torch.zeros_like(grad_rows), grad_rows]), None
