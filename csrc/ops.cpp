@@ -6,6 +6,7 @@
 
 #include <string>
 
+#include "cpu/batch_all_tile.h"
 #include "cpu/distance_tile.h"
 #include "cpu/hardest_tile.h"
 #include "cpu/margin_contrastive_tile.h"
@@ -58,6 +59,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
         "float margin, bool squared, Tensor(a!) row_table, Tensor(b!)? column_table) -> ()");
   m.def("margin_contrastive_weights_(Tensor v, Tensor(a!) out, " PAIRS
         "float margin, bool squared, Tensor(b!) row_table, Tensor column_table) -> ()");
+  m.def("batch_all_statistics_(Tensor v, " PAIRS "float factor, Tensor(a!) row_table, Tensor(b!)? column_table) -> ()");
+  m.def("batch_all_weights_(Tensor v, Tensor(a!) out, " PAIRS
+        "float factor, Tensor(b!) row_table, Tensor(c!) column_table) -> ()");
 #undef PAIRS
 #define POINTS "Tensor rows, Tensor columns, Tensor row_squares, Tensor column_squares, bool squared, bool diagonal"
   m.def("negative_distances_(Tensor(a!) s, " POINTS ") -> ()");
@@ -80,6 +84,8 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("hardest_statistics_", TORCH_BOX(&replearn::hardest_statistics_));
   m.impl("margin_contrastive_statistics_", TORCH_BOX(&replearn::margin_contrastive_statistics_));
   m.impl("margin_contrastive_weights_", TORCH_BOX(&replearn::margin_contrastive_weights_));
+  m.impl("batch_all_statistics_", TORCH_BOX(&replearn::batch_all_statistics_));
+  m.impl("batch_all_weights_", TORCH_BOX(&replearn::batch_all_weights_));
   m.impl("negative_distances_", TORCH_BOX(&replearn::negative_distances_));
   m.impl("distance_chain_", TORCH_BOX(&replearn::distance_chain_));
   m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .engine.problem import Inputs, statistics_dtype
-from .objectives import BatchHard, HardLifted, Lifted, MarginContrastive, MarginSoftmax, Softmax
+from .objectives import BatchAll, BatchHard, HardLifted, Lifted, MarginContrastive, MarginSoftmax, Softmax
+from .objectives.triplet_distance import TripletDistance
 
 
 def softmax_loss(inputs: Inputs, objective: Softmax, reduction: str) -> Tensor:
@@ -93,20 +94,33 @@ def lifted_structure_loss(inputs: Inputs, objective: Lifted | HardLifted, reduct
 
 
 def batch_hard_losses(inputs: Inputs, objective: BatchHard) -> Tensor:
-    """``[N]``: of every anchor, 0 without a positive or without a negative."""
-    squares, positive, itself = squared_distances(inputs), *_roles(inputs)
-    if objective.distance == "cosine":
-        isolated = (inputs.query == 0).all(1)
-        squares = squares + isolated.unsqueeze(1).to(squares) + isolated.to(squares)
-    of_square = {"euclidean": safe_sqrt, "squared_euclidean": torch.clone, "cosine": lambda square: square / 2}
-    distance = of_square[objective.distance](squares)
-    negative = ~(positive | itself)
+    """``[N]``: of every anchor's farthest positive and nearest negative, 0 where it lacks one."""
+    distance, positive, negative = _triplet_distances(inputs, objective.distance)
     if not len(distance):
         return distance.sum(1)
-    p = squares.masked_fill(~positive, -1).argmax(1, keepdim=True)
-    n = squares.masked_fill(~negative, torch.inf).argmin(1, keepdim=True)
+    p = distance.detach().masked_fill(~positive, -1).argmax(1, keepdim=True)
+    n = distance.detach().masked_fill(~negative, torch.inf).argmin(1, keepdim=True)
     losses = (distance.gather(1, p) - distance.gather(1, n)).squeeze(1) + objective.margin
     return torch.where(positive.any(1) & negative.any(1), losses, 0).clamp(min=0)
+
+
+def batch_all_loss(inputs: Inputs, objective: BatchAll, reduction: str) -> Tensor:
+    """Over all triplets: N x N x N of them at once."""
+    distance, positive, negative = _triplet_distances(inputs, objective.distance)
+    triplet = positive.unsqueeze(2) & negative.unsqueeze(1)
+    losses = distance.unsqueeze(2) - distance.unsqueeze(1) + objective.margin
+    losses = torch.where(triplet, losses, 0).clamp(min=0)
+    return reduce(losses.sum((1, 2)), reduction, ((losses > 0) if objective.nonzero else triplet).sum())
+
+
+def _triplet_distances(inputs: Inputs, distance: TripletDistance) -> tuple[Tensor, Tensor, Tensor]:
+    """Distances, and which pairs are positive and negative."""
+    squares, positive, itself = squared_distances(inputs), *_roles(inputs)
+    if distance.unit_rows:
+        isolated = (inputs.query == 0).all(1).to(squares)
+        squares = squares + isolated.unsqueeze(1) + isolated
+    of_square = safe_sqrt(squares) if distance.name == "euclidean" else squares * distance.factor
+    return of_square, positive, ~(positive | itself)
 
 
 def squared_distances(inputs: Inputs) -> Tensor:

@@ -64,6 +64,15 @@ struct ContrastiveMargin {
   T share;  // of a pair's loss that a row takes
 };
 
+// Sorted thresholds of anchors, `most` each, threshold k of anchor i at [k * stride + i] (objectives/batch_all.py).
+template <typename T>
+struct Thresholds {
+  T* loss;
+  const T *weight, *threshold;
+  T* count;
+  int64_t most, stride;
+};
+
 template <typename T>
 struct TileKernels {
   // Folds the tile into its rows' statistics, and sets `partial` to its columns' if not null. Masks the tile.
@@ -89,6 +98,10 @@ struct TileKernels {
   void (*margin_contrastive)(const Tile<T>&, ContrastiveMargin<T>, T* out, int64_t out_stride, const T* row_weight,
                              const T* column_weight, T* loss);
   void (*margin_contrastive_columns)(const Tile<T>&, ContrastiveMargin<T>, int64_t begin, int64_t end, T* loss);
+  // Adds the anchors' losses and counts; W = the rows' share, then += the columns' [begin, end), unless `w` is null.
+  void (*batch_all_rows)(const Tile<T>&, T factor, T* w, int64_t w_stride, Thresholds<T> rows, T* scratch);
+  void (*batch_all_columns)(const Tile<T>&, T factor, T* w, int64_t w_stride, int64_t begin, int64_t end,
+                            Thresholds<T> columns, T* scratch);
   void (*exp)(const T* x, T* out, int64_t count);
   void (*log1p)(const T* x, T* out, int64_t count);
 };

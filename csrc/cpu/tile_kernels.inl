@@ -69,6 +69,7 @@ inline void for_same_group(const Tile<T>& tile, int64_t i, const F& body) {
 #include "distance_kernels.inl"
 #include "hardest_kernels.inl"
 #include "margin_contrastive_kernels.inl"
+#include "batch_all_kernels.inl"
 // clang-format on
 
 template <typename T>
@@ -93,6 +94,8 @@ constexpr replearn::TileKernels<T> kernels() {
           hardest_merge<T>,
           margin_contrastive<T>,
           margin_contrastive_columns<T>,
+          batch_all_rows<T>,
+          batch_all_columns<T>,
           exp_array<T>,
           log1p_array<T>};
 }

@@ -135,6 +135,27 @@ def positive_pairs(group: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]
         yield order[first], order[second]
 
 
+def sorted_positives(x: Tensor, group: Tensor, isolated: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The other rows of every row's group, and their squared distances, ``[p, N]``: see ``Problem.positives``."""
+    order = group.argsort(stable=True)
+    ordered = group[order]
+    first, last = (torch.searchsorted(ordered, group, right=right) for right in (False, True))
+    row = torch.arange(len(group), device=group.device)
+    most = int((last - first).max()) if len(group) else 0
+    numbers, squares = [], []
+    for k in range(most):
+        number = order[(first + k).clamp(max=max(len(group) - 1, 0))]
+        square = pair_squares(x, row, number, isolated)
+        numbers.append(number)
+        squares.append(torch.where((first + k < last) & (number != row), square, -torch.inf))
+    if most < 2:  # no row has another
+        empty = x.new_empty((0, len(group)), dtype=_dtype(x))
+        return empty.long(), empty
+    sorted_squares, place = torch.stack(squares).sort(dim=0)
+    # Of each column one is the row itself, and it is the first, or among the first -inf.
+    return torch.stack(numbers).gather(0, place)[1:], sorted_squares[1:]
+
+
 def _dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .columns import BatchColumns, OwnColumns, SharedColumns, Source, Tile, blocks
-from .distances import Points
+from .distances import Points, sorted_positives
 from .plan import TileShape
 
 
@@ -70,6 +70,7 @@ class Problem:
     squares: Tensor | None = None  # [N]: |x_i|^2 of the centred rows
     isolated: Tensor | None = None  # [N]: what is added to the squared distances of row i
     _positive_counts: Tensor | None = None
+    _positives: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def build(cls, inputs: Inputs, needs_grad: list[bool], objective) -> Problem:
@@ -118,6 +119,16 @@ class Problem:
             first, last = (torch.searchsorted(ordered, self.row_group, right=right) for right in (False, True))
             self._positive_counts = last - first - 1
         return self._positive_counts
+
+    @property
+    def positives(self) -> tuple[Tensor, Tensor]:
+        """The other rows of every row's group and their squared distances, ``[p, N]``, the nearest first.
+
+        For p rows at most; a row with fewer has some with a square of -inf before them. Reads p back from a GPU.
+        """
+        if self._positives is None:
+            self._positives = sorted_positives(self.given_rows, self.row_group, self.isolated)
+        return self._positives
 
     def _all_groups(self) -> Tensor:
         """The groups of all rows that a row of the batch is compared with, and its own."""

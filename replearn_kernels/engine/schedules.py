@@ -50,8 +50,7 @@ def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
             return _row_chunks(run)
         if run.plan.schedule == "one_sweep":
             return _one_sweep(run)
-        losses, saved = _first_sweep(run)
-        loss = losses if config.reduction == "none" else losses.sum() * run.share
+        loss, saved = _first_sweep(run)
         return loss, saved if any(config.needs_grad) else []
 
 
@@ -133,9 +132,13 @@ class _Run(NamedTuple):
     @property
     def share(self) -> float | Tensor:
         """Of a row in the loss."""
+        return self.share_after(None)
+
+    def share_after(self, row_table: Tensor | None) -> float | Tensor:
+        """The same, where only the finished sweep can tell."""
         if self.config.reduction != "mean":
             return 1.0
-        count = self.objective.rows_counted(self.problem)
+        count = self.objective.rows_counted(self.problem, row_table)
         return 1 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
     def new_gradients(self) -> Gradients:
@@ -160,7 +163,8 @@ def _first_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
     kept = KeptTiles(run.runner.new_kept(run.problem, run.plan.kept_elements))
     tables = sweep_statistics(run.problem, run.plan, run.runner, kept)
     losses = run.objective.row_losses(run.problem, *tables)
-    return losses, [kept.buffer, *(table for table in tables if table is not None)]
+    loss = losses if run.config.reduction == "none" else losses.sum() * run.share_after(tables[0])
+    return loss, [kept.buffer, *(table for table in run.objective.saved(*tables) if table is not None)]
 
 
 def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Tensor]:
@@ -171,7 +175,8 @@ def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Ten
     coefficients = run.objective.coefficients(run.problem, row_table, column_table, row_weights, gradients.query)
     if run.objective.sweeps_gradients:
         sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients)
-    return run.results(gradients, coefficients[0], factor * run.share)
+    run.objective.add_pair_gradients(run.problem, coefficients[0], gradients.query)
+    return run.results(gradients, coefficients[0], factor * run.share_after(coefficients[0]))
 
 
 def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
@@ -179,10 +184,12 @@ def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
     problem = run.problem
     like = problem.query.new_empty((), dtype=problem.statistics_dtype)
     tables = run.objective.new_statistics(problem.rows, problem.sources[0].width, like)
+    tables = run.objective.prepared(problem, *tables)
     gradients = run.new_gradients()
     sweep_gradients(problem, run.plan, run.runner, KeptTiles(like.new_empty(0)), tables, gradients, with_losses=True)
-    losses = run.objective.row_losses(problem, *tables)
-    return losses.sum() * run.share, run.results(gradients, tables[0], run.share)
+    run.objective.add_pair_gradients(problem, tables[0], gradients.query)
+    losses, share = run.objective.row_losses(problem, *tables), run.share_after(tables[0])
+    return losses.sum() * share, run.results(gradients, tables[0], share)
 
 
 def _row_chunks(run: _Run) -> tuple[Tensor, list[Tensor]]:

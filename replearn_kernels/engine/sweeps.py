@@ -20,6 +20,7 @@ def sweep_statistics(problem: Problem, plan: Plan, backend: Backend, kept: KeptT
     """Sweep 1: the statistics of rows (and columns) from every tile, keeping the tiles that fit."""
     like = problem.query.new_empty((), dtype=problem.statistics_dtype)
     statistics = backend.objective.new_statistics(problem.rows, problem.sources[0].width, like)
+    statistics = backend.objective.prepared(problem, *statistics)
     fold_statistics(problem, plan, backend, kept, statistics)
     return statistics
 

@@ -1,6 +1,7 @@
 """The losses' mathematics: one file per family, found by name by the dispatcher's operators."""
 
 from .base import Objective
+from .batch_all import BatchAll
 from .hardest import BatchHard
 from .lifted import HardLifted, Lifted
 from .margin_contrastive import MarginContrastive
@@ -11,5 +12,5 @@ from .sup_con import SupCon
 
 OBJECTIVES: dict[str, type[Objective]] = {
     cls.name: cls
-    for cls in (Softmax, SupCon, Sigmoid, MarginSoftmax, MarginContrastive, Lifted, HardLifted, BatchHard)
+    for cls in (Softmax, SupCon, Sigmoid, MarginSoftmax, MarginContrastive, Lifted, HardLifted, BatchHard, BatchAll)
 }

@@ -60,6 +60,14 @@ class Objective(ABC):
     def new_statistics(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tables of an empty set: of the rows, and where whole columns are needed, of the first source's columns."""
 
+    def prepared(self, problem, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """New tables with what only the data can tell."""
+        return row_table, column_table
+
+    def saved(self, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What :meth:`coefficients` needs of the statistics, in the shapes of the new tables."""
+        return row_table, column_table
+
     @abstractmethod
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         """Fold a tile of products ``s[R, C]`` into the statistics of its rows and columns."""
@@ -75,8 +83,8 @@ class Objective(ABC):
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         """``L_i`` of every row, ``[N]``."""
 
-    def rows_counted(self, problem: Problem) -> int | Tensor:
-        """How many rows the mean is over."""
+    def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> int | Tensor:
+        """How many rows the mean is over; ``row_table``: of the finished sweep."""
         return problem.rows
 
     @abstractmethod
@@ -89,6 +97,10 @@ class Objective(ABC):
     @abstractmethod
     def weights(self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         """``out = W = dL/dl`` of a tile of products ``s``; the two may be the same tensor."""
+
+    def add_pair_gradients(self, problem: Problem, row_table: Tensor, d_query: Tensor) -> None:
+        """Add the gradients of pairs that W leaves out, and that are known once the sweep of W has ended: here none."""
+        return None
 
     def bias_gradient(self, row_coefficients: Tensor) -> Tensor:
         """``sum_ij W_ij``, fp64; for losses with a bias."""

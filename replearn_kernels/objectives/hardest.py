@@ -20,6 +20,7 @@ from torch import Tensor
 from ..engine.distances import add_differences_, pair_squares
 from ..engine.problem import Pairs, Problem
 from .base import Objective
+from .triplet_distance import TripletDistance
 
 MOST_ROWS = 2**24
 """What fp32 can number."""
@@ -87,29 +88,27 @@ def hardest_positives(row_table: Tensor) -> tuple[Tensor, Tensor]:
 class BatchHard(Hardest):
     r"""Hermans et al. 2017: ``L_a = [D(a, p) - D(a, n) + margin]+`` with a's farthest positive and nearest negative.
 
-    D is the Euclidean ``distance``, its square, or half of it, which between unit rows is ``1 - cos`` ("cosine"). 0 for
-    an anchor without a positive or without a negative. The distances of the pairs found are formed again from the
+    0 for an anchor without a positive or without a negative. The distances of the pairs found are formed again from the
     differences of their rows.
     """
 
     margin: float = 0.2
-    distance: str = "euclidean"
+    distance: TripletDistance = TripletDistance("euclidean")
 
     name = "batch_hard"
-    DISTANCES = ("euclidean", "squared_euclidean", "cosine")
 
     @classmethod
     def from_parameters(cls, parameters: list[float]) -> BatchHard:
         margin, distance = parameters
-        return cls(margin, cls.DISTANCES[int(distance)])
+        return cls(margin, TripletDistance.numbered(distance))
 
     @property
     def parameters(self) -> list[float]:
-        return [self.margin, float(self.DISTANCES.index(self.distance))]
+        return [self.margin, self.distance.number]
 
     @property
     def unit_rows(self) -> bool:
-        return self.distance == "cosine"
+        return self.distance.unit_rows
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         violation, _, valid = self._violations(problem, row_table)
@@ -121,24 +120,13 @@ class BatchHard(Hardest):
         weight = torch.where(valid & (violation > 0), grad_rows, 0)
         anchor = torch.arange(problem.rows, device=weight.device)
         for sign, (other, square) in zip((1, -1), pairs):
-            add_differences_(d_query, problem.given_rows, anchor, other, sign * weight * self._slope(square))
+            add_differences_(d_query, problem.given_rows, anchor, other, sign * weight * self.distance.slope(square))
 
     def _violations(self, problem: Problem, row_table: Tensor):
         """``D(a, p) - D(a, n) + margin``, the pairs with their squared distances, and which anchors have both."""
         (has_positive, p), (has_negative, n) = hardest_positives(row_table), hardest_negatives(row_table)
         anchor = torch.arange(problem.rows, device=p.device)
         squares = [pair_squares(problem.given_rows, anchor, other, problem.isolated) for other in (p, n)]
-        to_positive, to_negative = (self._distance(square) for square in squares)
+        to_positive, to_negative = (self.distance.of_square(square) for square in squares)
         valid = has_positive & has_negative
         return to_positive - to_negative + self.margin, list(zip((p, n), squares)), valid
-
-    def _distance(self, square: Tensor) -> Tensor:
-        if self.distance == "euclidean":
-            return square.sqrt()
-        return square if self.distance == "squared_euclidean" else square / 2
-
-    def _slope(self, square: Tensor) -> Tensor:
-        """a of a pair's gradient ``a (x_i - x_j)``: dD / d(D^2) times 2."""
-        if self.distance == "euclidean":
-            return torch.where(square > 0, square.rsqrt(), 0)
-        return torch.full_like(square, 2 if self.distance == "squared_euclidean" else 1)

@@ -50,7 +50,7 @@ class _Lifted(Objective):
         """r, ``[N]``; -inf for a row without negatives."""
         raise NotImplementedError
 
-    def rows_counted(self, problem: Problem) -> Tensor:
+    def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> Tensor:
         """The positive pairs."""
         return (problem.positive_counts.sum() // 2).to(problem.statistics_dtype)
 

@@ -64,7 +64,7 @@ class MarginContrastive(Objective):
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         return row_table[0].clone()
 
-    def rows_counted(self, problem: Problem) -> int:
+    def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> int:
         return problem.rows * (problem.rows - 1) // 2
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:

@@ -66,7 +66,7 @@ class SupCon(Objective):
         loss = (row_max - positive / counts.clamp(min=1)) * abs(problem.scale) + row_sum.log()
         return torch.where((counts > 0) | row_sum.isnan(), loss, 0)  # a NaN shows, whatever its row counts for
 
-    def rows_counted(self, problem: Problem) -> Tensor:
+    def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> Tensor:
         return (problem.positive_counts > 0).sum().to(problem.statistics_dtype)
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:

@@ -24,7 +24,7 @@ def _load() -> str | None:
 
 def _register_fakes() -> None:
     """Shapes without data, for torch.compile: the tile passes return nothing and write in place."""
-    families = ("softmax", "sigmoid", "margin_contrastive")
+    families = ("softmax", "sigmoid", "margin_contrastive", "batch_all")
     passes = [f"{family}_{sweep}_" for family in families for sweep in ("statistics", "weights")]
     for op in (*passes, "hardest_statistics_", "negative_distances_", "advise_huge_pages_"):
         torch.library.register_fake(f"replearn_kernels::{op}", lambda *args: None)
