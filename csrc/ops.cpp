@@ -11,6 +11,7 @@
 #include "cpu/hardest_tile.h"
 #include "cpu/margin_contrastive_tile.h"
 #include "cpu/memory.h"
+#include "cpu/mine_triplets.h"
 #include "cpu/sigmoid_tile.h"
 #include "cpu/softmax_tile.h"
 #include "cpu/tile_operators.h"
@@ -70,6 +71,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
   m.def(
       "softmax_one_tile(Tensor query, Tensor key, Tensor? target, float scale, float share, bool symmetric, "
       "bool needs_query, bool needs_key) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "mine_triplets(Tensor embeddings, Tensor labels, str mining, float margin, str distance) "
+      "-> (Tensor anchor, Tensor positive, Tensor negative)");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   m.def("vector_exp(Tensor x) -> Tensor");
   m.def("vector_log1p(Tensor x) -> Tensor");
@@ -89,6 +93,7 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("negative_distances_", TORCH_BOX(&replearn::negative_distances_));
   m.impl("distance_chain_", TORCH_BOX(&replearn::distance_chain_));
   m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));
+  m.impl("mine_triplets", TORCH_BOX(&replearn::mine_triplets));
   m.impl("advise_huge_pages_", TORCH_BOX(&replearn::advise_huge_pages_));
   m.impl("vector_exp", TORCH_BOX(&vector_exp));
   m.impl("vector_log1p", TORCH_BOX(&vector_log1p));

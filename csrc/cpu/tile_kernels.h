@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "mining_kernels.h"
+
 namespace replearn {
 
 // Group ids, as wide as the tile's entries, so that a vector of them matches a vector of similarities.
@@ -104,6 +106,7 @@ struct TileKernels {
                             Thresholds<T> columns, T* scratch);
   void (*exp)(const T* x, T* out, int64_t count);
   void (*log1p)(const T* x, T* out, int64_t count);
+  MiningKernels<T> mining;
 };
 
 // All arrays that a kernel may write whole vectors to are padded to this many elements.

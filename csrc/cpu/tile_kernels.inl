@@ -2,6 +2,12 @@
 // switches the compiler to that set, and finds `kernels<T>()` here. Everything is in an anonymous namespace and
 // nothing of the standard library is called, so that no wide instruction leaks into code that others link.
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 namespace {
 
 using replearn::Group;
@@ -70,6 +76,7 @@ inline void for_same_group(const Tile<T>& tile, int64_t i, const F& body) {
 #include "hardest_kernels.inl"
 #include "margin_contrastive_kernels.inl"
 #include "batch_all_kernels.inl"
+#include "mine_triplets_kernels.inl"
 // clang-format on
 
 template <typename T>
@@ -97,7 +104,8 @@ constexpr replearn::TileKernels<T> kernels() {
           batch_all_rows<T>,
           batch_all_columns<T>,
           exp_array<T>,
-          log1p_array<T>};
+          log1p_array<T>,
+          mining_kernels<T>()};
 }
 
 }  // namespace

@@ -7,6 +7,9 @@
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // in GCC's own header: _mm512_undefined_ps
+#endif
 #define REPLEARN_VECTOR_BYTES 64
 #include "tile_kernels.inl"
 

@@ -76,6 +76,45 @@ inline Bits<T> load_groups(const Group<T>* from, Part part) {
   return v;
 }
 
+template <typename T>
+inline void store_groups(Group<T>* to, Bits<T> v) {
+  __builtin_memcpy(to, &v, sizeof(v));
+}
+
+// a b + c with one rounding, and the correctly rounded square root. Intrinsics, as what a compiler makes of `a * b + c` is
+// its own choice. (__AVX512F__ is no sign of the set: some compilers know it only after they have read the whole file.)
+#if defined(__x86_64__) && REPLEARN_VECTOR_BYTES == 64
+#define REPLEARN_INTRINSIC(name) _mm512_##name
+#elif defined(__x86_64__) && REPLEARN_VECTOR_BYTES == 32
+#define REPLEARN_INTRINSIC(name) _mm256_##name
+#endif
+#if defined(REPLEARN_INTRINSIC)
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return REPLEARN_INTRINSIC(fmadd_ps)(a, b, c); }
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return REPLEARN_INTRINSIC(fmadd_pd)(a, b, c); }
+inline Vec<float> square_root(Vec<float> v) { return REPLEARN_INTRINSIC(sqrt_ps)(v); }
+inline Vec<double> square_root(Vec<double> v) { return REPLEARN_INTRINSIC(sqrt_pd)(v); }
+#elif defined(__aarch64__)
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return vfmaq_f32(c, a, b); }
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return vfmaq_f64(c, a, b); }
+inline Vec<float> square_root(Vec<float> v) { return vsqrtq_f32(v); }
+inline Vec<double> square_root(Vec<double> v) { return vsqrtq_f64(v); }
+#else
+inline float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+inline float square_root(float v) { return __builtin_sqrtf(v); }
+inline double square_root(double v) { return __builtin_sqrt(v); }
+template <typename V>
+inline V multiply_add(V a, V b, V c) {
+  for (size_t k = 0; k < sizeof(V) / sizeof(a[0]); ++k) c[k] = multiply_add(a[k], b[k], c[k]);
+  return c;
+}
+template <typename V>
+inline V square_root(V v) {
+  for (size_t k = 0; k < sizeof(V) / sizeof(v[0]); ++k) v[k] = square_root(v[k]);
+  return v;
+}
+#endif
+
 // j, j + 1, ...: the columns that the lanes of a vector at column j stand for.
 template <typename T>
 inline Bits<T> lane_index(int64_t j) {

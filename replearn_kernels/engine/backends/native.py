@@ -30,6 +30,7 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"replearn_kernels::{op}", lambda *args: None)
     torch.library.register_fake("replearn_kernels::softmax_one_tile", _fake_one_tile)
     torch.library.register_fake("replearn_kernels::distance_chain_", _fake_distance_chain)
+    torch.library.register_fake("replearn_kernels::mine_triplets", fake_triplets)
     for op in ("vector_exp", "vector_log1p"):
         torch.library.register_fake(f"replearn_kernels::{op}", torch.empty_like)
 
@@ -47,6 +48,12 @@ def _fake_distance_chain(w, v, rows, columns, row_squares, column_squares, squar
     near = torch.library.get_ctx().new_dynamic_size()
     index = w.new_empty(near, dtype=torch.int64)
     return w.new_empty(w.shape[0]), w.new_empty(w.shape[1]), index, index.clone(), w.new_empty(near)
+
+
+def fake_triplets(embeddings, labels, *config):
+    """How many triplets there are, only the data tells; but as many anchors as positives and negatives."""
+    count = torch.library.get_ctx().new_dynamic_size()
+    return tuple(labels.new_empty(count, dtype=torch.int64) for _ in range(3))
 
 
 _missing = _load()  # at import, so that torch.ops.replearn_kernels is complete once the package is imported
