@@ -15,6 +15,7 @@
 #include "cpu/sigmoid_tile.h"
 #include "cpu/softmax_tile.h"
 #include "cpu/tile_operators.h"
+#include "cpu/triplet_loss.h"
 
 namespace {
 
@@ -74,6 +75,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
   m.def(
       "mine_triplets(Tensor embeddings, Tensor labels, str mining, float margin, str distance) "
       "-> (Tensor anchor, Tensor positive, Tensor negative)");
+  m.def("triplet_distances(Tensor x, Tensor anchor, Tensor positive, Tensor negative) -> Tensor");
+  m.def("triplet_gradient(Tensor x, Tensor anchor, Tensor positive, Tensor negative, Tensor weight) -> Tensor");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   m.def("vector_exp(Tensor x) -> Tensor");
   m.def("vector_log1p(Tensor x) -> Tensor");
@@ -94,6 +97,8 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("distance_chain_", TORCH_BOX(&replearn::distance_chain_));
   m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));
   m.impl("mine_triplets", TORCH_BOX(&replearn::mine_triplets));
+  m.impl("triplet_distances", TORCH_BOX(&replearn::triplet_distances));
+  m.impl("triplet_gradient", TORCH_BOX(&replearn::triplet_gradient));
   m.impl("advise_huge_pages_", TORCH_BOX(&replearn::advise_huge_pages_));
   m.impl("vector_exp", TORCH_BOX(&vector_exp));
   m.impl("vector_log1p", TORCH_BOX(&vector_log1p));

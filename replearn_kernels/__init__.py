@@ -28,6 +28,7 @@ from .losses import (
     SigLipLoss,
     SupConLoss,
 )
+from .mining import mine_triplets
 from .momentum import MomentumEncoder, NegativeQueue, update_momentum
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "count_work",
     "info_nce_loss",
     "lifted_structure_loss",
+    "mine_triplets",
     "n_pair_loss",
     "nt_xent_loss",
     "siglip_loss",

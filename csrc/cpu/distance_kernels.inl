@@ -12,16 +12,6 @@ inline Vec<T> sqrt(Vec<T> v) {
 template <typename T>
 constexpr T kNear = T(1) / 256;
 
-template <typename T>
-inline T squared_distance(const T* x, const T* y, int64_t d) {
-  Vec<T> sum{};
-  for_vectors<T>(0, d, [&](int64_t k, auto count) {
-    const Vec<T> difference = load(x + k, count) - load(y + k, count);
-    sum += difference * difference;
-  });
-  return horizontal_sum<T>(sum);
-}
-
 // Rows of products -> -|x_i - x_j|, or its square, in place.
 template <typename T>
 void negative_distances(const Tile<T>& tile, const Points<T>& points) {

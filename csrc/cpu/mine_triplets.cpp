@@ -86,37 +86,24 @@ std::vector<int64_t> offsets_of(const std::vector<int64_t>& counts) {
   return offsets;
 }
 
-// Distances of `groups` groups of a panel's anchors from the columns of another.
-template <typename T>
-void tile(const Panels<T>& panels, const T* anchors, int64_t groups, const T* columns, T* out, int64_t stride) {
-  const auto& kernels = kernels_of<T>().mining;
-  for (int64_t g = 0; g < groups; ++g)
-    kernels.distances(anchors + g * kernels.group, columns, panels.d, panels.distance, out + g * kernels.group * stride, stride);
-}
-
 // Calls body(a, row) for every anchor that has triplets, with its distances from all columns, [padded]; the body may
 // write to them. An anchor's distance from itself and from padding is NaN.
 template <typename T, typename F>
 void for_rows(const Panels<T>& panels, const Classes& classes, const F& body) {
-  constexpr int64_t kStripBytes = 32 << 20;  // of all threads; the least is one group of anchors each
-  const auto& kernels = kernels_of<T>().mining;
-  const int64_t n = panels.rows, width = panels.width(), columns = panels.padded();
+  // Of all threads' strips; the least is one group of anchors each. More anchors share a panel fetched from far.
+  constexpr int64_t kMost = 128, kStripBytes = 32 << 20;
+  const int64_t n = panels.rows, columns = panels.padded(), group = kernels_of<T>().mining.group;
   const int64_t stride = columns + 64 / sizeof(T);  // rows a power of two apart would share few sets of a cache
-  const int64_t room = kStripBytes / (torch::stable::get_num_threads() * stride * kernels.group * sizeof(T));
-  const int64_t parts = std::clamp<int64_t>(room, 1, width / kernels.group);
-  // Of a panel: it is asked for once per block, and has to hold a whole number of blocks.
-  int64_t groups = 1;
-  while (2 * groups <= parts) groups *= 2;
-  const int64_t height = groups * kernels.group, blocks = (n + height - 1) / height;
-  parallel(blocks, height * n * (1 + panels.d / 16), [&](int64_t begin, int64_t end) {
-    const Buffer<T> strip(height * stride), anchors(panels.size()), scratch(panels.size());
+  const int64_t row_bytes = stride * sizeof(T) * torch::stable::get_num_threads();
+  const int64_t height = std::clamp(kStripBytes / row_bytes / group * group, group, kMost);
+  parallel((n + height - 1) / height, height * n * (1 + panels.d / 16), [&](int64_t begin, int64_t end) {
+    Anchors<T> anchors(panels, height);
+    const Buffer<T> strip(height * stride);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * height, last = std::min(first + height, n);
       if (!classes.have_triplets(first, last)) continue;
-      const T* of_anchors = panels.get(first / width, anchors.get()) + first % width;
-      for (int64_t p = 0; p < panels.count(); ++p)
-        tile(panels, of_anchors, groups, panels.get(p, scratch.get()), strip.get() + p * width, stride);
-      panels.correct(strip.get(), stride, first, last - first, 0, columns);
+      anchors.take(first, last);
+      anchors.distances(0, columns, strip.get(), stride);
       for (int64_t a = first; a < last; ++a)
         if (classes.has_triplets(a)) body(a, strip.get() + (a - first) * stride);
     }
@@ -181,7 +168,7 @@ class HardestRows {
 template <typename T>
 class BatchHard {
  public:
-  static constexpr int64_t kHeight = 64, kWidth = 512;
+  static constexpr int64_t kHeight = 128, kWidth = 512;
 
   BatchHard(const Panels<T>& panels, const Classes& classes)
       : panels_(panels), group_(panels.padded()), hardest_(panels.padded()) {
@@ -191,7 +178,6 @@ class BatchHard {
     std::mutex mutex;
     // A block's work falls with its number: the first and the last together are as much as any two.
     parallel((blocks + 1) / 2, kHeight * panels.rows * (1 + panels.d / 16), [&](int64_t begin, int64_t end) {
-      const HardestRows<T> hardest(panels.padded());
       Workspace workspace(panels);
       for (int64_t q = begin; q < end; ++q) {
         fold_block(q, workspace);
@@ -223,30 +209,23 @@ class BatchHard {
  private:
   struct Workspace {
     explicit Workspace(const Panels<T>& panels)
-        : hardest(panels.padded()), of_columns(kWidth), tile(kHeight * kWidth), anchors(kHeight * panels.d), scratch(panels.size()) {}
+        : anchors(panels, kHeight), hardest(panels.padded()), of_columns(kWidth), tile(kHeight * kWidth) {}
+    Anchors<T> anchors;
     HardestRows<T> hardest, of_columns;
-    const Buffer<T> tile, anchors, scratch;
+    const Buffer<T> tile;
   };
 
   void fold_block(int64_t block, Workspace& workspace) const {
-    const auto& kernels = kernels_of<T>().mining;
-    const int64_t w = panels_.width(), first = block * kHeight, rows = std::min(kHeight, panels_.rows - first);
-    const int64_t panels = (rows + w - 1) / w;
-    const T* anchors[kHeight];
-    for (int64_t p = 0; p < panels; ++p)
-      anchors[p] = panels_.get(first / w + p, workspace.anchors.get() + p * panels_.size());
+    auto& [anchors, hardest, of_columns, tile] = workspace;
+    const int64_t first = block * kHeight, rows = std::min(kHeight, panels_.rows - first);
+    anchors.take(first, first + rows);
     for (int64_t begin = first; begin < panels_.padded(); begin += kWidth) {
-      const int64_t columns = std::min(kWidth, panels_.padded() - begin);
-      for (int64_t j = 0; j < columns; j += w) {
-        const T* of_columns = panels_.get((begin + j) / w, workspace.scratch.get());
-        for (int64_t p = 0; p < panels; ++p)
-          tile(panels_, anchors[p], w / kernels.group, of_columns, workspace.tile.get() + p * w * kWidth + j, kWidth);
-      }
-      panels_.correct(workspace.tile.get(), kWidth, first, rows, begin, columns);
-      workspace.of_columns.reset();
-      kernels.fold_hardest(workspace.tile.get(), kWidth, rows, columns, first, begin, group_.get() + first,
-                           group_.get() + begin, workspace.hardest.from(first), workspace.of_columns.from(0));
-      workspace.hardest.merge(workspace.of_columns, begin, columns);
+      const int64_t end = std::min(begin + kWidth, panels_.padded());
+      anchors.distances(begin, end, tile.get(), kWidth);
+      of_columns.reset();
+      kernels_of<T>().mining.fold_hardest(tile.get(), kWidth, rows, end - begin, first, begin, group_.get() + first,
+                                          group_.get() + begin, hardest.from(first), of_columns.from(0));
+      hardest.merge(of_columns, begin, end - begin);
     }
   }
 

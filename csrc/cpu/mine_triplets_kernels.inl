@@ -206,19 +206,28 @@ int64_t count_chosen(const T* row, int64_t columns, T positive, T margin) {
   return count;
 }
 
+// Writes first + k for every bit k, and returns what comes after.
+inline int64_t* write_columns(int64_t* to, int64_t first, uint32_t bits) {
+#if defined(__x86_64__) && REPLEARN_VECTOR_BYTES == 64
+  const __m512i eight = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  for (; bits; bits >>= 8, first += 8) {
+    const __m512i columns = _mm512_add_epi64(eight, _mm512_set1_epi64(first));
+    const int count = __builtin_popcount(bits & 255);
+    // A store of no more than is chosen: what follows may be another thread's.
+    _mm512_mask_storeu_epi64(to, (1 << count) - 1, _mm512_maskz_compress_epi64(bits, columns));
+    to += count;
+  }
+#else
+  for (; bits; bits &= bits - 1) *to++ = first + __builtin_ctz(bits);
+#endif
+  return to;
+}
+
 template <Chosen C, typename T>
 int64_t write_chosen(const T* row, int64_t columns, T positive, T margin, int64_t* negatives) {
   int64_t* next = negatives;
-  for (int64_t j = 0; j < columns; j += lanes<T>) {
-    const Bits<T> mask = chosen<C>(load(row + j), positive, margin);
-    if (!any<T>(mask)) continue;
-    int64_t some[lanes<T>], count = 0;
-    for (int64_t k = 0; k < lanes<T>; ++k) {  // without a branch: a column that is not chosen is written over
-      some[count] = j + k;
-      count -= mask[k];
-    }
-    for (int64_t k = 0; k < count; ++k) *next++ = some[k];
-  }
+  for (int64_t j = 0; j < columns; j += lanes<T>)
+    next = write_columns(next, j, lane_bits(chosen<C>(load(row + j), positive, margin)));
   return next - negatives;
 }
 

@@ -119,4 +119,46 @@ class Panels {
   std::vector<int64_t> zeros_;  // ascending
 };
 
+// Some rows in flight, and their distances from columns.
+template <typename T>
+class Anchors {
+ public:
+  Anchors(const Panels<T>& panels, int64_t height)
+      : panels_(panels), own_((height / panels.width() + 2) * panels.size()), scratch_(panels.size()) {}
+
+  // From here on rows [first, last), where `first` starts a group.
+  void take(int64_t first, int64_t last) {
+    const int64_t width = panels_.width(), group = kernels_of<T>().mining.group;
+    first_ = first;
+    rows_ = last - first;
+    groups_.clear();
+    for (int64_t p = first / width; p * width < last; ++p) {
+      const T* panel = panels_.get(p, own_.get() + (p - first / width) * panels_.size());
+      for (int64_t i = std::max(first, p * width); i < std::min(last, (p + 1) * width); i += group)
+        groups_.push_back(panel + i % width);
+    }
+  }
+
+  // tile[i * stride + j]: the distance of row first + i from column begin + j, for whole panels of columns [begin, end)
+  // and, past the last row, as many rows as make a group.
+  void distances(int64_t begin, int64_t end, T* tile, int64_t stride) const {
+    const auto& kernels = kernels_of<T>().mining;
+    for (int64_t j = begin; j < end; j += panels_.width()) {
+      const T* columns = panels_.get(j / panels_.width(), scratch_.get());
+      T* out = tile + j - begin;
+      for (const T* group : groups_) {
+        kernels.distances(group, columns, panels_.d, panels_.distance, out, stride);
+        out += kernels.group * stride;
+      }
+    }
+    panels_.correct(tile, stride, first_, rows_, begin, end - begin);
+  }
+
+ private:
+  const Panels<T>& panels_;
+  const Buffer<T> own_, scratch_;
+  std::vector<const T*> groups_;
+  int64_t first_ = 0, rows_ = 0;
+};
+
 }  // namespace replearn

@@ -106,6 +106,8 @@ struct TileKernels {
                             Thresholds<T> columns, T* scratch);
   void (*exp)(const T* x, T* out, int64_t count);
   void (*log1p)(const T* x, T* out, int64_t count);
+  T (*squared_distance)(const T* x, const T* y, int64_t d);
+  void (*add_difference)(double* sum, T weight, const T* x, const T* y, int64_t d);  // sum += weight (x - y)
   MiningKernels<T> mining;
 };
 

@@ -69,6 +69,16 @@ inline void for_same_group(const Tile<T>& tile, int64_t i, const F& body) {
   });
 }
 
+template <typename T>
+T squared_distance(const T* x, const T* y, int64_t d) {
+  Vec<T> sum{};
+  for_vectors<T>(0, d, [&](int64_t k, auto count) {
+    const Vec<T> t = load(x + k, count) - load(y + k, count);
+    sum += t * t;
+  });
+  return horizontal_sum<T>(sum);
+}
+
 // clang-format off: the softmax family's constants are others' too
 #include "softmax_kernels.inl"
 #include "sigmoid_kernels.inl"
@@ -90,6 +100,11 @@ void log1p_array(const T* x, T* out, int64_t count) {
 }
 
 template <typename T>
+void add_difference(double* __restrict sum, T weight, const T* __restrict x, const T* __restrict y, int64_t d) {
+  for (int64_t k = 0; k < d; ++k) sum[k] += weight * (x[k] - y[k]);
+}
+
+template <typename T>
 constexpr replearn::TileKernels<T> kernels() {
   return {softmax_statistics<T>,
           softmax_merge<T>,
@@ -105,6 +120,8 @@ constexpr replearn::TileKernels<T> kernels() {
           batch_all_columns<T>,
           exp_array<T>,
           log1p_array<T>,
+          squared_distance<T>,
+          add_difference<T>,
           mining_kernels<T>()};
 }
 

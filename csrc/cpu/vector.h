@@ -123,11 +123,25 @@ inline Bits<T> lane_index(int64_t j) {
   return index + static_cast<Group<T>>(j);
 }
 
+// Bit k tells whether lane k of a mask is set.
+#if defined(__x86_64__) && REPLEARN_VECTOR_BYTES == 64
+inline uint32_t lane_bits(Bits<float> mask) { return _mm512_movepi32_mask((__m512i)mask); }
+inline uint32_t lane_bits(Bits<double> mask) { return _mm512_movepi64_mask((__m512i)mask); }
+#elif defined(__x86_64__) && REPLEARN_VECTOR_BYTES == 32
+inline uint32_t lane_bits(Bits<float> mask) { return _mm256_movemask_ps((__m256)mask); }
+inline uint32_t lane_bits(Bits<double> mask) { return _mm256_movemask_pd((__m256d)mask); }
+#else
+template <typename B>
+inline uint32_t lane_bits(B mask) {
+  uint32_t bits = 0;
+  for (size_t k = 0; k < sizeof(mask) / sizeof(mask[0]); ++k) bits |= (mask[k] & 1u) << k;
+  return bits;
+}
+#endif
+
 template <typename T>
 inline bool any(Bits<T> mask) {
-  Group<T> bits = 0;
-  for (int64_t k = 0; k < lanes<T>; ++k) bits |= mask[k];
-  return bits != 0;
+  return lane_bits(mask) != 0;
 }
 
 template <typename T>

@@ -56,10 +56,10 @@ def pair_loss(inputs: Inputs, config: Config, layout: Layout | None = None) -> T
     """
     refuse_transforms()
     if layout is not None:
-        if _needs_dispatcher(*inputs.differentiable):
+        if needs_dispatcher(*inputs.differentiable):
             raise NotImplementedError("a loss with group= takes plain tensors: their data goes to other ranks")
         return _PairLoss.apply(distributed.Schedules(layout), config, len(inputs.keys), *_flat(inputs))
-    if _needs_dispatcher(*inputs.differentiable):
+    if needs_dispatcher(*inputs.differentiable):
         return torch.ops.replearn_kernels.pair_loss(*inputs, *config)[0]
     return _PairLoss.apply(schedules, config, len(inputs.keys), *_flat(inputs))
 
@@ -72,7 +72,7 @@ def refuse_transforms() -> None:
         )
 
 
-def _needs_dispatcher(*tensors: Tensor) -> bool:
+def needs_dispatcher(*tensors: Tensor) -> bool:
     """Whether somebody traces or wraps these tensors, so that only a registered operator will do."""
     return (
         torch.compiler.is_compiling()

@@ -161,6 +161,12 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
 def check_backend_name(name: str, names: tuple[str, ...] = BACKEND_NAMES) -> None:
     if name not in names:
         raise ValueError(f"backend must be one of {', '.join(names)}, got {name!r}")

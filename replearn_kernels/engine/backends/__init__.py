@@ -28,7 +28,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     check_backend_name(name)
     if name == "auto":
         if device.type == "cpu":
-            return "cpp" if native.available() else _warn_without_native()
+            return "cpp" if native.available() else warn_without_native()
         return "triton" if _triton_problem(device, dtype) is None else "torch"
     if name == "cpp":
         if device.type != "cpu":
@@ -54,7 +54,7 @@ def backend_class(name: str) -> type[Backend]:
 
 
 @cache
-def _warn_without_native() -> str:
+def warn_without_native() -> str:
     warnings.warn(
         f"replearn_kernels was installed without its C++ kernels ({native.why_missing()}); "
         "CPU losses use the slower 'torch' backend.",

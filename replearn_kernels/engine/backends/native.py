@@ -31,6 +31,8 @@ def _register_fakes() -> None:
     torch.library.register_fake("replearn_kernels::softmax_one_tile", _fake_one_tile)
     torch.library.register_fake("replearn_kernels::distance_chain_", _fake_distance_chain)
     torch.library.register_fake("replearn_kernels::mine_triplets", fake_triplets)
+    torch.library.register_fake("replearn_kernels::triplet_distances", lambda x, a, p, n: x.new_empty(2, len(a)))
+    torch.library.register_fake("replearn_kernels::triplet_gradient", lambda x, *others: torch.empty_like(x))
     for op in ("vector_exp", "vector_log1p"):
         torch.library.register_fake(f"replearn_kernels::{op}", torch.empty_like)
 
@@ -62,6 +64,11 @@ _missing = _load()  # at import, so that torch.ops.replearn_kernels is complete 
 def available() -> bool:
     """Whether the C++ kernels are loaded."""
     return _missing is None
+
+
+def mines_on_cuda() -> bool:
+    """Whether the library was built with CUDA, and its operators run on a GPU too."""
+    return available() and torch._C._dispatch_has_kernel_for_dispatch_key("replearn_kernels::mine_triplets", "CUDA")
 
 
 def why_missing() -> str | None:

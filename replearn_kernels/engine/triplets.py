@@ -1,0 +1,152 @@
+"""The triplet loss over given triplets: distances by direct differences, in O(T d) time and O(N d + T) memory.
+
+``triplet_losses`` returns the losses and the distances, which ``triplet_losses_backward`` needs. Each has a schema, a
+fake kernel and an autograd rule. The losses are differentiable once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import native
+from .columns import blocks
+from .operators import refuse_second_derivative, refuse_transforms
+from .problem import statistics_dtype
+from .schedules import on_device_of
+
+CHUNK = 2**22  # numbers that the plain version gathers at a time
+
+
+def triplet_loss_at(
+    embeddings: Tensor,
+    anchor: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    margin: float,
+    distance: str,
+    backend: str = "auto",
+) -> Tensor:
+    """``max(0, D_ap - D_an + margin)`` of every triplet, ``[T]``, in fp32 (fp64 for fp64 embeddings).
+
+    The gradient of a distance of 0 is 0, and so is that of a loss of 0.
+
+    Args:
+        embeddings: ``[N, d]``; for "cosine" rows of length 1 or 0, whose distance is 0.5 |u - v|^2, or 1 from a row of
+            zeros. It gets a gradient in its own dtype.
+        anchor, positive, negative: int64 ``[T]``, rows of embeddings.
+        margin: any number.
+        distance: "euclidean", "squared_euclidean" or "cosine".
+        backend: "cpp" (CPU), "torch" (any device), or "auto".
+
+    Raises:
+        NotImplementedError: inside a torch.func transform; in backward: differentiated twice.
+        RuntimeError: an index out of range.
+    """
+    refuse_transforms()
+    rows = embeddings.to(statistics_dtype(embeddings.dtype)).contiguous()
+    if backend == "auto":
+        backend = "cpp" if rows.device.type == "cpu" and native.available() else "torch"
+    indices = [index.contiguous() for index in (anchor, positive, negative)]
+    return torch.ops.replearn_kernels.triplet_losses(rows, *indices, margin, distance, backend)[0]
+
+
+def _forward(rows, anchor, positive, negative, margin, distance, backend) -> tuple[Tensor, Tensor]:
+    with on_device_of(rows):
+        measure = torch.ops.replearn_kernels.triplet_distances if backend == "cpp" else plain_distances
+        distances = measure(rows, anchor, positive, negative)
+        if distance == "euclidean":
+            distances.sqrt_()
+        elif distance == "cosine":
+            distances.mul_(0.5).masked_fill_(_from_zero(rows, anchor, positive, negative), 1)
+        loss = (distances[0] - distances[1]).add_(margin).clamp_(min=0)
+        return loss, distances
+
+
+def _backward(grad, distances, rows, anchor, positive, negative, margin, distance, backend) -> Tensor:
+    with on_device_of(rows):
+        to_positive, to_negative = distances
+        grad = grad.masked_fill((to_positive - to_negative).add_(margin) <= 0, 0)
+        weight = torch.stack([grad, -grad])
+        if distance == "euclidean":
+            weight.div_(distances).masked_fill_(distances == 0, 0)
+        elif distance == "squared_euclidean":
+            weight.mul_(2)
+        else:
+            weight.masked_fill_(_from_zero(rows, anchor, positive, negative), 0)
+        sum_up = torch.ops.replearn_kernels.triplet_gradient if backend == "cpp" else plain_gradient
+        return sum_up(rows, anchor, positive, negative, weight)
+
+
+def _from_zero(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """Which distances ``[2, T]`` are from a row of zeros."""
+    zero = (rows == 0).all(dim=1)
+    return torch.stack([zero[positive], zero[negative]]).logical_or_(zero[anchor])
+
+
+def plain_distances(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """Squared distances ``[2, T]``, as csrc/cpu/triplet_loss.h."""
+    result = rows.new_empty(2, len(anchor))
+    for block in _chunks(rows, anchor):
+        for out, other in zip(result, (positive, negative)):
+            difference = rows[anchor[block]] - rows[other[block]]
+            torch.sum(difference.square_(), dim=1, out=out[block])
+    return result
+
+
+def plain_gradient(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
+    """Half the gradient of the weighted squared distances ``[N, d]``, as csrc/cpu/triplet_loss.h."""
+    result = torch.zeros_like(rows, dtype=torch.float64)
+    for block in _chunks(rows, anchor):
+        for weights, other in zip(weight, (positive, negative)):
+            a, o = anchor[block], other[block]
+            share = (rows[a] - rows[o]).mul_(weights[block, None]).double()
+            _add_rows(result, a, share)
+            _add_rows(result, o, share.neg_())
+    return result.to(rows.dtype)
+
+
+def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``total[index] += rows``, in a fixed order: index_add_ has one on a CPU, index_put_ elsewhere."""
+    if total.device.type == "cpu":
+        total.index_add_(0, index, rows)
+    else:
+        total.index_put_((index,), rows, accumulate=True)
+
+
+def _chunks(rows: Tensor, anchor: Tensor):
+    return blocks(len(anchor), max(CHUNK // max(rows.shape[1], 1), 1))
+
+
+def _fake_forward(rows, anchor, *others) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(len(anchor)), rows.new_empty(2, len(anchor))
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.margin, ctx.distance, ctx.backend = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _differentiate(ctx, grad_loss, _):
+    if grad_loss is None:
+        return (None,) * 7
+    backward = torch.ops.replearn_kernels.triplet_losses_backward
+    gradient = backward(grad_loss, *ctx.saved_tensors, ctx.margin, ctx.distance, ctx.backend)
+    return gradient, *(None,) * 6
+
+
+_INPUTS = "Tensor rows, Tensor anchor, Tensor positive, Tensor negative, float margin, str distance, str backend"
+_library = torch.library.Library("replearn_kernels", "FRAGMENT")
+_library.define(f"triplet_losses({_INPUTS}) -> (Tensor loss, Tensor distances)")
+_library.define(f"triplet_losses_backward(Tensor grad_loss, Tensor distances, {_INPUTS}) -> Tensor")
+_library.impl("triplet_losses", _forward, "CompositeExplicitAutograd")
+_library.impl("triplet_losses_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("replearn_kernels::triplet_losses", _fake_forward, lib=_library)
+torch.library.register_fake(
+    "replearn_kernels::triplet_losses_backward",
+    lambda grad_loss, distances, rows, *others: torch.empty_like(rows),
+    lib=_library,
+)
+torch.library.register_autograd("replearn_kernels::triplet_losses", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("replearn_kernels::triplet_losses_backward", refuse_second_derivative, lib=_library)
