@@ -16,6 +16,7 @@ from .functional import (
     nt_xent_loss,
     siglip_loss,
     sup_con_loss,
+    triplet_margin_loss,
 )
 from .losses import (
     ArcFaceLoss,
@@ -28,23 +29,27 @@ from .losses import (
     SigLipLoss,
     SupConLoss,
 )
+from .metric_losses import ContrastiveLoss, LiftedStructureLoss, TripletMarginLoss
 from .mining import mine_triplets
 from .momentum import MomentumEncoder, NegativeQueue, update_momentum
 
 __all__ = [
     "ArcFaceLoss",
     "ClipLoss",
+    "ContrastiveLoss",
     "CosFaceLoss",
     "CosineSimilarityLoss",
     "DINOHeadLoss",
     "DINOLoss",
     "InfoNCELoss",
+    "LiftedStructureLoss",
     "MomentumEncoder",
     "NPairLoss",
     "NTXentLoss",
     "NegativeQueue",
     "SigLipLoss",
     "SupConLoss",
+    "TripletMarginLoss",
     "arcface_loss",
     "clip_loss",
     "contrastive_loss",
@@ -60,5 +65,6 @@ __all__ = [
     "nt_xent_loss",
     "siglip_loss",
     "sup_con_loss",
+    "triplet_margin_loss",
     "update_momentum",
 ]

@@ -15,9 +15,11 @@ from .functional.classification import CLASSIFIER_BUDGET, LARGEST_ARCFACE_MARGIN
 class _Loss(nn.Module):
     """A loss function with its keywords set: ``self.options``, shown by repr."""
 
+    reductions = validation.REDUCTIONS
+
     def __init__(self, **options):
         super().__init__()
-        validation.check_reduction(options["reduction"])
+        validation.check_choice("reduction", options["reduction"], self.reductions)
         validation.check_backend_name(options["backend"])
         validation.check_memory_budget(options["memory_budget"])
         validation.check_flag("normalize", options.get("normalize", False))

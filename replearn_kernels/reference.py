@@ -104,6 +104,30 @@ def batch_hard_losses(inputs: Inputs, objective: BatchHard) -> Tensor:
     return torch.where(positive.any(1) & negative.any(1), losses, 0).clamp(min=0)
 
 
+def semi_hard_triplets(inputs: Inputs, measure: TripletDistance) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every ordered positive pair: its nearest negative beyond the positive, or the farthest of all."""
+    distance, positive, negative = _triplet_distances(inputs, measure)
+    a, p = (positive & negative.any(1, keepdim=True)).nonzero(as_tuple=True)
+    beyond = negative[a] & (distance[a] > distance[a, p].unsqueeze(1))
+    if not len(a):
+        return a, p, a
+    nearest = distance[a].masked_fill(~beyond, torch.inf).argmin(1)
+    farthest = distance[a].masked_fill(~negative[a], -1).argmax(1)
+    return a, p, torch.where(beyond.any(1), nearest, farthest)
+
+
+def triplet_losses(rows, anchor, positive, negative, margin: float, measure: TripletDistance) -> Tensor:
+    """``[T]``."""
+    x = rows.to(statistics_dtype(rows.dtype))
+    isolated = (x == 0).all(1).to(x.dtype) if measure.unit_rows else torch.zeros_like(x[:, 0])
+
+    def distance(others: Tensor) -> Tensor:
+        square = (x[anchor] - x[others]).square().sum(1) + isolated[anchor] + isolated[others]
+        return safe_sqrt(square) if measure.name == "euclidean" else square * measure.factor
+
+    return (distance(positive) - distance(negative) + margin).clamp(min=0)
+
+
 def batch_all_loss(inputs: Inputs, objective: BatchAll, reduction: str) -> Tensor:
     """Over all triplets: N x N x N of them at once."""
     distance, positive, negative = _triplet_distances(inputs, objective.distance)

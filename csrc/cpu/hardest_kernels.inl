@@ -1,6 +1,6 @@
 // The hardest pairs; included by tile_kernels.inl. What is found: replearn_kernels/objectives/hardest.py.
 
-using replearn::Hardest;
+using replearn::HardestPairs;
 
 // Whether `value` beats the kept one; of equal ones the kept, earlier one stays.
 template <typename T>
@@ -11,7 +11,7 @@ inline void keep_larger(T value, T number, T& kept, T& kept_number) {
 // Rows against columns of a tile of v: the largest v of another group, the smallest of the same, for rows and, in
 // `partial`, for columns. `numbers` are the columns'.
 template <typename T>
-void hardest_statistics(const Tile<T>& tile, const T* numbers, Hardest<T> rows, Hardest<T> partial) {
+void hardest_statistics(const Tile<T>& tile, const T* numbers, HardestPairs<T> rows, HardestPairs<T> partial) {
   for (int64_t j = 0; partial.negative && j < replearn::padded_columns(tile.columns); ++j) {
     partial.negative[j] = kLowest<T>;
     partial.positive[j] = -kLowest<T>;
@@ -53,7 +53,7 @@ void hardest_statistics(const Tile<T>& tile, const T* numbers, Hardest<T> rows, 
 
 // Folds `count` partials of columns [begin, end), four arrays of `padded` each, into the columns', in order.
 template <typename T>
-void hardest_merge(const T* partials, int64_t count, int64_t padded, int64_t begin, int64_t end, Hardest<T> columns) {
+void hardest_merge(const T* partials, int64_t count, int64_t padded, int64_t begin, int64_t end, HardestPairs<T> columns) {
   for (int64_t p = 0; p < count; ++p) {
     const T* partial = partials + p * 4 * padded;
     for (int64_t j = begin; j < end; ++j) {

@@ -11,13 +11,13 @@ namespace replearn {
 namespace {
 
 template <typename T>
-Hardest<T> hardest_of(const Tensor& t, const char* name, int64_t count) {
+HardestPairs<T> hardest_of(const Tensor& t, const char* name, int64_t count) {
   const Table<T> table(t, name, 5, count);
   return {table[0], table[1], table[2], table[3], table[4]};
 }
 
 template <typename T>
-Hardest<T> at(Hardest<T> of, int64_t first) {
+HardestPairs<T> at(HardestPairs<T> of, int64_t first) {
   return {of.negative + first, of.negative_number + first, of.positive + first, of.positive_number + first,
           of.number + first};
 }
@@ -27,13 +27,13 @@ void statistics(const Tensor& v, const Pairs& pairs, const Tensor& row_table, co
   const Tile<T> tile = tile_of<T>(v, pairs);
   STD_TORCH_CHECK(tile.row_group, "groups are needed");
   STD_TORCH_CHECK(tile.diagonal || column_table, "a tile off the diagonal needs a column_table");
-  const Hardest<T> rows = hardest_of<T>(row_table, "row_table", tile.rows);
-  const Hardest<T> columns = column_table ? hardest_of<T>(*column_table, "column_table", tile.columns) : rows;
+  const HardestPairs<T> rows = hardest_of<T>(row_table, "row_table", tile.rows);
+  const HardestPairs<T> columns = column_table ? hardest_of<T>(*column_table, "column_table", tile.columns) : rows;
   const int64_t slabs = slabs_of(tile.rows), padded = padded_columns(tile.columns);
   std::unique_ptr<T[]> partials;
   if (column_table) partials.reset(new T[slabs * 4 * padded]);
   for_slabs(tile, [&](int64_t k, int64_t first, const Tile<T>& slab) {
-    Hardest<T> partial{};
+    HardestPairs<T> partial{};
     if (partials) {
       T* of_slab = partials.get() + k * 4 * padded;
       partial = {of_slab, of_slab + padded, of_slab + 2 * padded, of_slab + 3 * padded, nullptr};

@@ -54,7 +54,7 @@ struct Points {
 
 // The hardest pairs (objectives/hardest.py), each a contiguous array over the tile's rows or columns.
 template <typename T>
-struct Hardest {
+struct HardestPairs {
   T *negative, *negative_number, *positive, *positive_number;
   const T* number;
 };
@@ -93,9 +93,9 @@ struct TileKernels {
   void (*distance_chain)(const Tile<T>&, const Points<T>&, T* out, int64_t out_stride, T* row_sums, T* column_sums,
                          void (*take)(void*, int64_t, int64_t, T), void* list);
   // Folds the tile into its rows' hardest pairs, and sets `partial` to its columns' if not null.
-  void (*hardest_statistics)(const Tile<T>&, const T* numbers, Hardest<T> rows, Hardest<T> partial);
+  void (*hardest_statistics)(const Tile<T>&, const T* numbers, HardestPairs<T> rows, HardestPairs<T> partial);
   void (*hardest_merge)(
-      const T* partials, int64_t count, int64_t padded, int64_t begin, int64_t end, Hardest<T> columns);
+      const T* partials, int64_t count, int64_t padded, int64_t begin, int64_t end, HardestPairs<T> columns);
   // Adds every row's share of losses to loss[rows]; writes W unless `out` is null. And of columns [begin, end).
   void (*margin_contrastive)(const Tile<T>&, ContrastiveMargin<T>, T* out, int64_t out_stride, const T* row_weight,
                              const T* column_weight, T* loss);

@@ -157,8 +157,7 @@ def check_margin(margin: float, most: float = torch.finfo(torch.float32).max) ->
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
@@ -168,8 +167,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def check_backend_name(name: str, names: tuple[str, ...] = BACKEND_NAMES) -> None:
-    if name not in names:
-        raise ValueError(f"backend must be one of {', '.join(names)}, got {name!r}")
+    check_choice("backend", name, names)
 
 
 def check_strategy(strategy: str) -> None:
@@ -214,12 +212,18 @@ def check_values(inputs: Inputs, objective) -> None:
     target = inputs.target
     if target is None or target.numel() == 0:
         return
-    columns = inputs.widths[0]
-    if target.device.type == "cpu":
-        low, high = (int(bound) for bound in target.aminmax())
-        if low < 0 or high >= columns:
+    check_inside(name, target, inputs.widths[0])
+
+
+def check_inside(name: str, index: Tensor, count: int) -> None:
+    """In [0, ``count``)."""
+    if index.numel() == 0:
+        return
+    if index.device.type == "cpu":
+        low, high = (int(bound) for bound in index.aminmax())
+        if low < 0 or high >= count:
             wrong = low if low < 0 else high
-            raise ValueError(f"{name} must be in [0, {columns}), got {wrong}")
+            raise ValueError(f"{name} must be in [0, {count}), got {wrong}")
     else:
-        inside = ((target >= 0) & (target < columns)).all()
-        torch._assert_async(inside, f"{name} must be in [0, {columns})")
+        inside = ((index >= 0) & (index < count)).all()
+        torch._assert_async(inside, f"{name} must be in [0, {count})")

@@ -3,7 +3,8 @@
     contrastive.py     its key among others: InfoNCE, CLIP, N-pair, SigLIP
     supervised.py      the other rows of its batch: NT-Xent, SupCon
     cosine.py          the same, by mean cosines in closed form
-    metric.py          the same, by distances: lifted structure, margin contrastive, triplets
+    metric.py          the same, by distances: lifted structure, margin contrastive
+    triplet.py         the same: triplets
     classification.py  the centre of its class: ArcFace, CosFace
     distillation.py    a teacher: DINO
 """
@@ -14,6 +15,7 @@ from .cosine import cosine_similarity_loss
 from .distillation import dino_head_loss, dino_loss
 from .metric import contrastive_loss, lifted_structure_loss
 from .supervised import nt_xent_loss, sup_con_loss
+from .triplet import triplet_margin_loss
 
 __all__ = [
     "arcface_loss",
@@ -29,4 +31,5 @@ __all__ = [
     "nt_xent_loss",
     "siglip_loss",
     "sup_con_loss",
+    "triplet_margin_loss",
 ]

@@ -28,6 +28,7 @@ class Options(NamedTuple):
     memory_budget: int
     world: World | None = None
     strategy: str = "auto"
+    asked: str = "auto"  # the backend's name as it was given
 
     @classmethod
     def of(
@@ -45,7 +46,7 @@ class Options(NamedTuple):
         name = resolve_backend(backend, features.device, features.dtype)
         if world is not None and name == "eager":
             raise ValueError("backend='eager' is the formula for the batch of one process: it takes no group")
-        return cls(reduction, name, memory_budget, world, strategy)
+        return cls(reduction, name, memory_budget, world, strategy, backend)
 
 
 def in_group(function):

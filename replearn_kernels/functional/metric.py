@@ -56,7 +56,7 @@ def lifted_structure_loss(
     """
     margin = validation.check_margin(margin)
     objective = (Lifted if validation.check_flag("smooth", smooth) else HardLifted)(margin)
-    inputs, options = _batch(embeddings, labels, reduction, normalize, backend, memory_budget)
+    inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget)
     return run(inputs, objective, options, lambda: reference.lifted_structure_loss(inputs, objective, reduction))
 
 
@@ -92,17 +92,18 @@ def contrastive_loss(
     """
     margin = validation.check_margin(margin)
     objective = MarginContrastive(margin, validation.check_flag("squared", squared))
-    inputs, options = _batch(embeddings, labels, reduction, normalize, backend, memory_budget)
+    inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget)
     return run(inputs, objective, options, lambda: reference.contrastive_loss(inputs, objective, reduction))
 
 
-def _batch(
-    embeddings: Tensor, labels: Tensor, reduction: str, normalize: bool, backend: str, memory_budget: int
+def labelled_batch(
+    embeddings: Tensor, labels: Tensor | None, reduction: str, normalize: bool, backend: str, memory_budget: int
 ) -> tuple[Inputs, Options]:
     """Labelled rows to be compared with each other, checked."""
     validation.check_features("embeddings", embeddings)
     (embeddings,) = autocast(embeddings)
-    labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)
+    if labels is not None:
+        labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)
     options = Options.of(reduction, backend, memory_budget, embeddings)
     if validation.check_flag("normalize", normalize):
         embeddings = unit_rows(embeddings)

@@ -1,0 +1,160 @@
+"""The triplet margin loss, with its triplets mined from the batch or given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..engine import mining as miner
+from ..engine import validation
+from ..engine.plan import DEFAULT_MEMORY_BUDGET
+from ..engine.problem import Inputs
+from ..engine.triplets import triplet_loss_at
+from ..objectives import BatchAll, BatchHard
+from ..objectives.triplet_distance import DISTANCES, TripletDistance
+from .call import Options, run
+from .metric import labelled_batch
+
+MINING = ("batch_hard", "semi_hard", "batch_all")
+REDUCTIONS = (*validation.REDUCTIONS, "mean_nonzero")
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+
+
+def triplet_margin_loss(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    *,
+    margin: float = 0.2,
+    mining: str = "semi_hard",
+    distance: str = "euclidean",
+    triplets: Triplets | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+    backend: str = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+) -> Tensor:
+    r"""Triplet margin loss: an anchor nearer to rows of its label than to others, by a margin.
+
+    Over triplets (a, p, n), p another row of a's label and n a row of another label:
+
+        loss = mean [D_ap - D_an + margin]+
+
+        mining="batch_hard"    one triplet per anchor: the farthest p, the nearest n
+        mining="semi_hard"     one per ordered pair (a, p): the nearest n with D_an > D_ap; without one, the farthest
+        mining="batch_all"     every triplet, without a list of them: O(N^2 (d + log P)) time, O(N (d + P)) memory for
+                               at most P positives a row
+
+        distance="euclidean"            D_ij = |x_i - x_j|; at 0 its gradient is 0
+        distance="squared_euclidean"    D_ij = |x_i - x_j|^2
+        distance="cosine"               D_ij = 1 - cos(x_i, x_j), of rows normalised here; 1 from a row of zeros
+
+    Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", 2015 (arXiv:1503.03832);
+    Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017 (arXiv:1703.07737).
+
+    Args:
+        embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
+        labels: integers ``[N]``, any values; not needed with ``triplets``.
+        margin: at least 0, in units of distance. Default 0.2.
+        mining: which triplets, as above. Default "semi_hard".
+        distance: as above. Default "euclidean".
+        triplets: ``(anchor, positive, negative)``, int64 ``[T]`` each, as :func:`~replearn_kernels.mine_triplets`
+            returns them: the loss of these, whatever ``mining`` says, in O(T d).
+        reduction: "mean" over the triplets; "mean_nonzero": over those with a loss above 0, as in FaceNet's batch_all;
+            "sum"; or "none": the sum over the triplets of every anchor, ``[N]``, with ``triplets`` of every triplet,
+            ``[T]``. Without a triplet the means are 0.
+        normalize: L2-normalise the embeddings first. Default False; "cosine" always does.
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula. "triton" has
+            kernels for batch_hard only: semi_hard takes the CUDA kernels where they were built, and PyTorch elsewhere;
+            batch_all, which "auto" gives to "torch" on a GPU, refuses it.
+        memory_budget: bytes of distances that may be kept. No mode keeps any at present.
+
+    Returns:
+        The loss, in fp32 (fp64 for fp64 inputs). NaN if an embedding is not finite.
+
+    Raises:
+        TypeError: an argument is not of the type or dtype above.
+        ValueError: wrong rank or shape, another device, triplets out of range, a margin that is negative or not finite,
+            an unknown mining, distance, reduction or backend; neither labels nor triplets; batch_all on "triton".
+        RuntimeError: the backend asked for is not available here.
+    """
+    margin = validation.check_margin(margin)
+    validation.check_choice("mining", mining, MINING)
+    validation.check_choice("distance", distance, DISTANCES)
+    validation.check_choice("reduction", reduction, REDUCTIONS)
+    measure = TripletDistance(distance)
+    if labels is None and triplets is None:
+        raise ValueError("labels are needed to mine triplets: give labels, or triplets")
+    inputs, options = labelled_batch(
+        embeddings, labels, "none", validation.check_flag("normalize", normalize) or measure.unit_rows,
+        backend, memory_budget,
+    )  # fmt: skip
+    if triplets is not None:
+        losses = _losses_at(inputs.query, _checked(triplets, inputs.query), margin, measure, options.backend)
+        return _reduced(losses, torch.ones_like(losses), reduction)
+    if mining == "batch_all":
+        return _batch_all(inputs, BatchAll(margin, measure, reduction == "mean_nonzero"), options, reduction)
+    if mining == "batch_hard":
+        objective = BatchHard(margin, measure)
+        losses = run(inputs, objective, options, lambda: reference.batch_hard_losses(inputs, objective))
+        return _reduced(losses, _complete(inputs.row_group).to(losses.dtype), reduction)
+    mined = _semi_hard(inputs, margin, measure, options.backend)
+    losses = _losses_at(inputs.query, mined, margin, measure, options.backend)
+    if reduction == "none":
+        return losses.new_zeros(len(inputs.query)).index_add(0, mined[0], losses)
+    return _reduced(losses, torch.ones_like(losses), reduction)
+
+
+def _batch_all(inputs: Inputs, objective: BatchAll, options: Options, reduction: str) -> Tensor:
+    if options.backend == "triton":
+        if options.asked == "triton":
+            raise ValueError("mining='batch_all' has no Triton kernel: use backend='torch' on a GPU")
+        options = options._replace(backend="torch")
+    reduction = "mean" if reduction == "mean_nonzero" else reduction
+    options = options._replace(reduction=reduction)
+    return run(inputs, objective, options, lambda: reference.batch_all_loss(inputs, objective, reduction))
+
+
+def _semi_hard(inputs: Inputs, margin: float, measure: TripletDistance, backend: str) -> Triplets:
+    if backend == "eager":
+        return reference.semi_hard_triplets(inputs, measure)
+    rows = inputs.query.detach()
+    name = "auto" if backend == "triton" else backend
+    return miner.mine(rows, inputs.row_group, "semi_hard", margin, measure.name, miner.resolve_miner(name, rows.device))
+
+
+def _losses_at(rows: Tensor, triplets: Triplets, margin: float, measure: TripletDistance, backend: str) -> Tensor:
+    """``[T]``; NaN where any row is not finite, though it is in no triplet."""
+    if backend == "eager":
+        losses = reference.triplet_losses(rows, *triplets, margin, measure)
+    else:
+        losses = triplet_loss_at(rows, *triplets, margin, measure.name, "cpp" if backend == "cpp" else "torch")
+    return losses + (rows.detach() * 0).sum().to(losses.dtype)
+
+
+def _reduced(losses: Tensor, counted: Tensor, reduction: str) -> Tensor:
+    """``counted``: 1 for what the mean is over."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    counted = counted if reduction == "mean" else (losses > 0).to(losses.dtype)
+    return losses.sum() / counted.sum().clamp(min=1)
+
+
+def _complete(labels: Tensor) -> Tensor:
+    """Which rows have a positive and a negative."""
+    ordered = labels.sort().values
+    first, last = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
+    return (last - first > 1) & (last - first < len(labels))
+
+
+def _checked(triplets: Triplets, rows: Tensor) -> Triplets:
+    if not isinstance(triplets, (tuple, list)) or len(triplets) != 3:
+        raise TypeError(f"triplets must be (anchor, positive, negative), got {type(triplets).__name__}")
+    for name, index in zip(("anchor", "positive", "negative"), triplets):
+        count = triplets[0].shape[0] if isinstance(triplets[0], Tensor) and triplets[0].ndim else 0
+        validation.check_target(index, count, len(rows), rows, name=f"triplets: {name}", required=True)
+        validation.check_inside(f"triplets: {name}", index, len(rows))
+    return tuple(triplets)
