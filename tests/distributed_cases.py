@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -100,8 +101,9 @@ def on_one_rank(rank, name, sizes, options, ranks=None, factors=None):
     return loss.detach().numpy(), {name: gradient.numpy() for name, gradient in batch.gradients().items()}
 
 
+@cache
 def in_one_process(name, sizes, factors=None):
-    """(loss of every row, by rank; the mean over ranks of what they return; its gradients for the whole batch)."""
+    """(losses of the rows of each rank; what each returns; a batch with the gradients of the mean over the ranks)."""
     world = len(sizes)
     batch = Batch.random(sum(sizes)).leaves()
     rows = LOSSES[name](batch, reduction="none", backend="eager")
@@ -109,7 +111,7 @@ def in_one_process(name, sizes, factors=None):
     by_rank = [by_rank_of(name, rows, rank, sizes) for rank in range(world)]
     total = rows.sum()
     share = mean.detach() / total.detach() if total else torch.zeros(())  # 1 / the rows that count
-    factors = [1.0] * world if factors is None else factors
+    factors = factors or [1.0] * world
     (share * sum(part.sum() * factor for part, factor in zip(by_rank, factors))).backward()
     return [part.detach() for part in by_rank], [part.sum().item() * share.item() * world for part in by_rank], batch
 

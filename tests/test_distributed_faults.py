@@ -1,0 +1,215 @@
+"""What goes wrong on one rank is an error on all: at once where shards do not fit, in time where a rank is gone."""
+
+import os
+import re
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Ranks, needs_gloo
+
+from replearn_kernels import clip_loss, info_nce_loss, nt_xent_loss, siglip_loss, sup_con_loss
+
+pytestmark = needs_gloo
+
+GROUP_TIMEOUT = 5
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    with Ranks(3, tmp_path_factory.mktemp("ranks"), timeout=GROUP_TIMEOUT) as ranks:
+        yield ranks
+
+
+def features(rows=4, d=3, dtype=torch.float64):
+    return torch.ones(rows, d, dtype=dtype, requires_grad=True)
+
+
+def in_group(loss, *args, **keywords):
+    return loss(*args, group=dist.group.WORLD, **keywords)
+
+
+ODD = 1  # the rank that differs
+
+
+def width(odd):
+    d = 5 if odd else 3
+    return in_group(clip_loss, features(d=d), features(d=d), 1.0)
+
+
+def dtype(odd):
+    kind = torch.float32 if odd else torch.float64
+    return in_group(sup_con_loss, features(dtype=kind), torch.zeros(4, dtype=torch.int64))
+
+
+def scale(odd):
+    return in_group(siglip_loss, features(), features(), 2.0 if odd else 1.0)
+
+
+def bias(odd):
+    return in_group(siglip_loss, features(), features(), 1.0, None if odd else -1.0)
+
+
+def reduction(odd):
+    return in_group(nt_xent_loss, features(), features(), reduction="sum" if odd else "mean")
+
+
+def label_smoothing(odd):
+    return in_group(clip_loss, features(), features(), 1.0, label_smoothing=0.1 if odd else 0.0)
+
+
+def strategy(odd):
+    return in_group(clip_loss, features(), features(), 1.0, strategy="ring" if odd else "gather")
+
+
+def another_loss(odd):
+    return in_group(siglip_loss if odd else clip_loss, features(), features(), 1.0)
+
+
+def no_grad(odd):
+    with torch.set_grad_enabled(not odd):
+        return in_group(clip_loss, features(), features(), 1.0)
+
+
+def frozen(odd):
+    return in_group(clip_loss, features(), features().requires_grad_(not odd), 1.0)
+
+
+def negatives(odd):
+    return in_group(info_nce_loss, features(), features(), negatives=features(2).detach() if odd else None)
+
+
+MISMATCHES = [
+    (width, "d must be the same on every rank of the group, got 3 on rank 0, 2 and 5 on rank 1"),
+    (dtype, "dtype must be the same .* got torch.float64 on rank 0, 2 and torch.float32 on rank 1"),
+    (scale, "logit_scale must be the same .* got 1.0 on rank 0, 2 and 2.0 on rank 1"),
+    (bias, "logit_bias must be the same .* got -1.0 on rank 0, 2 and None on rank 1"),
+    (reduction, "reduction must be the same .* got mean on rank 0, 2 and sum on rank 1"),
+    (label_smoothing, "parameters must be the same .* on rank 0, 2 and .*0.1.* on rank 1"),
+    (strategy, "strategy must be the same .* got gather on rank 0, 2 and ring on rank 1"),
+    (another_loss, "loss must be the same .* got softmax on rank 0, 2 and sigmoid on rank 1"),
+    (no_grad, "requires_grad must be the same .* on rank 0, 2 and .*False, False, False.* on rank 1"),
+    (frozen, r"requires_grad must be the same .* on rank 0, 2 and \[True, False, False\] on rank 1"),
+    (negatives, "negatives must be the same .* got None on rank 0, 2 and queue on rank 1"),
+]
+
+
+def raises_everywhere(rank, case, message):
+    with pytest.raises(ValueError, match=message):
+        case(rank == ODD)
+    assert in_group(clip_loss, features(), features(), 1.0).isfinite()  # the group is as it was
+
+
+@pytest.mark.parametrize("case, message", MISMATCHES, ids=lambda case: getattr(case, "__name__", ""))
+def test_shards_that_do_not_fit(ranks, case, message):
+    ranks.run(raises_everywhere, case, message)
+
+
+def unequal_pair(odd):
+    return in_group(clip_loss, features(), features(3 if odd else 4), 1.0)
+
+
+def not_a_tensor(odd):
+    return in_group(clip_loss, features(), None if odd else features(), 1.0)
+
+
+def nan_scale(odd):
+    return in_group(clip_loss, features(), features(), float("nan") if odd else 1.0)
+
+
+def labels_of_wrong_shape(odd):
+    return in_group(sup_con_loss, features(), torch.zeros(3 if odd else 4, dtype=torch.int64))
+
+
+WRONG_ON_ONE = [
+    (unequal_pair, ValueError, "image_features and text_features must have the same number of rows, got 4 and 3"),
+    (not_a_tensor, TypeError, "text_features must be a torch.Tensor, got NoneType"),
+    (nan_scale, ValueError, "logit_scale must be finite in torch.float64, got nan"),
+    (labels_of_wrong_shape, ValueError, r"labels must have shape \(4,\), one per row, got \(3,\)"),
+]
+
+
+def told_to_the_others(rank, case, exception, message):
+    theirs = f"the loss failed on other ranks of the group: rank 1: {exception.__name__}: {message}"
+    kind, text = (exception, message) if rank == ODD else (ValueError, theirs)
+    with pytest.raises(kind, match=text):
+        case(rank == ODD)
+    assert in_group(clip_loss, features(), features(), 1.0).isfinite()
+
+
+@pytest.mark.parametrize("case, exception, message", WRONG_ON_ONE, ids=lambda case: getattr(case, "__name__", ""))
+def test_a_wrong_argument_on_one_rank(ranks, case, exception, message):
+    ranks.run(told_to_the_others, case, exception, message)
+
+
+def target_out_of_range(rank):
+    target = torch.tensor([0, 11, 12 if rank == ODD else 3, 0])
+    message = re.escape("target must be in [0, 12), the keys of all ranks, got 12 on rank 1")
+    with pytest.raises(ValueError, match=message):
+        in_group(info_nce_loss, features(), features(), target=target)
+
+
+def test_target_out_of_range(ranks):
+    ranks.run(target_out_of_range)
+
+
+def nan_is_seen(rank):
+    """On all ranks, whose columns a row of NaN is one of; SupCon's rows of NaN too."""
+    x = torch.randn(4, 3)
+    if rank == ODD:
+        x[2, 1] = torch.nan
+    for strategy in ("ring", "gather"):
+        for loss in (
+            in_group(clip_loss, x, torch.randn(4, 3), 1.0, strategy=strategy),
+            in_group(siglip_loss, torch.randn(4, 3), x, 1.0, strategy=strategy),
+            in_group(nt_xent_loss, x, torch.randn(4, 3), normalize=False, strategy=strategy),
+        ):
+            assert loss.isnan()
+
+
+def test_nan_on_one_rank_shows_on_all(ranks):
+    ranks.run(nan_is_seen)
+
+
+def dies_before(rank):
+    if rank == ODD:
+        os._exit(1)
+    return fails_in_time(lambda: in_group(clip_loss, features(), features(), 1.0, strategy="ring"))
+
+
+def dies_before_backward(rank):
+    loss = in_group(clip_loss, features(), features(), 1.0, strategy="ring")
+    if rank == ODD:
+        os._exit(1)
+    return fails_in_time(loss.backward)
+
+
+def fails_in_time(call):
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        call()
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("check", [dies_before, dies_before_backward])
+def test_a_rank_that_dies(ranks, check):
+    for seconds in ranks.run(check, dying=frozenset({ODD})):
+        assert seconds is None or seconds < GROUP_TIMEOUT + 4
+
+
+def never_comes(rank):
+    if rank == ODD:
+        return time.sleep(1.3 * GROUP_TIMEOUT)
+    return fails_in_time(lambda: in_group(siglip_loss, features(), features(), 1.0))
+
+
+def no_backward(rank):
+    loss = in_group(siglip_loss, features(), features(), 1.0, strategy="ring")
+    return time.sleep(1.3 * GROUP_TIMEOUT) if rank == ODD else fails_in_time(loss.backward)
+
+
+@pytest.mark.parametrize("check", [never_comes, no_backward])
+def test_a_rank_that_does_not_come(tmp_path, check):
+    with Ranks(2, tmp_path, timeout=GROUP_TIMEOUT) as pair:
+        assert pair.run(check)[0] < GROUP_TIMEOUT + 4
