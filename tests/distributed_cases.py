@@ -45,6 +45,11 @@ class Batch:
         start = sum(sizes[:rank])
         return replace(self, **{name: getattr(self, name)[start : start + sizes[rank]] for name in SPREAD})
 
+    def to(self, dtype: torch.dtype) -> Batch:
+        """Leaves of this dtype."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}).leaves()
+
     def leaves(self) -> Batch:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return Batch(**{n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in tensors.items()})

@@ -88,6 +88,11 @@ class Shard(Problem):
         )
 
     @property
+    def is_batch(self) -> bool:
+        """Of a visited problem too, so that backends treat all tiles of a loss alike."""
+        return self.layout.is_batch
+
+    @property
     def total_rows(self) -> int:
         return sum(self.layout.rows)
 
