@@ -1,10 +1,12 @@
 """Triton kernels of the losses: two skeletons, and what each loss plugs into them.
 
     tiles.py        what a kernel sees of a tile, and the tile of similarities itself
+    distances.py    similarities that are distances
     statistics.py   sweep 1: statistics of rows and columns (skeleton and launcher)
     gradients.py    sweep 2: dL/dl of a tile, or its products with the features (skeletons and launchers)
     softmax.py      the softmax family's epilogues
     sigmoid.py      the sigmoid family's
+    margin_contrastive.py, hardest.py    those of losses over distances, but for the lifted softmax
     configs.py      block sizes per architecture, and the search for better ones
 
 A skeleton walks tiles and knows no loss. A loss is an :class:`~.tiles.Epilogue`: a few ``@triton.jit`` functions
@@ -12,12 +14,16 @@ of a tile of similarities that has not left the registers.
 """
 
 from .gradients import accumulate_gradient, form_weights
+from .hardest import HARDEST
+from .margin_contrastive import MARGIN_CONTRASTIVE
 from .sigmoid import SIGMOID
-from .softmax import MARGIN_SOFTMAX, SOFTMAX, SUP_CON
+from .softmax import LIFTED, MARGIN_SOFTMAX, SOFTMAX, SUP_CON
 from .statistics import update_statistics
-from .tiles import Epilogue, TileInputs
+from .tiles import Epilogue, Points, TileInputs
 
-EPILOGUES: dict[str, Epilogue] = {e.name: e for e in (SOFTMAX, SUP_CON, MARGIN_SOFTMAX, SIGMOID)}
-"""By the objective's name."""
+EPILOGUES: dict[str, Epilogue] = {
+    e.name: e for e in (SOFTMAX, SUP_CON, MARGIN_SOFTMAX, SIGMOID, MARGIN_CONTRASTIVE, LIFTED, HARDEST)
+}
+"""By the objective's name, or where a family shares one by the family's."""
 
-__all__ = ["EPILOGUES", "Epilogue", "TileInputs", "accumulate_gradient", "form_weights", "update_statistics"]
+__all__ = ["EPILOGUES", "Epilogue", "Points", "TileInputs", "accumulate_gradient", "form_weights", "update_statistics"]

@@ -42,7 +42,7 @@ class Config:
 #   stay below the 99 KiB of the small GPUs that take them too.
 # - "ieee" products have no matrix instruction: every thread multiplies its own entries, in small blocks.
 # - An epilogue that holds more than its statistics has its own: 128 x 128 spills where the sigmoids' losses and slopes
-#   share an exponential, and on sm_100 where SupCon's 64 columns a thread each have a group of two registers. There the
+#   share an exponential, and where a near pair's distance is formed again beside the products (_NARROWER); and on sm_100 where SupCon's 64 columns a thread each have a group of two registers. There the
 #   margin's transposed gradients, whose 64 rows a thread each have a class and four coefficients, spill at 128 x 64.
 DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
@@ -65,16 +65,24 @@ DEFAULTS: dict[tuple, Config] = {
     ("margin_softmax", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
     ("sup_con", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
     ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
-    ("sigmoid", "statistics", "half", 80): Config(128, 64, 32, warps=8, stages=4),
-    ("sigmoid", "statistics", "half", 90): Config(128, 64, 64, warps=8, stages=4),
-    ("sigmoid", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
-    ("sigmoid", "statistics", "tf32", 80): Config(128, 64, 32, warps=8, stages=3),
-    ("sigmoid", "statistics", "tf32", 90): Config(128, 64, 32, warps=8, stages=4),
-    ("sigmoid", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
-    ("sigmoid", "weights", "half", 80): Config(128, 64, 32, warps=8, stages=4),
-    ("sigmoid", "weights", "tf32", 80): Config(128, 64, 32, warps=8, stages=3),
 }
 """An architecture without an entry takes sm_80's; an epilogue without one of its own takes all epilogues'."""
+
+_NARROWER: dict[tuple, Config] = {
+    ("statistics", "half", 80): Config(128, 64, 32, warps=8, stages=4),
+    ("statistics", "half", 90): Config(128, 64, 64, warps=8, stages=4),
+    ("statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
+    ("statistics", "tf32", 80): Config(128, 64, 32, warps=8, stages=3),
+    ("statistics", "tf32", 90): Config(128, 64, 32, warps=8, stages=4),
+    ("statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
+    ("weights", "half", 80): Config(128, 64, 32, warps=8, stages=4),
+    ("weights", "tf32", 80): Config(128, 64, 32, warps=8, stages=3),
+}
+DEFAULTS |= {
+    (epilogue, *key): config
+    for epilogue in ("sigmoid", "margin_contrastive", "lifted", "hardest")
+    for key, config in _NARROWER.items()
+}
 
 CANDIDATES = [
     Config(block_m, block_n, block_k, warps, stages)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Config, launch_options, pick
+from .distances import chained, negative_distances
 from .statistics import merge
 from .tiles import Epilogue, TileInputs, aligned, product, similarity_tile, store_quantities
 
@@ -42,11 +43,15 @@ def weights_kernel(
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     near_row, near_column = tl.minimum(row, inputs.rows - 1), tl.minimum(column, inputs.columns - 1)
     s = similarity_tile(query, query_stride, near_row, key, key_stride, near_column, d, BLOCK_K, PRECISION, UPCAST)
+    if inputs.points is not None:
+        s = negative_distances(s, row[:, None], column[None, :], inputs)
     if row_partials is not None:  # first: what it shares with W is then all that has to stay in registers
         partials = row_partials + column_block.to(tl.int64) * QUANTITIES * inputs.rows
         of_rows = REDUCE(s, row[:, None], column[None, :], inputs, 1)
         store_quantities(partials, inputs.rows, row, row < inputs.rows, of_rows)
     w = WEIGHTS(s, row[:, None], column[None, :], inputs)
+    if inputs.points is not None:
+        w = chained(w, s, inputs.points, weights.dtype.element_ty)
     inside = (row < inputs.rows)[:, None] & (column < inputs.columns)[None, :]
     place = weights + row.to(tl.int64)[:, None] * weights_stride + column[None, :]
     tl.store(place, w.to(weights.dtype.element_ty), mask=inside)

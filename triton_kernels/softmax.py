@@ -1,4 +1,4 @@
-"""The softmax family's epilogues: InfoNCE and CLIP, SupCon, and the margin losses.
+"""The softmax family's epilogues: InfoNCE and CLIP, SupCon, the lifted structure loss, and the margin losses.
 
 The statistics, the tables, and why a difference of similarities comes before its scaling, are described in
 ``objectives/softmax.py``. Here ``exp(|scale| (v - max))`` is ``exp2((v - max) * rate)``: one multiplication less.
@@ -145,6 +145,32 @@ def sup_con_weights(s, row, column, inputs):
 
 
 SUP_CON = Epilogue("sup_con", sup_con_empty, sup_con_reduce, softmax_merge, sup_con_weights)
+
+
+# -- other groups' rows alone, over distances: lifted structure ------------------------------------------------------
+
+
+@triton.jit
+def lifted_negatives(v, row, column, inputs):
+    """``v``, -inf where an entry is no negative."""
+    negative = inside_tile(row, column, inputs) & (same_group(row, column, inputs) == 0)
+    return tl.where(negative, v, float("-inf"))
+
+
+@triton.jit
+def lifted_reduce(v, row, column, inputs, AXIS: tl.constexpr):
+    """(max, sum of exp, 0), the same for rows and columns."""
+    top, total = softmax_fold(lifted_negatives(v, row, column, inputs), inputs, AXIS)
+    return top, total, tl.zeros_like(top)
+
+
+@triton.jit
+def lifted_weights(v, row, column, inputs):
+    """W of ``objectives/lifted.py``."""
+    return softmax_shares(lifted_negatives(v, row, column, inputs), row, column, inputs)
+
+
+LIFTED = Epilogue("lifted", sup_con_empty, lifted_reduce, softmax_merge, lifted_weights)
 
 
 # -- the positive apart: ArcFace, CosFace ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Config, launch_options, pick
+from .distances import negative_distances
 from .tiles import Epilogue, TileInputs, aligned, load_quantities, similarity_tile, store_quantities
 
 # A program of the merge kernel folds this many rows or columns: 16,384 columns make 256 programs.
@@ -41,6 +42,8 @@ def statistics_kernel(
         s = similarity_tile(
             query, query_stride, near_row, key, key_stride, near_column, d, BLOCK_K, PRECISION, UPCAST
         )
+        if inputs.points is not None:
+            s = negative_distances(s, row[:, None], column[None, :], inputs)
         of_rows = MERGE(of_rows, REDUCE(s, row[:, None], column[None, :], inputs, 1), inputs)
         if column_partials is not None:
             of_columns = REDUCE(s, row[:, None], column[None, :], inputs, 0)

@@ -28,15 +28,39 @@ class Epilogue:
 
     empty(BLOCK, AXIS) -> statistic                     of no entries
     reduce(s, row, column, inputs, AXIS) -> statistic   of the entries of a tile
-    merge(a, b, inputs) -> statistic                    of two disjoint sets of entries
-    weights(s, row, column, inputs) -> W                dL/dl of every entry
+    merge(a, b, inputs) -> statistic                    of two disjoint sets of entries, ``a`` of the earlier ones
+    weights(s, row, column, inputs) -> W                dL/dl of every entry; None: the loss needs no W
+
+    Where the similarities are distances, ``s`` is v (``engine/distances.py``).
     """
 
     name: str  # by which block sizes are found
     empty: Callable
     reduce: Callable
     merge: Callable
-    weights: Callable
+    weights: Callable | None = None
+    takes_roles: bool = False  # of the objective, as ``inputs.roles``
+
+
+class Points(NamedTuple):
+    """What turns a tile of products into distances, as in ``engine/distances.py``."""
+
+    rows: Tensor  # [rows, width], as given
+    row_stride: int
+    columns: Tensor  # [columns, width]
+    column_stride: int
+    width: int
+    row_squares: Tensor  # [rows]: |x|^2 of the centred rows, whose products the tile holds
+    column_squares: Tensor  # [columns]
+    first_row: int  # of the tile
+    squared: tl.constexpr  # bool: v is the negative square of the distance
+
+    @classmethod
+    def of(cls, rows, columns, row_squares, column_squares, first_row, squared: bool) -> Points:
+        return cls(
+            rows, rows.stride(0), columns, columns.stride(0), rows.shape[1], row_squares, column_squares,
+            first_row, tl.constexpr(squared),
+        )  # fmt: skip
 
 
 class TileInputs(NamedTuple):
@@ -55,10 +79,12 @@ class TileInputs(NamedTuple):
     row_stride: int
     column_table: Tensor | None  # coefficients [quantities, columns]
     column_stride: int
+    points: Points | None  # where similarities are distances
+    roles: tuple[float | bool, ...] | None  # the objective's, for an epilogue that takes them
 
     @classmethod
     def of(cls, shape, scale, bias=0.0, target=None, row_group=None, column_group=None, first_column=0,
-           diagonal=False, row_table=None, column_table=None) -> TileInputs:  # fmt: skip
+           diagonal=False, row_table=None, column_table=None, points=None, roles=None) -> TileInputs:  # fmt: skip
         """Scalars are numbers (on a GPU only a bias of 0) or 0-d tensors; tables may have any row stride."""
         scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
         if not isinstance(bias, Tensor):
@@ -66,7 +92,7 @@ class TileInputs(NamedTuple):
         row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
         return cls(
             *shape, scale, bias, target, row_group, column_group, first_column, int(diagonal),
-            row_table, row_stride, column_table, column_stride,
+            row_table, row_stride, column_table, column_stride, points, roles,
         )  # fmt: skip
 
 

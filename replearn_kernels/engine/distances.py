@@ -61,7 +61,7 @@ class TileSums(NamedTuple):
     """Of a tile of weights w: its sums, and the near pairs taken out of it."""
 
     of_rows: Tensor  # [R]: sum_j w_ij
-    of_columns: Tensor  # [C]: sum_i w_ij
+    of_columns: Tensor | None  # [C]: sum_i w_ij; of a tile that stands for its mirror image
     near_rows: Tensor  # [P] int64, counted within the tile
     near_columns: Tensor  # [P]
     near_weights: Tensor  # [P]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...triton_kernels import EPILOGUES, TileInputs, accumulate_gradient, form_weights, update_statistics
+from ...triton_kernels import EPILOGUES, Points, TileInputs, accumulate_gradient, form_weights, update_statistics
 from ..columns import OwnColumns, Tile
 from ..counters import count_product
+from ..distances import TileSums, finish_tile_
 from ..problem import Problem
 from .base import Backend, coefficients_of, statistics_of
 from .dense import TorchBackend
@@ -30,7 +31,8 @@ class TritonBackend(Backend):
 
     def __init__(self, objective):
         super().__init__(objective)
-        self._epilogue = EPILOGUES[objective.name]
+        self._epilogue = EPILOGUES[objective.name if objective.name in EPILOGUES else objective.family]
+        self._roles = objective.roles if self._epilogue.takes_roles else None
         self._own = TorchBackend(objective)
         self._weights: Tensor | None = None
         self._partials: tuple[Tensor, ...] = ()
@@ -74,6 +76,8 @@ class TritonBackend(Backend):
         if isinstance(tile.source, OwnColumns):
             tile = _upcast(tile, problem)
             return self._own.accumulate_gradients(problem, tile, None, coefficients, d_query, d_source)
+        if self.objective.by_distance:
+            return self._accumulate_over_distances(problem, tile, coefficients, d_query)
         if not _fused(tile.query.shape[1], self.objective, problem.is_batch):
             return super().accumulate_gradients(problem, tile, kept, coefficients, d_query, d_source)
         inputs = self._inputs(problem, tile, *coefficients_of(tile, *coefficients))
@@ -85,9 +89,29 @@ class TritonBackend(Backend):
             count_product(query, 2 * len(key))
             accumulate_gradient(self._epilogue, key, query, inputs, d_source[tile.columns], transposed=True)
 
+    def _accumulate_over_distances(self, problem: Problem, tile: Tile, coefficients, d_query: Tensor) -> None:
+        """``d_query[i] += sum_j w_ij (x_j - x_i)``, by the sums of the w that the products took, as they were rounded.
+
+        So the rounding of w to half precision leaves an error of the order of w (x_j - x_i) only. A near pair goes
+        through the products too: its gradient has an error of some eps |x| / D of itself, with fp32's eps (or, where
+        the user allowed it, TF32's), and the |x| of centred points where they are in fp32.
+        """
+        w = self.weights(problem, tile, None, coefficients)
+        tile.source.accumulate(tile, w, self.addmm_, d_query, None)
+        of_columns = w.sum(0, dtype=d_query.dtype) if tile.mirrored else None
+        none = torch.empty(0, dtype=torch.int64, device=w.device)
+        sums = TileSums(w.sum(1, dtype=d_query.dtype), of_columns, none, none, none)
+        finish_tile_(problem.given_rows, problem.query, tile, sums, d_query)
+
     def _inputs(self, problem: Problem, tile: Tile, row_table: Tensor | None, column_table: Tensor | None):
         pairs = problem.pairs(tile, self.objective.uses_target)
-        return TileInputs.of(tile.shape, *pairs, row_table, column_table)
+        points = self._points(problem, tile) if self.objective.by_distance else None
+        return TileInputs.of(tile.shape, *pairs, row_table, column_table, points, self._roles)
+
+    def _points(self, problem: Problem, tile: Tile) -> Points:
+        rows, columns = (problem.given_rows[part] for part in (tile.rows, tile.columns))
+        squares = problem.squares[tile.rows], problem.squares[tile.columns]
+        return Points.of(rows, columns, *squares, tile.rows.start, self.objective.by_distance == "square")
 
     @staticmethod
     def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
