@@ -1,0 +1,606 @@
+// mine_triplets on the GPU: the kernels. No torch here, and nothing that a C++ compiler with the stand-ins of
+// tests/cuda_shim does not know, so that the tests run this very source on the CPU.
+//
+// A block takes a tile of anchors and walks all columns, a tile at a time. Of every tile it forms the distances, each
+// thread 4 x 4 of them, from panels of features in shared memory; then it folds them into what its anchors (or their
+// positive pairs) have found so far. What meets across threads meets by (distance, index): no order of threads or
+// blocks is seen in a result.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace replearn::mining {
+
+constexpr int kTile = 64, kMicro = 4, kSide = kTile / kMicro, kThreads = kSide * kSide, kWarp = 32;
+constexpr int kPairs = 8, kChunk = kThreads * kPairs;  // positive pairs that a thread, a block has in flight
+constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+template <typename T>
+constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
+
+enum class Mining : int32_t { batch_hard, semi_hard, batch_all, batch_all_hard, batch_all_semi_hard };
+enum class Distance : int32_t { squared_euclidean, euclidean, cosine };
+
+// -- numbers ----------------------------------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename In>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+template <typename In>
+using Arithmetic = typename ArithmeticOf<In>::type;
+
+__device__ inline float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// The value itself: every conversion is exact.
+__device__ inline double load(double x) { return x; }
+__device__ inline float load(float x) { return x; }
+__device__ inline float load(BFloat16 x) { return float_of_bits(uint32_t{x.bits} << 16); }
+__device__ inline float load(Half x) {
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, sign = (x.bits & 0x8000u) << 16;
+  // fp32's exponent is larger by 112; that of infinity and NaN is all ones in both.
+  const float value = magnitude >= 0x0f800000u ? float_of_bits(magnitude | 0x7f800000u)
+                                               : float_of_bits(magnitude) * 0x1p112f;
+  return sign ? -value : value;
+}
+
+// -- the batch --------------------------------------------------------------------------------------------------------
+
+template <typename In>
+struct Batch {
+  using T = Arithmetic<In>;
+  const In* x;
+  int64_t row_stride, feature_stride, features;
+  int32_t rows;
+  Distance distance;
+  const T* largest = nullptr;  // [rows], cosine only: the largest magnitude of a row; the norm of the row divided by it
+  const T* norm = nullptr;
+  const int64_t* members = nullptr;      // [rows]: the rows, sorted by label, then by index
+  const int32_t* class_start = nullptr;  // [rows]: where the row's class begins in `members`, which also names it
+  const int64_t* end = nullptr;  // [rows]: how many pairs (batch_hard: triplets) this row and those before it have
+
+  __device__ int64_t first_pair(int32_t row) const { return row == 0 ? 0 : end[row - 1]; }
+  __device__ int64_t last_pair(int32_t first_row) const {  // of the tile that begins there
+    return end[(first_row + kTile < rows ? first_row + kTile : rows) - 1];
+  }
+  __device__ int32_t class_of(int32_t row) const { return row < rows ? class_start[row] : -1; }
+  __device__ T scaled(int32_t row, int64_t feature) const {
+    const T value = load(x[row * row_stride + feature * feature_stride]);
+    return distance == Distance::cosine ? value / largest[row] : value;
+  }
+  // What distances are formed of: the feature, for cosine of the unit row.
+  __device__ T feature(int32_t row, int64_t feature) const {
+    const T value = scaled(row, feature);
+    return distance == Distance::cosine ? value / norm[row] : value;
+  }
+  __device__ T from_squared(T squared, int32_t row, int32_t column) const {
+    if (distance == Distance::squared_euclidean) return squared;
+    if (distance == Distance::euclidean) return std::sqrt(squared);
+    return largest[row] == 0 || largest[column] == 0 ? T(1) : T(0.5) * squared;
+  }
+};
+
+// The class of every row, and how many pairs (batch_hard: triplets) it is the anchor of: a row alone in its class, or
+// in the only class, has none.
+__global__ void __launch_bounds__(kThreads, 1)
+    mine_classes_kernel(int32_t rows, const int64_t* labels, const int64_t* sorted_labels, bool one_for_each,
+                        int32_t* class_start, int64_t* count) {
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row >= rows) return;
+  const int64_t label = labels[row];
+  int32_t bound[2];  // the first sorted label that is not below, that is above
+  for (int above = 0; above < 2; ++above) {
+    int32_t low = 0, high = rows;
+    while (low < high) {
+      const int32_t middle = low + (high - low) / 2;
+      if (sorted_labels[middle] < label || (above && sorted_labels[middle] == label))
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    bound[above] = low;
+  }
+  const int32_t size = bound[1] - bound[0];
+  class_start[row] = bound[0];
+  count[row] = size < 2 || size == rows ? 0 : one_for_each ? 1 : size - 1;
+}
+
+// What makes unit rows. The magnitudes of x / largest are at most 1, so that no square overflows.
+template <typename In>
+__global__ void __launch_bounds__(kThreads, 1)
+    mine_norms_kernel(Batch<In> batch, Arithmetic<In>* largest, Arithmetic<In>* norm) {
+  using T = Arithmetic<In>;
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row >= batch.rows) return;
+  T maximum = 0, sum = 0;
+  for (int64_t k = 0; k < batch.features; ++k)
+    maximum = std::fmax(maximum, std::fabs(load(batch.x[row * batch.row_stride + k * batch.feature_stride])));
+  largest[row] = maximum;
+  for (int64_t k = 0; k < batch.features; ++k) {
+    const T y = batch.scaled(row, k);  // reads what was just written
+    sum = std::fma(y, y, sum);
+  }
+  norm[row] = std::sqrt(sum);
+}
+
+// -- a tile of distances ----------------------------------------------------------------------------------------------
+
+// A block's shared memory.
+template <typename Memory>
+__device__ Memory& block_memory() {
+#ifdef __CUDACC__
+  __shared__ Memory memory;
+  return memory;
+#else
+  return cuda_shim::block_memory<Memory>();
+#endif
+}
+
+template <typename T>
+struct alignas(kMicro * sizeof(T)) Quad {  // one wide load
+  T v[kMicro];
+};
+
+// kDepth features of a tile's anchors and columns.
+template <typename T>
+struct Panels {
+  static constexpr int kDepth = 64 / sizeof(T);
+  Quad<T> anchors[kDepth][kSide + 1], columns[kDepth][kSide + 1];
+};
+
+template <typename In>
+__device__ void stage(const Batch<In>& batch, int32_t first_row, int64_t first_feature,
+                      Quad<Arithmetic<In>> (*panel)[kSide + 1]) {
+  constexpr int kDepth = Panels<Arithmetic<In>>::kDepth;
+  for (int i = threadIdx.x; i < kTile * kDepth; i += kThreads) {
+    const int row = i / kDepth, k = i % kDepth;
+    const bool inside = first_row + row < batch.rows && first_feature + k < batch.features;
+    panel[k][row / kMicro].v[row % kMicro] = inside ? batch.feature(first_row + row, first_feature + k) : 0;
+  }
+}
+
+// A thread's 4 x 4 pairs of a tile.
+template <typename In>
+struct MicroTile {
+  using T = Arithmetic<In>;
+  int32_t row, column;  // the first, in the tile
+  int32_t anchor, first_column;
+  int32_t anchor_class[kMicro], column_class[kMicro];
+  T distance[kMicro][kMicro];
+
+  __device__ bool positive(int r, int c) const {
+    return column_class[c] == anchor_class[r] && first_column + c != anchor + r;
+  }
+  __device__ bool negative(int r, int c) const { return column_class[c] >= 0 && column_class[c] != anchor_class[r]; }
+};
+
+// Distances of the tile's pairs: one rounding per difference and one per fma, feature after feature. All threads of the
+// block come here, and all have left the tile before when the first of them returns.
+template <typename In>
+__device__ MicroTile<In> form_tile(const Batch<In>& batch, int32_t first_anchor, int32_t first_column,
+                                   Panels<Arithmetic<In>>& panels) {
+  using T = Arithmetic<In>;
+  MicroTile<In> tile;
+  const int quad_row = threadIdx.x / kSide, quad_column = threadIdx.x % kSide;
+  tile.row = quad_row * kMicro;
+  tile.column = quad_column * kMicro;
+  tile.anchor = first_anchor + tile.row;
+  tile.first_column = first_column + tile.column;
+  T squared[kMicro][kMicro] = {};
+  int64_t first_feature = 0;
+  do {
+    __syncthreads();
+    stage(batch, first_anchor, first_feature, panels.anchors);
+    stage(batch, first_column, first_feature, panels.columns);
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < Panels<T>::kDepth; ++k) {
+      const Quad<T> a = panels.anchors[k][quad_row], b = panels.columns[k][quad_column];
+#pragma unroll
+      for (int r = 0; r < kMicro; ++r)
+#pragma unroll
+        for (int c = 0; c < kMicro; ++c) {
+          const T difference = a.v[r] - b.v[c];
+          squared[r][c] = std::fma(difference, difference, squared[r][c]);
+        }
+    }
+    first_feature += Panels<T>::kDepth;
+  } while (first_feature < batch.features);
+#pragma unroll
+  for (int i = 0; i < kMicro; ++i) {
+    tile.anchor_class[i] = batch.class_of(tile.anchor + i);
+    tile.column_class[i] = batch.class_of(tile.first_column + i);
+  }
+#pragma unroll
+  for (int r = 0; r < kMicro; ++r)
+#pragma unroll
+    for (int c = 0; c < kMicro; ++c) {
+      const bool inside = tile.anchor + r < batch.rows && tile.column_class[c] >= 0;
+      tile.distance[r][c] = inside ? batch.from_squared(squared[r][c], tile.anchor + r, tile.first_column + c) : 0;
+    }
+  return tile;
+}
+
+// -- the best of candidates -------------------------------------------------------------------------------------------
+
+// The candidate of the largest key, of the lowest index among equals. A key of NaN counts as the smallest.
+template <typename T>
+struct Best {
+  T key;
+  int32_t index;
+
+  __device__ static Best none() { return {-kInfinity<T>, kNone}; }
+  __device__ void offer(T other_key, int32_t other_index) {
+    other_key = std::fmax(other_key, -kInfinity<T>);
+    if (other_key > key || (other_key == key && other_index < index)) {
+      key = other_key;
+      index = other_index;
+    }
+  }
+  // The best of the kSide threads that have the same anchors.
+  __device__ void merge_across_columns() {
+#pragma unroll
+    for (int step = kSide / 2; step > 0; step /= 2) {
+      const T other_key = __shfl_xor_sync(0xffffffffu, key, step);
+      offer(other_key, __shfl_xor_sync(0xffffffffu, index, step));
+    }
+  }
+};
+
+// -- batch_hard -------------------------------------------------------------------------------------------------------
+
+// Block (tile of anchors, part of the columns); positive, negative [parts, rows].
+template <typename In>
+__global__ void __launch_bounds__(kThreads, 1)
+    mine_batch_hard_search_kernel(Batch<In> batch, Best<Arithmetic<In>>* positive, Best<Arithmetic<In>>* negative) {
+  using T = Arithmetic<In>;
+  auto& panels = block_memory<Panels<T>>();
+  const int32_t first_anchor = blockIdx.x * kTile, tiles = (batch.rows + kTile - 1) / kTile;
+  if (batch.first_pair(first_anchor) == batch.last_pair(first_anchor)) return;
+  const int32_t begin = int64_t{tiles} * blockIdx.y / gridDim.y, end = int64_t{tiles} * (blockIdx.y + 1) / gridDim.y;
+  Best<T> farthest[kMicro], nearest[kMicro];
+#pragma unroll
+  for (int r = 0; r < kMicro; ++r) farthest[r] = nearest[r] = Best<T>::none();
+  for (int32_t t = begin; t < end; ++t) {
+    const MicroTile<In> tile = form_tile(batch, first_anchor, t * kTile, panels);
+#pragma unroll
+    for (int r = 0; r < kMicro; ++r)
+#pragma unroll
+      for (int c = 0; c < kMicro; ++c) {
+        if (tile.positive(r, c)) farthest[r].offer(tile.distance[r][c], tile.first_column + c);
+        if (tile.negative(r, c)) nearest[r].offer(-tile.distance[r][c], tile.first_column + c);
+      }
+  }
+#pragma unroll
+  for (int r = 0; r < kMicro; ++r) {
+    farthest[r].merge_across_columns();
+    nearest[r].merge_across_columns();
+    const int32_t anchor = first_anchor + threadIdx.x / kSide * kMicro + r;
+    if (threadIdx.x % kSide == 0 && anchor < batch.rows) {
+      positive[int64_t{blockIdx.y} * batch.rows + anchor] = farthest[r];
+      negative[int64_t{blockIdx.y} * batch.rows + anchor] = nearest[r];
+    }
+  }
+}
+
+struct Triplets {
+  int64_t *anchor, *positive, *negative;
+  __device__ void write(int64_t place, int32_t a, int32_t p, int32_t n) const {
+    anchor[place] = a;
+    positive[place] = p;
+    negative[place] = n;
+  }
+};
+
+template <typename In>
+__global__ void __launch_bounds__(kThreads, 1)
+    mine_batch_hard_write_kernel(Batch<In> batch, int32_t parts, const Best<Arithmetic<In>>* positive,
+                                 const Best<Arithmetic<In>>* negative, Triplets out) {
+  using T = Arithmetic<In>;
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row >= batch.rows || batch.first_pair(row) == batch.end[row]) return;
+  Best<T> farthest = Best<T>::none(), nearest = farthest;
+  for (int32_t part = 0; part < parts; ++part) {
+    const int64_t place = int64_t{part} * batch.rows + row;
+    farthest.offer(positive[place].key, positive[place].index);
+    nearest.offer(negative[place].key, negative[place].index);
+  }
+  out.write(batch.first_pair(row), row, farthest.index, nearest.index);
+}
+
+// -- positive pairs against all negatives -----------------------------------------------------------------------------
+
+// A tile's negatives: NaN elsewhere, which no comparison holds for.
+template <typename T>
+using NegativeTile = T[kTile][kTile + 1];
+
+template <typename In>
+__device__ void share_negatives(const MicroTile<In>& tile, NegativeTile<Arithmetic<In>>& negatives) {
+#pragma unroll
+  for (int r = 0; r < kMicro; ++r)
+#pragma unroll
+    for (int c = 0; c < kMicro; ++c)
+      negatives[tile.row + r][tile.column + c] =
+          tile.negative(r, c) ? tile.distance[r][c] : kNaN<Arithmetic<In>>;
+  __syncthreads();
+}
+
+// A positive pair of a tile of anchors; a distance of NaN for none.
+template <typename T>
+struct Pair {
+  T distance;
+  int32_t row, positive;  // the anchor's row in the tile; an index
+};
+
+// What a block needs to hold pairs against negatives. The pairs pass through shared memory only on their way to
+// registers, because a loop over registers is unrolled, and forming a pair is too long for that.
+template <typename T>
+struct PairMemory {
+  Panels<T> panels;
+  union {
+    NegativeTile<T> negatives;
+    Pair<T> pairs[kPairs][kThreads];
+  };
+};
+
+// Pair `number` of the batch, which must have its anchor in this tile.
+template <typename In>
+__device__ Pair<Arithmetic<In>> load_pair(const Batch<In>& batch, int32_t first_anchor, int64_t number) {
+  using T = Arithmetic<In>;
+  if (number >= batch.last_pair(first_anchor)) return {kNaN<T>, 0, 0};
+  int32_t low = first_anchor, high = first_anchor + kTile - 1 < batch.rows ? first_anchor + kTile - 1 : batch.rows - 1;
+  while (low < high) {
+    const int32_t middle = (low + high) / 2;
+    if (batch.end[middle] > number)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  // The members of a class are sorted: from the anchor's own place on, the m-th other is the next.
+  const int64_t* member = batch.members + batch.class_start[low] + (number - batch.first_pair(low));
+  const int32_t positive = member[0] < low ? member[0] : member[1];
+  T squared = 0;
+  for (int64_t k = 0; k < batch.features; ++k) {
+    const T difference = batch.feature(low, k) - batch.feature(positive, k);
+    squared = std::fma(difference, difference, squared);
+  }
+  return {batch.from_squared(squared, low, positive), low - first_anchor, positive};
+}
+
+// The thread's pairs of the chunk that begins with pair `first`: first + threadIdx.x, and every kThreads-th from there.
+template <typename In>
+__device__ void load_pairs(const Batch<In>& batch, int32_t first_anchor, int64_t first,
+                           PairMemory<Arithmetic<In>>& memory, Pair<Arithmetic<In>> (&pair)[kPairs]) {
+  __syncthreads();  // the negatives of the chunk before have been read
+#pragma unroll 1
+  for (int j = 0; j < kPairs; ++j)
+    memory.pairs[j][threadIdx.x] = load_pair(batch, first_anchor, first + j * kThreads + threadIdx.x);
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) pair[j] = memory.pairs[j][threadIdx.x];
+}
+
+// The chunks of the tile's pairs that belong to this block: blocks (tile, 0), (tile, 1) ... have them in this order.
+struct Chunks {
+  int64_t begin, end;  // numbers of pairs
+
+  // How many of its kPairs a thread has in the chunk that begins with pair `first`, the last threads perhaps one less.
+  __device__ int in_flight(int64_t first) const {
+    return end - first < kChunk ? static_cast<int>((end - first + kThreads - 1) / kThreads) : kPairs;
+  }
+};
+
+template <typename In>
+__device__ Chunks chunks_of_block(const Batch<In>& batch, int32_t first_anchor) {
+  const int64_t first = batch.first_pair(first_anchor), last = batch.last_pair(first_anchor);
+  const int64_t chunks = (last - first + kChunk - 1) / kChunk;
+  const int64_t end = first + chunks * (blockIdx.y + 1) / gridDim.y * kChunk;
+  return {first + chunks * blockIdx.y / gridDim.y * kChunk, end < last ? end : last};
+}
+
+// -- semi_hard --------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct SemiHardMemory : PairMemory<T> {
+  int32_t farthest[kTile];
+};
+
+// Block (tile of anchors, part of its pairs). Every pair makes one triplet, at the pair's own number.
+template <typename In>
+__global__ void __launch_bounds__(kThreads, 1) mine_semi_hard_kernel(Batch<In> batch, Triplets out) {
+  using T = Arithmetic<In>;
+  auto& memory = block_memory<SemiHardMemory<T>>();
+  const int32_t first_anchor = blockIdx.x * kTile;
+  const Chunks chunks = chunks_of_block(batch, first_anchor);
+  for (int64_t first = chunks.begin; first < chunks.end; first += kChunk) {
+    const int pairs = chunks.in_flight(first);
+    Pair<T> pair[kPairs];
+    Best<T> nearest[kPairs], farthest[kMicro];
+    load_pairs(batch, first_anchor, first, memory, pair);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) nearest[j] = Best<T>::none();
+#pragma unroll
+    for (int r = 0; r < kMicro; ++r) farthest[r] = Best<T>::none();
+    for (int32_t column = 0; column < batch.rows; column += kTile) {
+      const MicroTile<In> tile = form_tile(batch, first_anchor, column, memory.panels);
+      share_negatives(tile, memory.negatives);
+#pragma unroll
+      for (int r = 0; r < kMicro; ++r)
+#pragma unroll
+        for (int c = 0; c < kMicro; ++c)
+          if (tile.negative(r, c)) farthest[r].offer(tile.distance[r][c], tile.first_column + c);
+#pragma unroll 1
+      for (int c = 0; c < kTile; ++c)
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) {
+          if (j == pairs) break;
+          const T distance = memory.negatives[pair[j].row][c];
+          if (distance > pair[j].distance) nearest[j].offer(-distance, column + c);
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < kMicro; ++r) {
+      farthest[r].merge_across_columns();
+      if (threadIdx.x % kSide == 0) memory.farthest[threadIdx.x / kSide * kMicro + r] = farthest[r].index;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const int64_t number = first + j * kThreads + threadIdx.x;
+      if (number >= chunks.end) continue;
+      const int32_t negative = nearest[j].index == kNone ? memory.farthest[pair[j].row] : nearest[j].index;
+      out.write(number, first_anchor + pair[j].row, pair[j].positive, negative);
+    }
+  }
+}
+
+// -- batch_all --------------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct BatchAllMemory : PairMemory<T> {
+  int64_t warp_sum[kThreads / kWarp];
+};
+
+// Which triplets are wanted, by D_an - D_ap.
+template <typename T>
+struct Criterion {
+  Mining mining;
+  T margin;
+  __device__ bool holds(T difference) const {
+    if (mining == Mining::batch_all) return difference < margin;
+    if (mining == Mining::batch_all_hard) return difference <= 0;
+    return 0 < difference && difference < margin;
+  }
+};
+
+// The sum over the block's threads, and over those before this one.
+struct BlockSum {
+  int64_t before, all;
+};
+
+__device__ inline BlockSum sum_block(int64_t value, int64_t (&warp_sum)[kThreads / kWarp]) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int64_t sum = value;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int64_t other = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == kWarp - 1) warp_sum[warp] = sum;
+  __syncthreads();
+  BlockSum result = {sum - value, 0};
+  for (int w = 0; w < kThreads / kWarp; ++w) {
+    if (w < warp) result.before += warp_sum[w];
+    result.all += warp_sum[w];
+  }
+  __syncthreads();
+  return result;
+}
+
+// How many negatives every pair of the thread has.
+template <typename In>
+__device__ void count_negatives(const Batch<In>& batch, const Criterion<Arithmetic<In>>& criterion,
+                                int32_t first_anchor, int pairs, const Pair<Arithmetic<In>> (&pair)[kPairs],
+                                BatchAllMemory<Arithmetic<In>>& memory, int32_t (&count)[kPairs]) {
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j) count[j] = 0;
+  for (int32_t column = 0; column < batch.rows; column += kTile) {
+    share_negatives(form_tile(batch, first_anchor, column, memory.panels), memory.negatives);
+#pragma unroll 1
+    for (int c = 0; c < kTile; ++c)
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        if (j == pairs) break;
+        count[j] += criterion.holds(memory.negatives[pair[j].row][c] - pair[j].distance);
+      }
+  }
+}
+
+// Block (tile of anchors, part of its pairs); count [tiles, parts].
+template <typename In>
+__global__ void __launch_bounds__(kThreads, 1)
+    mine_batch_all_count_kernel(Batch<In> batch, Criterion<Arithmetic<In>> criterion, int64_t* count) {
+  using T = Arithmetic<In>;
+  auto& memory = block_memory<BatchAllMemory<T>>();
+  const int32_t first_anchor = blockIdx.x * kTile;
+  const Chunks chunks = chunks_of_block(batch, first_anchor);
+  int64_t sum = 0;
+  for (int64_t first = chunks.begin; first < chunks.end; first += kChunk) {
+    Pair<T> pair[kPairs];
+    int32_t pair_count[kPairs];
+    load_pairs(batch, first_anchor, first, memory, pair);
+    count_negatives(batch, criterion, first_anchor, chunks.in_flight(first), pair, memory, pair_count);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) sum += pair_count[j];
+  }
+  sum = sum_block(sum, memory.warp_sum).all;
+  if (threadIdx.x == 0) count[int64_t{blockIdx.x} * gridDim.y + blockIdx.y] = sum;
+}
+
+// The same blocks; end [tiles, parts]: the running sum of the counts. Counts again, because the pairs' counts are too
+// many to keep, and then writes: a warp takes a pair at a time, so that its writes are adjacent.
+template <typename In>
+__global__ void __launch_bounds__(kThreads, 1)
+    mine_batch_all_fill_kernel(Batch<In> batch, Criterion<Arithmetic<In>> criterion, const int64_t* end, Triplets out) {
+  using T = Arithmetic<In>;
+  auto& memory = block_memory<BatchAllMemory<T>>();
+  const int32_t first_anchor = blockIdx.x * kTile, lane = threadIdx.x % kWarp;
+  const int64_t block = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
+  const Chunks chunks = chunks_of_block(batch, first_anchor);
+  int64_t begin = block == 0 ? 0 : end[block - 1];
+  for (int64_t first = chunks.begin; first < chunks.end; first += kChunk) {
+    Pair<T> pair[kPairs];
+    int32_t pair_count[kPairs];
+    int64_t place[kPairs];
+    load_pairs(batch, first_anchor, first, memory, pair);
+    count_negatives(batch, criterion, first_anchor, chunks.in_flight(first), pair, memory, pair_count);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const BlockSum sum = sum_block(pair_count[j], memory.warp_sum);
+      place[j] = begin + sum.before;
+      begin += sum.all;
+    }
+    for (int32_t column = 0; column < batch.rows; column += kTile) {
+      share_negatives(form_tile(batch, first_anchor, column, memory.panels), memory.negatives);
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        const int64_t left = chunks.end - (first + j * kThreads + (threadIdx.x - lane));  // pairs from lane 0 on
+#pragma unroll 1
+        for (int owner = 0; owner < kWarp && owner < left; ++owner) {
+          const T distance = __shfl_sync(0xffffffffu, pair[j].distance, owner);
+          const int32_t row = __shfl_sync(0xffffffffu, pair[j].row, owner);
+          const int32_t positive = __shfl_sync(0xffffffffu, pair[j].positive, owner);
+          int64_t next = __shfl_sync(0xffffffffu, place[j], owner);
+          for (int c = lane; c < kTile; c += kWarp) {
+            const bool holds = criterion.holds(memory.negatives[row][c] - distance);
+            const uint32_t found = __ballot_sync(0xffffffffu, holds);
+            const uint32_t before = found & ((1u << lane) - 1);
+            if (holds) out.write(next + __popc(before), first_anchor + row, positive, column + c);
+            next += __popc(found);
+          }
+          if (lane == owner) place[j] = next;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace replearn::mining

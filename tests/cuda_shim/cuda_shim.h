@@ -1,0 +1,313 @@
+// CUDA's words for a kernel that a C++ compiler shall run: include before the kernels, then cuda_shim::run_grid.
+//
+// Blocks run one after the other; each thread of a block is a fiber, which runs until it waits for others. The order of
+// blocks and of threads is an option: a correct kernel gives the same in every order. What a GPU leaves undefined is an
+// error here: a barrier or a warp operation that not all threads reach in the same line. Shared memory is filled with
+// 0xff before every block, which reads as NaN or -1. Sanitizers see all memory, and know fibers.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __syncthreads() ::cuda_shim::wait_for_block(__LINE__)
+#define __shfl_sync(mask, value, lane) ::cuda_shim::from_lane(__LINE__, mask, value, lane)
+#define __shfl_up_sync(mask, value, step) \
+  ::cuda_shim::from_lane(__LINE__, mask, value, ::cuda_shim::lane() - ((step) > ::cuda_shim::lane() ? 0 : (step)))
+#define __shfl_xor_sync(mask, value, bits) ::cuda_shim::from_lane(__LINE__, mask, value, ::cuda_shim::lane() ^ (bits))
+#define __ballot_sync(mask, predicate) ::cuda_shim::ballot(__LINE__, mask, predicate)
+
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+inline Dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+namespace cuda_shim {
+
+constexpr int kWarp = 32;
+
+enum class Order { ascending, descending, random };
+
+struct Options {
+  Order order = Order::ascending;
+  unsigned seed = 0;
+  int barrier_left_out = 0;  // the line of a __syncthreads() that does nothing, to see that it is missed
+};
+inline Options options;
+
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// -- fibers -----------------------------------------------------------------------------------------------------------
+
+enum class State { ready, at_barrier, in_warp, done };
+
+// A stack and a place in its code.
+struct Context {
+  ucontext_t entry;
+  jmp_buf place;
+  bool entered = true;
+
+  // Goes on there; returns when somebody comes back.
+  void leave_for(Context& to) {
+#ifdef __SANITIZE_ADDRESS__
+    swapcontext(&entry, &to.entry);
+#else  // swapcontext asks the operating system for its signal mask twice: ten times as slow
+    if (_setjmp(place)) return;
+    if (to.entered) _longjmp(to.place, 1);
+    to.entered = true;
+    setcontext(&to.entry);
+#endif
+  }
+};
+
+struct Fiber {
+  Context context;
+  std::unique_ptr<char[]> stack;
+  Dim3 index;
+  State state;
+  int line;          // where it waits
+  int exchanges;     // of its warp
+  uint64_t sent[2];  // to its warp, by the parity of `exchanges`: the one before may still be read
+
+  static constexpr size_t kStack = 256 << 10;
+};
+
+// Tells the address sanitizer that the stack changes.
+struct StackChange {
+#ifdef __SANITIZE_ADDRESS__
+  void* fake = nullptr;
+  void leave(const void* stack, size_t size) { __sanitizer_start_switch_fiber(&fake, stack, size); }
+  void arrive(const void** stack = nullptr, size_t* size = nullptr) { __sanitizer_finish_switch_fiber(fake, stack, size); }
+#else
+  void leave(const void*, size_t) {}
+  void arrive(const void** = nullptr, size_t* = nullptr) {}
+#endif
+};
+
+class Block {
+ public:
+  explicit Block(int threads) : fibers_(threads) {
+    for (auto& fiber : fibers_) fiber.stack.reset(new char[Fiber::kStack]);
+  }
+
+  template <typename Kernel>
+  void run(const Kernel& kernel, std::mt19937& random) {
+    kernel_ = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
+    argument_ = &kernel;
+    shared_.reset();
+    std::vector<Fiber*> order;
+    for (size_t i = 0; i < fibers_.size(); ++i) {
+      start(fibers_[i]);
+      fibers_[i].index = {static_cast<unsigned>(i), 0, 0};
+      order.push_back(&fibers_[i]);
+    }
+    while (true) {
+      if (options.order == Order::descending) std::sort(order.begin(), order.end(), std::greater<>());
+      if (options.order == Order::random) std::shuffle(order.begin(), order.end(), random);
+      for (Fiber* fiber : order)
+        if (fiber->state == State::ready) resume(*fiber);
+      if (all(0, fibers_.size(), State::done)) return;
+      if (!release()) throw Error("not all threads of a block or a warp reach the same " + places());
+    }
+  }
+
+  void wait(State state, int line) {
+    Fiber& fiber = *current_;
+    fiber.state = state;
+    fiber.line = line;
+    StackChange change;
+    change.leave(scheduler_stack_, scheduler_size_);
+    fiber.context.leave_for(scheduler_);
+    change.arrive();
+  }
+
+  // Sends `value` to the warp; returns what each lane has sent.
+  std::array<uint64_t, kWarp> exchange(int line, unsigned mask, uint64_t value) {
+    if (mask != 0xffffffffu || fibers_.size() % kWarp) throw Error("only whole warps are supported");
+    const int turn = current_->exchanges++ % 2;
+    const Fiber* first = current_ - lane();
+    current_->sent[turn] = value;
+    wait(State::in_warp, line);
+    std::array<uint64_t, kWarp> sent;
+    for (int i = 0; i < kWarp; ++i) sent[i] = first[i].sent[turn];
+    return sent;
+  }
+
+  int lane() const { return (current_ - fibers_.data()) % kWarp; }
+
+  // The block's shared memory: one object, of exactly its size, not initialised.
+  void* shared(size_t size) {
+    if (!shared_) {
+      shared_.reset(static_cast<char*>(::operator new(size, kAlignment)));
+      std::memset(shared_.get(), 0xff, size);
+      shared_size_ = size;
+    }
+    if (shared_size_ != size) throw Error("a kernel has one object of shared memory");
+    return shared_.get();
+  }
+
+  static inline Block* running = nullptr;
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, kAlignment); }
+  };
+
+  void start(Fiber& fiber) {
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(fiber.stack.get(), Fiber::kStack);  // a fiber may have been left behind by an error
+#endif
+    fiber.state = State::ready;
+    fiber.exchanges = 0;
+    ucontext_t& entry = fiber.context.entry;
+    getcontext(&entry);
+    entry.uc_stack.ss_sp = fiber.stack.get();
+    entry.uc_stack.ss_size = Fiber::kStack;
+    entry.uc_link = nullptr;
+    makecontext(&entry, &Block::enter, 0);
+    fiber.context.entered = false;
+  }
+
+  static void enter() {
+    Block& block = *running;
+    StackChange().arrive(&block.scheduler_stack_, &block.scheduler_size_);
+    try {
+      block.kernel_(block.argument_);
+    } catch (...) {
+      block.error_ = std::current_exception();
+    }
+    block.wait(State::done, 0);
+  }
+
+  void resume(Fiber& fiber) {
+    current_ = &fiber;
+    running = this;
+    threadIdx = fiber.index;
+    StackChange change;
+    change.leave(fiber.stack.get(), Fiber::kStack);
+    scheduler_.leave_for(fiber.context);
+    change.arrive();
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+  bool all(size_t first, size_t last, State state) const {
+    return std::all_of(fibers_.begin() + first, fibers_.begin() + last,
+                       [&](const Fiber& f) { return f.state == state && f.line == fibers_[first].line; });
+  }
+
+  // Lets those go on who are complete: warps that wait for their own, or the whole block. False if nobody can.
+  bool release() {
+    bool any = false;
+    const auto go = [&](size_t first, size_t last, State state) {
+      if (!all(first, last, state)) return;
+      for (size_t i = first; i < last; ++i) fibers_[i].state = State::ready;
+      any = true;
+    };
+    for (size_t first = 0; first < fibers_.size(); first += kWarp)
+      go(first, std::min(first + kWarp, fibers_.size()), State::in_warp);
+    go(0, fibers_.size(), State::at_barrier);
+    return any;
+  }
+
+  std::string places() const {
+    std::string text = "line:";
+    std::vector<std::pair<State, int>> seen;
+    for (const Fiber& fiber : fibers_) {
+      const std::pair<State, int> place{fiber.state, fiber.line};
+      if (std::find(seen.begin(), seen.end(), place) != seen.end()) continue;
+      seen.push_back(place);
+      text += " thread " + std::to_string(fiber.index.x);
+      text += fiber.state == State::done ? " has ended;" : " waits in line " + std::to_string(fiber.line) + ";";
+    }
+    return text;
+  }
+
+  std::vector<Fiber> fibers_;
+  std::unique_ptr<char, Free> shared_;
+  size_t shared_size_ = 0;
+  void (*kernel_)(const void*) = nullptr;
+  const void* argument_ = nullptr;
+  std::exception_ptr error_;
+  Context scheduler_;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_size_ = 0;
+  Fiber* current_ = nullptr;
+};
+
+// -- what a kernel calls ----------------------------------------------------------------------------------------------
+
+inline int lane() { return Block::running->lane(); }
+
+inline void wait_for_block(int line) {
+  if (line != options.barrier_left_out) Block::running->wait(State::at_barrier, line);
+}
+
+template <typename T>
+T from_lane(int line, unsigned mask, T value, int source) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const auto sent = Block::running->exchange(line, mask, bits);
+  if (source < 0 || source >= kWarp) throw Error("no such lane: " + std::to_string(source));
+  std::memcpy(&value, &sent[source], sizeof(T));
+  return value;
+}
+
+inline unsigned ballot(int line, unsigned mask, bool predicate) {
+  const auto sent = Block::running->exchange(line, mask, predicate);
+  unsigned result = 0;
+  for (int i = 0; i < kWarp; ++i) result |= static_cast<unsigned>(sent[i]) << i;
+  return result;
+}
+
+template <typename Memory>
+Memory& block_memory() {
+  return *static_cast<Memory*>(Block::running->shared(sizeof(Memory)));
+}
+
+// kernel<<<grid, threads>>>(arguments...)
+template <typename... Parameters, typename... Arguments>
+void run_grid(void (*kernel)(Parameters...), Dim3 grid, unsigned threads, const Arguments&... arguments) {
+  gridDim = grid;
+  blockDim = {threads, 1, 1};
+  std::mt19937 random(options.seed);
+  std::vector<Dim3> blocks;
+  for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, 0});
+  if (options.order == Order::descending) std::reverse(blocks.begin(), blocks.end());
+  if (options.order == Order::random) std::shuffle(blocks.begin(), blocks.end(), random);
+  Block block(static_cast<int>(threads));
+  for (const Dim3& index : blocks) {
+    blockIdx = index;
+    block.run([&] { kernel(arguments...); }, random);
+  }
+}
+
+}  // namespace cuda_shim
