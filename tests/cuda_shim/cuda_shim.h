@@ -10,7 +10,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -91,11 +90,10 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   Dim3 index;
   State state;
-  int line;          // where it waits
-  int exchanges;     // of its warp
-  uint64_t sent[2];  // to its warp, by the parity of `exchanges`: the one before may still be read
+  int line;       // where it waits
+  int exchanges;  // of its warp
 
-  static constexpr size_t kStack = 256 << 10;
+  static constexpr size_t kStack = 128 << 10;
 };
 
 // Tells the address sanitizer that the stack changes.
@@ -112,7 +110,7 @@ struct StackChange {
 
 class Block {
  public:
-  explicit Block(int threads) : fibers_(threads) {
+  explicit Block(int threads) : fibers_(threads), sent_{std::vector<uint64_t>(threads), std::vector<uint64_t>(threads)} {
     for (auto& fiber : fibers_) fiber.stack.reset(new char[Fiber::kStack]);
   }
 
@@ -147,16 +145,14 @@ class Block {
     change.arrive();
   }
 
-  // Sends `value` to the warp; returns what each lane has sent.
-  std::array<uint64_t, kWarp> exchange(int line, unsigned mask, uint64_t value) {
+  // Sends `value` to the warp; returns what each lane has sent, which may be read until the next exchange.
+  const uint64_t* exchange(int line, unsigned mask, uint64_t value) {
     if (mask != 0xffffffffu || fibers_.size() % kWarp) throw Error("only whole warps are supported");
-    const int turn = current_->exchanges++ % 2;
-    const Fiber* first = current_ - lane();
-    current_->sent[turn] = value;
+    auto& sent = sent_[current_->exchanges++ % 2];  // in turn: others may still read the one before
+    const auto thread = current_ - fibers_.data();
+    sent[thread] = value;
     wait(State::in_warp, line);
-    std::array<uint64_t, kWarp> sent;
-    for (int i = 0; i < kWarp; ++i) sent[i] = first[i].sent[turn];
-    return sent;
+    return &sent[thread / kWarp * kWarp];
   }
 
   int lane() const { return (current_ - fibers_.data()) % kWarp; }
@@ -250,6 +246,7 @@ class Block {
   }
 
   std::vector<Fiber> fibers_;
+  std::vector<uint64_t> sent_[2];
   std::unique_ptr<char, Free> shared_;
   size_t shared_size_ = 0;
   void (*kernel_)(const void*) = nullptr;
@@ -274,14 +271,14 @@ T from_lane(int line, unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  const auto sent = Block::running->exchange(line, mask, bits);
+  const uint64_t* sent = Block::running->exchange(line, mask, bits);
   if (source < 0 || source >= kWarp) throw Error("no such lane: " + std::to_string(source));
   std::memcpy(&value, &sent[source], sizeof(T));
   return value;
 }
 
 inline unsigned ballot(int line, unsigned mask, bool predicate) {
-  const auto sent = Block::running->exchange(line, mask, predicate);
+  const uint64_t* sent = Block::running->exchange(line, mask, predicate);
   unsigned result = 0;
   for (int i = 0; i < kWarp; ++i) result |= static_cast<unsigned>(sent[i]) << i;
   return result;
