@@ -16,51 +16,47 @@ using namespace replearn::mining;
 
 namespace {
 
-// What mine_triplets.cu takes from torch. Every array is an allocation of its own, of exactly its size.
+// What mine_triplets.cu takes from torch. Every array is an allocation of its own, of exactly its size, filled with 0xff.
 class Cpu {
  public:
+  struct Numbers {
+    int64_t* at;
+    int64_t count;
+    int64_t* data() const { return at; }
+  };
+
   explicit Cpu(int processors) : processors_(processors) {}
 
   template <typename T>
-  T* empty(int64_t count) {
+  T* scratch(int64_t count) {
     memory_.emplace_back(new char[count * sizeof(T)]);
     std::memset(memory_.back().get(), 0xff, count * sizeof(T));
     return reinterpret_cast<T*>(memory_.back().get());
   }
 
-  Triplets empty_triplets(int64_t count) {
-    const auto column = [&](py::array_t<int64_t>& array) {
-      array = py::array_t<int64_t>(count);
-      std::fill_n(array.mutable_data(), count, -1);
-      return array.mutable_data();
-    };
-    return {column(result[0]), column(result[1]), column(result[2])};
-  }
-
-  int64_t read(const int64_t* value) { return *value; }
+  Numbers numbers(int64_t count) { return {scratch<int64_t>(count), count}; }
+  int64_t last(Numbers x) const { return x.at[x.count - 1]; }
   int processors() const { return processors_; }
 
-  Sorted sort(const int64_t* labels, int64_t count) {
-    auto *members = empty<int64_t>(count), *sorted = empty<int64_t>(count);
-    std::iota(members, members + count, 0);
-    std::stable_sort(members, members + count, [&](int64_t a, int64_t b) { return labels[a] < labels[b]; });
-    for (int64_t i = 0; i < count; ++i) sorted[i] = labels[members[i]];
-    return {sorted, members};
-  }
-
-  const int64_t* running_sum(const int64_t* x, int64_t count) {
-    auto* sum = empty<int64_t>(count);
-    std::partial_sum(x, x + count, sum);
+  Numbers running_sum(Numbers x) {
+    const Numbers sum = numbers(x.count);
+    std::partial_sum(x.at, x.at + x.count, sum.at);
     return sum;
   }
 
-  template <typename Kernel, typename... Arguments>
-  void launch(Kernel kernel, Blocks blocks, const Arguments&... arguments) {
+  std::pair<Numbers, Numbers> sort(Numbers x) {
+    const Numbers sorted = numbers(x.count), from = numbers(x.count);
+    std::iota(from.at, from.at + x.count, 0);
+    std::stable_sort(from.at, from.at + x.count, [&](int64_t a, int64_t b) { return x.at[a] < x.at[b]; });
+    for (int64_t i = 0; i < x.count; ++i) sorted.at[i] = x.at[from.at[i]];
+    return {sorted, from};
+  }
+
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), Blocks blocks, const Arguments&... arguments) {
     const Dim3 grid{static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y)};
     cuda_shim::run_grid(kernel, grid, kThreads, arguments...);
   }
-
-  py::array_t<int64_t> result[3];
 
  private:
   int processors_;
@@ -71,10 +67,12 @@ template <typename In>
 py::tuple mine(const py::array& x, const py::array_t<int64_t>& labels, Mining mining, double margin, Distance distance,
                int processors) {
   Cpu cpu(processors);
+  const Cpu::Numbers its_labels{const_cast<int64_t*>(labels.data()), labels.size()};
   const auto stride = [&](int axis) { return x.strides(axis) / static_cast<int64_t>(sizeof(In)); };
-  mine_triplets(cpu, static_cast<const In*>(x.data()), x.shape(0), x.shape(1), stride(0), stride(1), labels.data(),
-                mining, margin, distance);
-  return py::make_tuple(cpu.result[0], cpu.result[1], cpu.result[2]);
+  const auto result = mine_triplets(cpu, static_cast<const In*>(x.data()), x.shape(0), x.shape(1), stride(0), stride(1),
+                                    its_labels, mining, margin, distance);
+  const auto array = [](Cpu::Numbers n) { return py::array_t<int64_t>(n.count, n.at); };
+  return py::make_tuple(array(result[0]), array(result[1]), array(result[2]));
 }
 
 // x [rows, features] of any strides; bfloat16 as uint16.
