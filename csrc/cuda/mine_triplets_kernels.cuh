@@ -556,22 +556,23 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // The same blocks; end [tiles, parts]: the running sum of the counts. Counts again, because the pairs' counts are too
-// many to keep, and then writes: a warp takes a pair at a time, so that its writes are adjacent.
+// many to keep, and then writes.
 template <typename In>
 __global__ void __launch_bounds__(kThreads, 1)
     mine_batch_all_fill_kernel(Batch<In> batch, Criterion<Arithmetic<In>> criterion, const int64_t* end, Triplets out) {
   using T = Arithmetic<In>;
   auto& memory = block_memory<BatchAllMemory<T>>();
-  const int32_t first_anchor = blockIdx.x * kTile, lane = threadIdx.x % kWarp;
+  const int32_t first_anchor = blockIdx.x * kTile;
   const int64_t block = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
   const Chunks chunks = chunks_of_block(batch, first_anchor);
   int64_t begin = block == 0 ? 0 : end[block - 1];
   for (int64_t first = chunks.begin; first < chunks.end; first += kChunk) {
+    const int pairs = chunks.in_flight(first);
     Pair<T> pair[kPairs];
     int32_t pair_count[kPairs];
     int64_t place[kPairs];
     load_pairs(batch, first_anchor, first, memory, pair);
-    count_negatives(batch, criterion, first_anchor, chunks.in_flight(first), pair, memory, pair_count);
+    count_negatives(batch, criterion, first_anchor, pairs, pair, memory, pair_count);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const BlockSum sum = sum_block(pair_count[j], memory.warp_sum);
@@ -580,25 +581,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     for (int32_t column = 0; column < batch.rows; column += kTile) {
       share_negatives(form_tile(batch, first_anchor, column, memory.panels), memory.negatives);
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        const int64_t left = chunks.end - (first + j * kThreads + (threadIdx.x - lane));  // pairs from lane 0 on
 #pragma unroll 1
-        for (int owner = 0; owner < kWarp && owner < left; ++owner) {
-          const T distance = __shfl_sync(0xffffffffu, pair[j].distance, owner);
-          const int32_t row = __shfl_sync(0xffffffffu, pair[j].row, owner);
-          const int32_t positive = __shfl_sync(0xffffffffu, pair[j].positive, owner);
-          int64_t next = __shfl_sync(0xffffffffu, place[j], owner);
-          for (int c = lane; c < kTile; c += kWarp) {
-            const bool holds = criterion.holds(memory.negatives[row][c] - distance);
-            const uint32_t found = __ballot_sync(0xffffffffu, holds);
-            const uint32_t before = found & ((1u << lane) - 1);
-            if (holds) out.write(next + __popc(before), first_anchor + row, positive, column + c);
-            next += __popc(found);
-          }
-          if (lane == owner) place[j] = next;
+      for (int c = 0; c < kTile; ++c)
+#pragma unroll
+        for (int j = 0; j < kPairs; ++j) {
+          if (j == pairs) break;
+          if (criterion.holds(memory.negatives[pair[j].row][c] - pair[j].distance))
+            out.write(place[j]++, first_anchor + pair[j].row, pair[j].positive, column + c);
         }
-      }
     }
   }
 }

@@ -36,14 +36,11 @@
 #define __shfl_up_sync(mask, value, step) \
   ::cuda_shim::from_lane(__LINE__, mask, value, ::cuda_shim::lane() - ((step) > ::cuda_shim::lane() ? 0 : (step)))
 #define __shfl_xor_sync(mask, value, bits) ::cuda_shim::from_lane(__LINE__, mask, value, ::cuda_shim::lane() ^ (bits))
-#define __ballot_sync(mask, predicate) ::cuda_shim::ballot(__LINE__, mask, predicate)
 
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 inline Dim3 gridDim, blockDim, blockIdx, threadIdx;
-
-inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
 namespace cuda_shim {
 
@@ -275,13 +272,6 @@ T from_lane(int line, unsigned mask, T value, int source) {
   if (source < 0 || source >= kWarp) throw Error("no such lane: " + std::to_string(source));
   std::memcpy(&value, &sent[source], sizeof(T));
   return value;
-}
-
-inline unsigned ballot(int line, unsigned mask, bool predicate) {
-  const uint64_t* sent = Block::running->exchange(line, mask, predicate);
-  unsigned result = 0;
-  for (int i = 0; i < kWarp; ++i) result |= static_cast<unsigned>(sent[i]) << i;
-  return result;
 }
 
 template <typename Memory>
