@@ -515,82 +515,48 @@ __device__ inline BlockSum sum_block(int64_t value, int64_t (&warp_sum)[kThreads
   return result;
 }
 
-// How many negatives every pair of the thread has.
-template <typename In>
-__device__ void count_negatives(const Batch<In>& batch, const Criterion<Arithmetic<In>>& criterion,
-                                int32_t first_anchor, int pairs, const Pair<Arithmetic<In>> (&pair)[kPairs],
-                                BatchAllMemory<Arithmetic<In>>& memory, int32_t (&count)[kPairs]) {
-#pragma unroll
-  for (int j = 0; j < kPairs; ++j) count[j] = 0;
-  for (int32_t column = 0; column < batch.rows; column += kTile) {
-    share_negatives(form_tile(batch, first_anchor, column, memory.panels), memory.negatives);
-#pragma unroll 1
-    for (int c = 0; c < kTile; ++c)
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        if (j == pairs) break;
-        count[j] += criterion.holds(memory.negatives[pair[j].row][c] - pair[j].distance);
-      }
-  }
-}
-
-// Block (tile of anchors, part of its pairs); count [tiles, parts].
+// Block (tile of anchors, part of its pairs), launched twice. Without `end` it writes count [tiles, parts]. With it, the
+// running sum of the counts, it counts every chunk again, because its pairs' counts are too many to keep, and then
+// writes the chunk's triplets.
 template <typename In>
 __global__ void __launch_bounds__(kThreads, 1)
-    mine_batch_all_count_kernel(Batch<In> batch, Criterion<Arithmetic<In>> criterion, int64_t* count) {
-  using T = Arithmetic<In>;
-  auto& memory = block_memory<BatchAllMemory<T>>();
-  const int32_t first_anchor = blockIdx.x * kTile;
-  const Chunks chunks = chunks_of_block(batch, first_anchor);
-  int64_t sum = 0;
-  for (int64_t first = chunks.begin; first < chunks.end; first += kChunk) {
-    Pair<T> pair[kPairs];
-    int32_t pair_count[kPairs];
-    load_pairs(batch, first_anchor, first, memory, pair);
-    count_negatives(batch, criterion, first_anchor, chunks.in_flight(first), pair, memory, pair_count);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) sum += pair_count[j];
-  }
-  sum = sum_block(sum, memory.warp_sum).all;
-  if (threadIdx.x == 0) count[int64_t{blockIdx.x} * gridDim.y + blockIdx.y] = sum;
-}
-
-// The same blocks; end [tiles, parts]: the running sum of the counts. Counts again, because the pairs' counts are too
-// many to keep, and then writes.
-template <typename In>
-__global__ void __launch_bounds__(kThreads, 1)
-    mine_batch_all_fill_kernel(Batch<In> batch, Criterion<Arithmetic<In>> criterion, const int64_t* end, Triplets out) {
+    mine_batch_all_kernel(Batch<In> batch, Criterion<Arithmetic<In>> criterion, int64_t* count, const int64_t* end,
+                          Triplets out) {
   using T = Arithmetic<In>;
   auto& memory = block_memory<BatchAllMemory<T>>();
   const int32_t first_anchor = blockIdx.x * kTile;
   const int64_t block = int64_t{blockIdx.x} * gridDim.y + blockIdx.y;
   const Chunks chunks = chunks_of_block(batch, first_anchor);
-  int64_t begin = block == 0 ? 0 : end[block - 1];
+  int64_t begin = end == nullptr || block == 0 ? 0 : end[block - 1];
   for (int64_t first = chunks.begin; first < chunks.end; first += kChunk) {
     const int pairs = chunks.in_flight(first);
     Pair<T> pair[kPairs];
-    int32_t pair_count[kPairs];
-    int64_t place[kPairs];
+    int64_t place[kPairs] = {};  // of a pair's next triplet, first among its own
     load_pairs(batch, first_anchor, first, memory, pair);
-    count_negatives(batch, criterion, first_anchor, pairs, pair, memory, pair_count);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const BlockSum sum = sum_block(pair_count[j], memory.warp_sum);
-      place[j] = begin + sum.before;
-      begin += sum.all;
-    }
-    for (int32_t column = 0; column < batch.rows; column += kTile) {
-      share_negatives(form_tile(batch, first_anchor, column, memory.panels), memory.negatives);
 #pragma unroll 1
-      for (int c = 0; c < kTile; ++c)
+    for (int writes = 0; writes <= (end != nullptr); ++writes) {
+      for (int32_t column = 0; column < batch.rows; column += kTile) {
+        share_negatives(form_tile(batch, first_anchor, column, memory.panels), memory.negatives);
+#pragma unroll 1
+        for (int c = 0; c < kTile; ++c)
 #pragma unroll
-        for (int j = 0; j < kPairs; ++j) {
-          if (j == pairs) break;
-          if (criterion.holds(memory.negatives[pair[j].row][c] - pair[j].distance))
-            out.write(place[j]++, first_anchor + pair[j].row, pair[j].positive, column + c);
-        }
+          for (int j = 0; j < kPairs; ++j) {
+            if (j == pairs) break;
+            if (!criterion.holds(memory.negatives[pair[j].row][c] - pair[j].distance)) continue;
+            if (writes) out.write(place[j], first_anchor + pair[j].row, pair[j].positive, column + c);
+            ++place[j];
+          }
+      }
+      if (writes) break;
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) {
+        const BlockSum sum = sum_block(place[j], memory.warp_sum);
+        place[j] = begin + sum.before;
+        begin += sum.all;
+      }
     }
   }
+  if (end == nullptr && threadIdx.x == 0) count[block] = begin;
 }
 
 }  // namespace replearn::mining

@@ -89,10 +89,11 @@ template <typename In, typename Device>
 Result<Device> mine_batch_all(Device& device, const Batch<In>& batch, Criterion<Arithmetic<In>> criterion,
                               Blocks blocks) {
   const Numbers<Device> count = device.numbers(blocks.x * blocks.y);
-  device.launch(mine_batch_all_count_kernel<In>, blocks, batch, criterion, count.data());
+  int64_t* const none = nullptr;
+  device.launch(mine_batch_all_kernel<In>, blocks, batch, criterion, count.data(), none, Triplets{});
   const Numbers<Device> end = device.running_sum(count);
   const Result<Device> result = empty_result(device, device.last(end));
-  device.launch(mine_batch_all_fill_kernel<In>, blocks, batch, criterion, end.data(), places_of<Device>(result));
+  device.launch(mine_batch_all_kernel<In>, blocks, batch, criterion, none, end.data(), places_of<Device>(result));
   return result;
 }
 
