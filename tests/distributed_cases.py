@@ -9,7 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from replearn_kernels import clip_loss, info_nce_loss, n_pair_loss, nt_xent_loss, siglip_loss, sup_con_loss
+from replearn_kernels import (
+    clip_loss,
+    contrastive_loss,
+    info_nce_loss,
+    n_pair_loss,
+    nt_xent_loss,
+    siglip_loss,
+    sup_con_loss,
+)
 
 WIDTH, QUEUE, VIEWS = 5, 3, 2
 
@@ -85,6 +93,8 @@ LOSSES = {
     ),
     "nt_xent": lambda b, **k: nt_xent_loss(b.x, b.y, temperature=1 / b.scale, **k),
     "sup_con": lambda b, **k: sup_con_loss(b.x, b.labels, temperature=1 / b.scale, **k),
+    "contrastive": lambda b, **k: contrastive_loss(b.x, b.labels, margin=3.0, **k),
+    "contrastive_plain": lambda b, **k: contrastive_loss(b.x, b.labels, margin=3.0, squared=False, **k),
     "sup_con_views": lambda b, **k: sup_con_loss(b.views, temperature=0.3, **k),
 }
 

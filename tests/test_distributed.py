@@ -65,7 +65,7 @@ def test_plain_mean_over_ranks_is_the_mean_over_the_batch(ranks, name):
         torch.testing.assert_close(sum(losses) / len(losses), whole.item(), **EXACT)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "siglip_groups", "n_pair", "sup_con"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip_groups", "n_pair", "sup_con", "contrastive"])
 def test_each_rank_has_its_own_upstream_gradient(ranks, name):
     """Accumulation steps, or weights of ranks: what one scales its loss by scales the gradients of its rows."""
     sizes = SIZES[ranks.world_size][1]
@@ -76,7 +76,7 @@ def test_each_rank_has_its_own_upstream_gradient(ranks, name):
         check_gradients(gradients, expected.gradients(), rank, sizes)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "nt_xent", "sup_con_views"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "nt_xent", "sup_con_views", "contrastive"])
 def test_reductions(ranks, name):
     """"none": the own rows in their order; "sum": their sum. Gradients are those of the sum over the ranks."""
     sizes = SIZES[ranks.world_size][1]
@@ -93,7 +93,7 @@ def test_reductions(ranks, name):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
-@pytest.mark.parametrize("name", ["clip", "info_nce_target", "siglip", "sup_con", "nt_xent"])
+@pytest.mark.parametrize("name", ["clip", "info_nce_target", "siglip", "sup_con", "nt_xent", "contrastive"])
 def test_many_tiles(ranks, name, backend):
     """Shards of several tiles, and a budget that ends within one of them."""
     sizes = [(640, 530), (600, 1, 570), (540, 1, 10, 560)][ranks.world_size - 2]

@@ -83,6 +83,20 @@ class BatchColumns(SharedColumns):
         SharedColumns.accumulate(self, tile, weights, addmm_, d_query, None if tile.diagonal else d_query)
 
 
+@dataclass(slots=True, eq=False)
+class VisitingRows(BatchColumns):
+    """Rows of two ranks, of which those from ``first`` on are visiting: the tiles that compare one's with the other's.
+
+    What turns products into distances knows rows of one batch, and mirror images; so the two are one batch here.
+    """
+
+    first: int = 0
+
+    def column_blocks(self, rows: slice, size: int) -> Iterator[slice]:
+        for columns in blocks(self.width - self.first, size):
+            yield slice(columns.start + self.first, columns.stop + self.first)
+
+
 @dataclass(eq=False)
 class OwnColumns:
     """Columns that belong to one row each: ``features[N, K, d]`` holds K for every row."""

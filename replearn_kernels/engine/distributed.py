@@ -178,7 +178,7 @@ class _RowsAndColumns(Tour):
 
     def __init__(self, run: _Run, kept: KeptTiles):
         self.run, self.shard, self.kept = run, run.shard, kept
-        self.block = [run.shard.sources[0].features.contiguous()]
+        self.block = [run.shard.travelling]
 
     def new_block(self, rank: int) -> list[Tensor]:
         features, *tables = self.block
@@ -204,8 +204,14 @@ class _StatisticsTour(_RowsAndColumns):
         fold_statistics(self.shard, self.run.plan(self.shard), self.run.runner, self.kept, self.tables)
 
     def visit(self, rank: int, block: list[Tensor]) -> list[Tensor]:
-        problem, shares = self.shard.visit(rank, block[0], needs_grad=False), self.new_shares(rank)
-        rows, columns = self.run.layout.region(rank)
+        shares, (rows, columns) = self.new_shares(rank), self.run.layout.region(rank)
+        if self.run.objective.by_distance:
+            problem = self.shard.meet_rows(rank, block[0])
+            table = torch.cat([self.tables[0][:, rows], shares[0][:, columns]], dim=1)
+            fold_statistics(problem, self.run.plan(problem), self.run.runner, self.kept, (table, None))
+            self.tables[0][:, rows], shares[0][:, columns] = table[:, : problem.rows], table[:, problem.rows :]
+            return shares
+        problem = self.shard.visit(rank, block[0], needs_grad=False)
         tables = self.tables[0][:, rows], shares[0][:, columns] if shares else None
         fold_statistics(problem, self.run.plan(problem), self.run.runner, self.kept, tables)
         return shares
@@ -242,14 +248,29 @@ class _GradientsTour(_RowsAndColumns):
         self._sweep(self.shard, self.coefficients, self.gradients)
 
     def visit(self, rank: int, block: list[Tensor]) -> list[Tensor]:
-        problem, shares = self.shard.visit(rank, block[0], self.carries_gradient), self.new_shares(rank)
-        rows, columns = self.run.layout.region(rank)
+        shares, (rows, columns) = self.new_shares(rank), self.run.layout.region(rank)
         of_columns = shares[1] if self.carries_table else block[1] if len(block) > 1 else None
+        if self.run.objective.by_distance:
+            self._visit_rows(self.shard.meet_rows(rank, block[0]), rows, columns, of_columns, shares[0])
+            return shares
+        problem = self.shard.visit(rank, block[0], self.carries_gradient)
         coefficients = self.coefficients[0][:, rows], None if of_columns is None else of_columns[:, columns]
         d_query = None if self.gradients.query is None else self.gradients.query[rows]
         into = Gradients(d_query, [shares[0][columns] if self.carries_gradient else None])
         self._sweep(problem, coefficients, into)
         return shares
+
+    def _visit_rows(self, problem: Problem, rows: slice, columns: slice, of_columns: Tensor, share: Tensor) -> None:
+        """Where similarities are distances: one table and one accumulator for both ranks' rows."""
+        of_rows, own = self.coefficients[0], problem.rows
+        table = torch.cat([of_rows[:, rows], of_columns[:, columns]], dim=1)
+        gradient, before = share.new_zeros(problem.query.shape), table.clone()
+        self._sweep(problem, (table, None), Gradients(gradient, [None]))
+        self.gradients.query[rows] += gradient[:own]
+        share[columns] = gradient[own:]
+        if self.with_losses:
+            self.run.objective.share_losses(table, before, own)
+            of_rows[:, rows], of_columns[:, columns] = table[:, :own], table[:, own:]
 
     def merge(self, carried: list[Tensor], other: list[Tensor]) -> None:
         if self.carries_gradient:

@@ -78,7 +78,7 @@ class Problem:
         query, given_rows, squares, isolated = _rows_contiguous(inputs.query), None, None, None
         if objective.by_distance:
             given_rows = query
-            query, squares, isolated = _centred(query, objective.unit_rows)
+            query, squares, isolated = centred(query, objective.unit_rows)
         sources: list[Source] = [
             SharedColumns(
                 _rows_contiguous(key), needs, has_positives=i == 0,
@@ -265,13 +265,16 @@ def _inverse_norms(features: Tensor) -> Tensor:
     return torch.where(norms == 0, 0, norms.clamp(min=1e-12).reciprocal())
 
 
-def _centred(rows: Tensor, unit_rows: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def centred(rows: Tensor, unit_rows: bool, centre: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The rows, centred where their dtype is that of the statistics (rounding the result would move half-precision
-    points), their squares, and for unit rows 1 for those of zeros: their distance from every row is 1 - cos = 1."""
+    points), their squares, and for unit rows 1 for those of zeros: their distance from every row is 1 - cos = 1.
+
+    ``centre``: default the rows' mean.
+    """
     dtype = statistics_dtype(rows.dtype)
     isolated = (rows == 0).all(1).to(dtype) if unit_rows else None
     if rows.dtype == dtype and len(rows):
-        rows = rows - rows.mean(0)
+        rows = rows - (rows.mean(0) if centre is None else centre)
     squares = rows.to(dtype).square().sum(1)
     return rows, squares if isolated is None else squares + isolated, isolated
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .columns import SharedColumns
-from .problem import Inputs, Problem, statistics_dtype, sum_at
+from ..objectives import Objective
+from .columns import BatchColumns, SharedColumns, VisitingRows
+from .problem import Inputs, Problem, centred, statistics_dtype, sum_at
 from .validation import check_values
 from .world import World
 
@@ -62,11 +63,18 @@ class Shard(Problem):
     layout: Layout | None = None
     global_target: Tensor | None = None  # given_target counts from the first column of the own rank
     groups: tuple[Tensor, ...] = ()  # of the columns of every rank
+    objective: Objective | None = None
+    centre: Tensor | None = None  # of the rows of all ranks, where similarities are distances
 
     @classmethod
     def of(cls, inputs: Inputs, needs_grad: list[bool], objective, layout: Layout) -> Shard:
         shard = cls.build(inputs, needs_grad, objective)
-        shard.layout, world = layout, layout.world
+        shard.layout, shard.objective, world = layout, objective, layout.world
+        if objective.by_distance:
+            total = world.sum(shard.given_rows.sum(0, dtype=shard.statistics_dtype))
+            shard.centre = total / max(sum(layout.rows), 1)
+            shard.query, shard.squares, shard.isolated = shard._centred(shard.given_rows)
+            shard.sources = (BatchColumns(shard.query, needs_grad=False, has_positives=True),)
         if shard.given_target is not None:
             shard.global_target = shard.given_target
             shard.given_target = shard.global_target - layout.first_column(world.rank)
@@ -86,6 +94,37 @@ class Shard(Problem):
             row_group=None if self.row_group is None else self.row_group[rows],
             column_group=self.groups[rank][columns] if self.groups else None,
         )
+
+    def meet_rows(self, rank: int, given_rows: Tensor) -> Problem:
+        """The same where similarities are distances: both ranks' rows of the region as one batch, the own ones first.
+
+        Only tiles of own rows and visiting columns are walked.
+        """
+        rows, columns = self.layout.region(rank)
+        visiting = given_rows[columns]
+        query, squares, isolated = self._centred(visiting)
+        query = torch.cat([self.query[rows], query])
+        groups = torch.cat([self.row_group[rows], self.groups[rank][columns]])
+        return _Meeting(
+            query=query,
+            sources=(VisitingRows(query, False, has_positives=True, first=rows.stop - rows.start),),
+            given_target=None,
+            row_group=groups,
+            column_group=groups,
+            scale=self.scale,
+            bias=self.bias,
+            given_rows=torch.cat([self.given_rows[rows], visiting]),
+            squares=torch.cat([self.squares[rows], squares]),
+            isolated=None if isolated is None else torch.cat([self.isolated[rows], isolated]),
+        )
+
+    def _centred(self, given_rows: Tensor):
+        return centred(given_rows, self.objective.unit_rows, self.centre)
+
+    @property
+    def travelling(self) -> Tensor:
+        """What the other ranks need of the columns."""
+        return (self.sources[0].features if self.given_rows is None else self.given_rows).contiguous()
 
     @property
     def is_batch(self) -> bool:
@@ -122,6 +161,16 @@ class Shard(Problem):
 
     def _over_ranks(self, values: Tensor) -> Tensor:
         return self.layout.world.sum(values)
+
+
+class _Meeting(Problem):
+    """Rows of two ranks as one batch, of which only the own rows are walked."""
+
+    __slots__ = ()
+
+    @property
+    def rows(self) -> int:
+        return self.sources[0].first
 
 
 def meet(world: World, inputs: Inputs, objective, alike: dict, strategy: str) -> Layout:

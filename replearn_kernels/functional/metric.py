@@ -9,8 +9,9 @@ from .. import reference
 from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs, statistics_dtype
+from ..engine.world import World
 from ..objectives import HardLifted, Lifted, MarginContrastive
-from .call import Options, autocast, run, unit_rows
+from .call import Options, autocast, in_group, run, unit_rows
 
 
 def lifted_structure_loss(
@@ -60,6 +61,7 @@ def lifted_structure_loss(
     return run(inputs, objective, options, lambda: reference.lifted_structure_loss(inputs, objective, reduction))
 
 
+@in_group
 def contrastive_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -70,6 +72,8 @@ def contrastive_loss(
     normalize: bool = False,
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    group=None,
+    strategy: str = "auto",
 ) -> Tensor:
     r"""Margin contrastive loss: rows of one label attract each other, all others repel up to a margin.
 
@@ -87,24 +91,32 @@ def contrastive_loss(
         margin: at least 0, in units of distance. Default 1.0.
         squared: squares of distance and hinge, as in the paper; False: both plain. Default True.
         reduction: "mean" over all pairs, "sum", or "none": ``[N]``, where each pair counts half for either row.
+        group, strategy: as in :func:`~replearn_kernels.info_nce_loss`; the rows are those of all ranks.
 
     The other arguments, the result and the exceptions are those of :func:`lifted_structure_loss`.
     """
     margin = validation.check_margin(margin)
     objective = MarginContrastive(margin, validation.check_flag("squared", squared))
-    inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget)
+    inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget, group, strategy)
     return run(inputs, objective, options, lambda: reference.contrastive_loss(inputs, objective, reduction))
 
 
 def labelled_batch(
-    embeddings: Tensor, labels: Tensor | None, reduction: str, normalize: bool, backend: str, memory_budget: int
+    embeddings: Tensor,
+    labels: Tensor | None,
+    reduction: str,
+    normalize: bool,
+    backend: str,
+    memory_budget: int,
+    group: World | None = None,
+    strategy: str = "auto",
 ) -> tuple[Inputs, Options]:
     """Labelled rows to be compared with each other, checked."""
     validation.check_features("embeddings", embeddings)
     (embeddings,) = autocast(embeddings)
     if labels is not None:
         labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)
-    options = Options.of(reduction, backend, memory_budget, embeddings)
+    options = Options.of(reduction, backend, memory_budget, embeddings, group, strategy)
     if validation.check_flag("normalize", normalize):
         embeddings = unit_rows(embeddings)
     scale = torch.ones((), dtype=statistics_dtype(embeddings.dtype), device=embeddings.device)

@@ -79,6 +79,10 @@ class Objective(ABC):
         """
         raise NotImplementedError(f"{self.name} cannot merge statistics: it has no process group")
 
+    def share_losses(self, table: Tensor, before: Tensor, own: int) -> None:
+        """After a sweep of W over pairs of ``own`` rows with another rank's, in one table: each rank gets its part."""
+        return None
+
     @abstractmethod
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         """``L_i`` of every row, ``[N]``."""

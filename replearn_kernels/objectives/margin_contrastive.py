@@ -61,11 +61,20 @@ class MarginContrastive(Objective):
         if column_table is not None:
             column_table[0] += losses.sum(0) / 2
 
+    def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
+        table[0] += other[0]
+
+    def share_losses(self, table: Tensor, before: Tensor, own: int) -> None:
+        gained = (table[0, :own] - before[0, :own]) / 2
+        table[0, :own] = before[0, :own] + gained
+        table[0, own : own + 1] += gained.sum()  # their sum is all that counts
+
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         return row_table[0].clone()
 
-    def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> int:
-        return problem.rows * (problem.rows - 1) // 2
+    def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> float:
+        """The pairs: half of the own rows' with all."""
+        return problem.rows * (problem.total_rows - 1) / 2
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
         return torch.stack([torch.zeros_like(grad_rows), grad_rows]), None
