@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results" / "cuda_resources.csv"
 SOURCES = Path(__file__).parents[1] / "csrc"
 SOURCE = SOURCES / "cuda" / "mine_triplets.cu"
 TARGETS = ("80", "90", "100")
+SHARED_LIMIT = 49_152  # of a block, without special request
 DTYPES = {"f": "float32", "d": "float64", "4Half": "float16", "8BFloat16": "bfloat16", None: ""}
 # As setup.py builds it, but for the host's -O3: kernels are optimised without it.
 FLAGS = ["-std=c++17", "-fmad=false", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -47,12 +48,20 @@ class Row:
     nvcc: str
     date: str
 
+    @property
+    def case(self) -> tuple[str, str, str]:
+        return self.kernel, self.dtype, self.target
+
+    @property
+    def figures(self) -> tuple[int, ...]:
+        return self.registers, self.stack_bytes, self.spill_bytes, self.shared_bytes
+
     def problems(self) -> list[str]:
-        name = f"{self.kernel}, {self.dtype}, {self.target}"
+        limits = {"stack_bytes": 0, "spill_bytes": 0, "shared_bytes": SHARED_LIMIT}
         return [
-            f"{name}: {size} B of {what}"
-            for what, size in (("stack", self.stack_bytes), ("spilled registers", self.spill_bytes))
-            if size
+            f"{', '.join(self.case)}: {name} = {getattr(self, name)}, limit {limit}"
+            for name, limit in limits.items()
+            if getattr(self, name) > limit
         ]
 
 

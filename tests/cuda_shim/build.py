@@ -1,0 +1,136 @@
+"""Builds the Python module `cuda_shim` (module.cpp) with ninja, plain and with sanitizers, in build/cuda_shim."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import ninja
+import torch.utils.cpp_extension
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "cuda_shim"
+KERNELS = Path("cuda", "mine_triplets_kernels.cuh")
+COMPILER = os.environ.get("CXX", "c++")
+PYTHON_HEADERS = Path(sysconfig.get_paths()["include"])
+
+# A fused multiply-add is one only where the kernels say so. longjmp goes between stacks, which _FORTIFY_SOURCE forbids.
+FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -U_FORTIFY_SOURCE"
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+
+# name: (flags, an edit of the kernels)
+VARIANTS = {
+    "plain": ("-O2", None),
+    "sanitized": (f"-O1 -g {SANITIZERS}", None),
+    # Features of the row behind the last are read.
+    "out_of_bounds": (
+        f"-O1 -g {SANITIZERS} -DFLOAT32_ONLY",
+        ("first_row + row < batch.rows &&", "first_row + row <= batch.rows &&"),
+    ),
+}
+
+
+def why_missing() -> str | None:
+    """Why the module cannot be built here, if so."""
+    if not (PYTHON_HEADERS / "Python.h").exists():
+        return f"no Python.h in {PYTHON_HEADERS}: install Python's headers (Debian: python3-dev)"
+    return None
+
+
+@functools.cache
+def why_no_sanitizers() -> str | None:
+    """Why no program with sanitizers can be built here, if so."""
+    command = [*COMPILER.split(), *SANITIZERS.split(), "-x", "c++", "-", "-o", "/dev/null"]
+    result = subprocess.run(command, input="int main() {}", capture_output=True, text=True)
+    return f"{COMPILER} has no sanitizers: {result.stderr.strip()[-200:]}" if result.returncode else None
+
+
+@functools.cache
+def build() -> None:
+    """Build every variant that this compiler can: two at a time, those that are not up to date."""
+    lines = [
+        "rule module",
+        f"  command = {COMPILER} -MMD -MF $out.d {FLAGS} $flags -shared $in -o $out",
+        "  depfile = $out.d",
+    ]
+    for name, (flags, edit) in VARIANTS.items():
+        if "-fsanitize" in flags and why_no_sanitizers():
+            continue
+        include = [HERE, ROOT / "csrc"]
+        if edit is not None:
+            include.insert(0, _edited(name, edit))
+        headers = [*torch.utils.cpp_extension.include_paths(), PYTHON_HEADERS]
+        options = [flags, *(f"-I{path}" for path in include), *(f"-isystem {path}" for path in headers)]
+        lines += [f"build {_library(name)}: module {HERE / 'module.cpp'}", f"  flags = {' '.join(options)}"]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
+    command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(BUILD), "-j", "2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"the shim does not compile:\n{result.stdout}")
+
+
+def _library(name: str) -> Path:
+    return BUILD / name / "cuda_shim.so"
+
+
+def _edited(name: str, edit: tuple[str, str]) -> Path:
+    """A folder whose copy of the kernels is found before the original."""
+    before, after = edit
+    text = (ROOT / "csrc" / KERNELS).read_text()
+    assert text.count(before) == 1, before
+    path = BUILD / name / KERNELS
+    edited = text.replace(before, after)
+    if not path.exists() or path.read_text() != edited:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(edited)
+    return BUILD / name
+
+
+@functools.cache
+def module() -> ModuleType:
+    """The module, without sanitizers."""
+    build()
+    spec = importlib.util.spec_from_file_location("cuda_shim", _library("plain"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class Run:
+    """What a Python of its own made of calls."""
+
+    ok: bool
+    results: list
+    errors: str
+
+
+def run_apart(name: str, calls: list, folder: Path) -> Run:
+    """Make ``calls`` to a variant of the module, (name of a function, arguments) each, in a Python of its own."""
+    build()
+    results = folder / "results"
+    results.unlink(missing_ok=True)
+    (folder / "calls").write_bytes(pickle.dumps(calls))
+    environment = dict(os.environ)
+    if "-fsanitize" in VARIANTS[name][0]:  # Python itself was built without: the sanitizers' libraries have to be first
+        environment["LD_PRELOAD"] = " ".join(map(_path_of, ("libasan.so", "libstdc++.so")))
+        environment["ASAN_OPTIONS"] = "detect_leaks=0:detect_stack_use_after_return=0"
+    command = [sys.executable, str(HERE / "run_calls.py"), str(_library(name)), str(folder)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    ok = process.returncode == 0
+    return Run(ok, pickle.loads(results.read_bytes()) if ok else [], process.stderr)
+
+
+def _path_of(library: str) -> str:
+    command = [*COMPILER.split(), f"-print-file-name={library}"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
