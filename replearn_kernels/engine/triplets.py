@@ -119,7 +119,7 @@ def _chunks(rows: Tensor, anchor: Tensor):
 
 
 def _fake_forward(rows, anchor, *others) -> tuple[Tensor, Tensor]:
-    return rows.new_empty(len(anchor)), rows.new_empty(2, len(anchor))
+    return rows.new_empty(anchor.shape), rows.new_empty(2, anchor.shape[0])
 
 
 def _save(ctx, inputs, output) -> None:

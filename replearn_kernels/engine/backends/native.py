@@ -31,7 +31,7 @@ def _register_fakes() -> None:
     torch.library.register_fake("replearn_kernels::softmax_one_tile", _fake_one_tile)
     torch.library.register_fake("replearn_kernels::distance_chain_", _fake_distance_chain)
     torch.library.register_fake("replearn_kernels::mine_triplets", fake_triplets)
-    torch.library.register_fake("replearn_kernels::triplet_distances", lambda x, a, p, n: x.new_empty(2, len(a)))
+    torch.library.register_fake("replearn_kernels::triplet_distances", lambda x, a, p, n: x.new_empty(2, a.shape[0]))
     torch.library.register_fake("replearn_kernels::triplet_gradient", lambda x, *others: torch.empty_like(x))
     for op in ("vector_exp", "vector_log1p"):
         torch.library.register_fake(f"replearn_kernels::{op}", torch.empty_like)
