@@ -1,8 +1,8 @@
 """Similarities that are distances, where the loss is over them: products on their way in, W on its way out.
 
-The formulas, and what makes a pair near, are in ``engine/distances.py``. Here a near pair's distance is formed again
-inside its block, all of whose pairs then go through the features one by one: some twenty times the block's product,
-for blocks that hold such a pair. The fp32 of a product by TF32, where the user allowed it, has TF32's error.
+The formulas, and what makes a pair near, are in ``engine/distances.py``. Here the near pairs of a block are formed again
+inside it, one row after another of those that have any: such a row goes through the features of all the block's columns.
+Products in TF32, where the user allowed them, leave distances with TF32's error.
 """
 
 import triton
@@ -16,44 +16,40 @@ _MOST_FP16 = tl.constexpr(65504.0)
 
 
 @triton.jit
-def negative_distances(s, row, column, inputs):
-    """``v = -|x_i - x_j|``, or its square, from products; 0 where there is no pair."""
-    points = inputs.points
+def negative_distances(s, row, column, inputs, BLOCK_K: tl.constexpr):
+    """``v = -|x_i - x_j|``, or its square, from products ``s[M, N]``; 0 where there is no pair."""
     pairs = inside_tile(row, column, inputs)
-    norms = load_vector(points.row_squares, row, inputs.rows)
-    norms = norms + load_vector(points.column_squares, column, inputs.columns)
+    norms = load_vector(inputs.points.row_squares, row, inputs.rows)
+    norms = norms + load_vector(inputs.points.column_squares, column, inputs.columns)
     squares = norms - 2.0 * s
-    near = pairs & (squares < NEAR * norms)
-    if tl.max(near.to(tl.int32)) > 0:
-        squares = tl.where(near, _squares_of_differences(s, row, column, inputs), squares)
+    has_near = tl.max((pairs & (squares < NEAR * norms)).to(tl.int32), 1, keep_dims=True) > 0
+    next = tl.min(tl.where(has_near, row, inputs.rows))
+    while next < inputs.rows:
+        near = pairs & (squares < NEAR * norms) & (row == next)
+        squares = tl.where(near, _squares_of_row(next, column, inputs, BLOCK_K), squares)
+        next = tl.min(tl.where(has_near & (row > next), row, inputs.rows))
     squares = tl.where(pairs, squares, 0.0)
-    if points.squared:
+    if inputs.points.squared:
         return -squares
     else:
         return -tl.sqrt(squares)
 
 
 @triton.jit
-def _squares_of_differences(s, row, column, inputs):
-    """``|x_i - x_j|^2`` of all entries, from the points as given, a feature at a time."""
+def _squares_of_row(i, column, inputs, BLOCK_K: tl.constexpr):
+    """``|x_i - x_j|^2``, ``[1, N]``, of one row with the block's columns ``[1, N]``, from the points as given."""
     points = inputs.points
-    x, of_x = _block(points.rows, points.row_stride, row)
-    y, of_y = _block(points.columns, points.column_stride, column)
-    total = tl.zeros_like(s)
-    for k in range(points.width):
-        of_rows = tl.load(x + (of_x + k), mask=row < inputs.rows, other=0.0).to(tl.float32)
-        of_columns = tl.load(y + (of_y + k), mask=column < inputs.columns, other=0.0).to(tl.float32)
-        difference = of_rows - of_columns
+    k, column = tl.arange(0, BLOCK_K), column.trans()
+    x = points.rows + i.to(tl.int64) * points.row_stride + k  # [K]
+    y = points.columns + column.to(tl.int64) * points.column_stride + k[None, :]  # [N, K]
+    total = tl.zeros([column.shape[0], BLOCK_K], tl.float32)
+    for start in range(0, points.width, BLOCK_K):
+        inside = k < points.width - start
+        of_row = tl.load(x + start, mask=inside, other=0.0).to(tl.float32)
+        of_columns = tl.load(y + start, mask=inside[None, :] & (column < inputs.columns), other=0.0).to(tl.float32)
+        difference = of_row[None, :] - of_columns
         total += difference * difference
-    return total
-
-
-@triton.jit
-def _block(features, stride, index):
-    """Where a block's rows start, and from there on each of them, in int32: an address is two registers, and all of a
-    thread's columns have theirs at once."""
-    first = tl.min(index)
-    return features + first.to(tl.int64) * stride, (index - first) * stride
+    return tl.sum(total, 1)[None, :]
 
 
 @triton.jit

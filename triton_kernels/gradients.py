@@ -44,7 +44,7 @@ def weights_kernel(
     near_row, near_column = tl.minimum(row, inputs.rows - 1), tl.minimum(column, inputs.columns - 1)
     s = similarity_tile(query, query_stride, near_row, key, key_stride, near_column, d, BLOCK_K, PRECISION, UPCAST)
     if inputs.points is not None:
-        s = negative_distances(s, row[:, None], column[None, :], inputs)
+        s = negative_distances(s, row[:, None], column[None, :], inputs, BLOCK_K)
     if row_partials is not None:  # first: what it shares with W is then all that has to stay in registers
         partials = row_partials + column_block.to(tl.int64) * QUANTITIES * inputs.rows
         of_rows = REDUCE(s, row[:, None], column[None, :], inputs, 1)

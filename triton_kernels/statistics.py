@@ -43,7 +43,7 @@ def statistics_kernel(
             query, query_stride, near_row, key, key_stride, near_column, d, BLOCK_K, PRECISION, UPCAST
         )
         if inputs.points is not None:
-            s = negative_distances(s, row[:, None], column[None, :], inputs)
+            s = negative_distances(s, row[:, None], column[None, :], inputs, BLOCK_K)
         of_rows = MERGE(of_rows, REDUCE(s, row[:, None], column[None, :], inputs, 1), inputs)
         if column_partials is not None:
             of_columns = REDUCE(s, row[:, None], column[None, :], inputs, 0)
