@@ -89,7 +89,7 @@ def report(output: Output = RESULTS) -> None:
 
 def targets(
     case: Annotated[list[str], "judge only this case"] = ALL_CASES,
-    large: Annotated[bool, "include N = 131072 (minutes)"] = False,
+    large: Annotated[bool, "include the largest N (minutes)"] = False,
     fresh: Annotated[bool, "measure now; otherwise judge the results that are there"] = True,
     rounds: Rounds = 9,
     seconds: Seconds = 10.0,

@@ -74,6 +74,10 @@ TARGETS = (
     *family("siglip", "products_3", {128: 1.4, 512: 1.1}),
     *family("nt_xent", "products_2", {128: 1.8, 512: 1.4}),
     *family("sup_con", "products_2", {128: 1.8, 512: 1.4}),
+    ratio("lifted", 8192, 128, "best_dense", "ours", at_least=2.5),
+    ratio("contrastive", 8192, 128, "best_dense", "ours", at_least=2.0),
+    *(peak(case, 8192, 128, "ours_budget_0", at_most=64) for case in ("lifted", "contrastive")),
+    peak("lifted", 65536, 128, "ours", at_most=512, large=True),
     peak("arcface", 1_000_000, 64, "ours", at_most=256 + 128),  # 256 MB are the weight's gradient
     peak("dino_head", 64, 256, "ours", at_most=256),
 )

@@ -6,5 +6,9 @@ To add a loss, write its formulas and one `Case`; speed, memory, reports and the
 from bench.cases.batch import NT_XENT, SUP_CON
 from bench.cases.classes import ARCFACE, DINO_HEAD
 from bench.cases.contrastive import CLIP, INFO_NCE, SIGLIP
+from bench.cases.metric import CONTRASTIVE, LIFTED
 
-CASES = {case.name: case for case in (CLIP, INFO_NCE, SIGLIP, NT_XENT, SUP_CON, ARCFACE, DINO_HEAD)}
+CASES = {
+    case.name: case
+    for case in (CLIP, INFO_NCE, SIGLIP, NT_XENT, SUP_CON, LIFTED, CONTRASTIVE, ARCFACE, DINO_HEAD)
+}
