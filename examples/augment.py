@@ -1,11 +1,14 @@
-"""Random views of images, the only knowledge that self-supervised learning is given."""
+"""Random views of images, the only knowledge that self-supervised learning is given, and turned images."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from digits import Digits
 from torch import Tensor
+
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,15 @@ class Views:
         shift_x, shift_y = (2 * uniform(-self.shift, self.shift) for _ in range(2))
         rows = torch.stack([cos, slant - sin, shift_x]), torch.stack([sin, cos, shift_y])
         return torch.stack(rows).permute(2, 0, 1)
+
+
+def turned(data: Digits, mirrored: bool = False) -> Digits:
+    """Every image in all quarter turns (mirrored: and their mirror images), each of which makes a class of its own.
+
+    A few digits are too few classes to learn what makes two images differ; this makes four or eight times as many.
+    """
+    images = [data.images.rot90(quarters, dims=(2, 3)) for quarters in range(QUARTERS)]
+    if mirrored:
+        images += [image.flip(3) for image in images]
+    classes = int(data.labels.max()) + 1
+    return Digits(torch.cat(images), torch.cat([data.labels + classes * copy for copy in range(len(images))]))

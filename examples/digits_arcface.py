@@ -9,9 +9,8 @@ import copy
 from pathlib import Path
 
 import plots
-import torch
 import typer
-from augment import Views
+from augment import Views, turned
 from digits import Digits, load_images, load_split
 from encoders import FEATURES, encoder
 from evaluate import Features, Scores, encode, recall_at_1, score_table, verification_auc
@@ -21,19 +20,8 @@ from training import DEFAULT_DEVICE, Device, Epochs, OutputDir, Seed, Training, 
 from replearn_kernels import ArcFaceLoss
 
 SEEN_DIGITS = 7  # 0 to 6
-TURNS = 4
 SCALE = 16.0  # the paper's 64 is for many thousand classes
 CHANCE = {"recall@1, unseen digits": 1 / 3, "verification AUC, unseen digits": 0.5, "recall@1, seen digits": 1 / 7}
-
-
-def turned(data: Digits) -> Digits:
-    """Every image in all quarter turns, and a turned digit is a class of its own.
-
-    Seven classes are too few to learn what makes two images differ; this makes 28.
-    """
-    images = [data.images.rot90(turn, dims=(2, 3)) for turn in range(TURNS)]
-    labels = [data.labels + SEEN_DIGITS * turn for turn in range(TURNS)]
-    return Digits(torch.cat(images), torch.cat(labels))
 
 
 def train(f: nn.Module, data: Digits, epochs: int) -> list[float]:
@@ -68,7 +56,8 @@ def main(
     images = load_images().to(device)
     unseen, seen = images[images.labels >= SEEN_DIGITS], held_out[held_out.labels < SEEN_DIGITS]
     before, after = (scores(encode(model, unseen), encode(model, seen)) for model in (untrained, f))
-    console.print(score_table(f"ArcFace, {len(unseen)} images of unseen digits", before, after, CHANCE))
+    title = f"ArcFace, {len(unseen)} images of unseen digits"
+    console.print(score_table(title, {"trained": after, "untrained": before}, CHANCE))
     features = encode(untrained, held_out), encode(f, held_out)
     plots.save_training("ArcFace loss", losses, *features, output_dir / "digits_arcface.png")
     return before, after

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 import typer
 from augment import Views
-from digits import CHANCE, Digits, load_split
+from digits import Digits, load_split
 from encoders import PROJECTION, encoder, projection_head
-from evaluate import Scores, encode, representation_scores, score_table
+from evaluate import Scores, encode, probe
 from torch import Tensor, nn
-from training import DEFAULT_DEVICE, Device, Epochs, OutputDir, Seed, Training, console, prepare
+from training import DEFAULT_DEVICE, Device, Epochs, OutputDir, Seed, Training, prepare
 
 from replearn_kernels import DINOLoss, MomentumEncoder
 
@@ -69,11 +69,9 @@ def main(
     student = nn.Sequential(backbone, centered_head).to(device)
     (teacher, *_), losses = train(student, train_data, epochs)
 
-    before, after = (representation_scores(model, train_data, held_out) for model in (untrained, teacher))
-    console.print(score_table(f"DINO, {len(held_out)} held-out images", before, after, CHANCE))
     features = encode(untrained, held_out), encode(teacher, held_out)
     plots.save_training("DINO loss", losses, *features, output_dir / "digits_dino.png")
-    return before, after
+    return probe("DINO", untrained, teacher, train_data, held_out)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import plots
 import torch.nn.functional as F
 import typer
 from augment import Views
-from digits import CHANCE, Digits, load_split
+from digits import Digits, load_split
 from encoders import PROJECTION, encoder, projection_head
-from evaluate import Scores, encode, representation_scores, score_table
+from evaluate import Scores, encode, probe
 from torch import nn
-from training import DEFAULT_DEVICE, Device, Epochs, OutputDir, Seed, Training, console, prepare
+from training import DEFAULT_DEVICE, Device, Epochs, OutputDir, Seed, Training, prepare
 
 from replearn_kernels import MomentumEncoder, NegativeQueue, info_nce_loss
 
@@ -54,11 +54,9 @@ def main(
     untrained = copy.deepcopy(backbone)
     losses = train(nn.Sequential(backbone, head), train_data, epochs)
 
-    before, after = (representation_scores(model, train_data, held_out) for model in (untrained, backbone))
-    console.print(score_table(f"MoCo, {len(held_out)} held-out images", before, after, CHANCE))
     features = encode(untrained, held_out), encode(backbone, held_out)
     plots.save_training("InfoNCE loss", losses, *features, output_dir / "digits_moco.png")
-    return before, after
+    return probe("MoCo", untrained, backbone, train_data, held_out)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ from pathlib import Path
 import plots
 import typer
 from augment import Views
-from digits import CHANCE, Digits, load_split
+from digits import Digits, load_split
 from encoders import encoder, projection_head
-from evaluate import Scores, encode, representation_scores, score_table
+from evaluate import Scores, encode, probe
 from torch import nn
-from training import DEFAULT_DEVICE, Device, Epochs, OutputDir, Seed, Training, console, prepare
+from training import DEFAULT_DEVICE, Device, Epochs, OutputDir, Seed, Training, prepare
 
 from replearn_kernels import NTXentLoss
 
@@ -46,11 +46,9 @@ def main(
     untrained = copy.deepcopy(f)
     losses = train(f, g, train_data, epochs)
 
-    before, after = (representation_scores(model, train_data, held_out) for model in (untrained, f))
-    console.print(score_table(f"SimCLR, {len(held_out)} held-out images", before, after, CHANCE))
     features = encode(untrained, held_out), encode(f, held_out)
     plots.save_training("NT-Xent loss", losses, *features, output_dir / "digits_simclr.png")
-    return before, after
+    return probe("SimCLR", untrained, f, train_data, held_out)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import plots
 import torch
 import typer
 from augment import Views
-from digits import CHANCE, Digits, load_split
+from digits import Digits, load_split
 from encoders import encoder, projection_head
-from evaluate import Scores, encode, representation_scores, score_table
+from evaluate import Scores, encode, probe
 from torch import nn
-from training import DEFAULT_DEVICE, Device, Epochs, OutputDir, Seed, Training, console, prepare
+from training import DEFAULT_DEVICE, Device, Epochs, OutputDir, Seed, Training, prepare
 
 from replearn_kernels import SupConLoss
 
@@ -47,11 +47,9 @@ def main(
     untrained = copy.deepcopy(f)
     losses = train(f, g, train_data, epochs)
 
-    before, after = (representation_scores(model, train_data, held_out) for model in (untrained, f))
-    console.print(score_table(f"SupCon, {len(held_out)} held-out images", before, after, CHANCE))
     features = encode(untrained, held_out), encode(f, held_out)
     plots.save_training("SupCon loss", losses, *features, output_dir / "digits_supcon.png")
-    return before, after
+    return probe("SupCon", untrained, f, train_data, held_out)
 
 
 if __name__ == "__main__":

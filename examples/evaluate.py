@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from digits import NUM_CLASSES, Digits
+from digits import CHANCE, NUM_CLASSES, Digits
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -16,6 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
+from training import console
 
 LABELS_PER_DIGIT = 10
 DRAWS = 10  # of the few labels, whose scores are averaged
@@ -68,6 +69,16 @@ def representation_scores(encoder: nn.Module, train: Digits, held_out: Digits) -
     }
 
 
+def probe(
+    method: str, untrained: nn.Module, trained: nn.Module, train: Digits, held_out: Digits
+) -> tuple[Scores, Scores]:
+    """Prints and returns what both encoders are worth: first the untrained one."""
+    before, after = (representation_scores(model, train, held_out) for model in (untrained, trained))
+    title = f"{method}, {len(held_out)} held-out images"
+    console.print(score_table(title, {"trained": after, "untrained": before}, CHANCE))
+    return before, after
+
+
 def recall_at_1(features: Features) -> float:
     """Share of images whose nearest other image is of their class."""
     nearest = NearestNeighbors(n_neighbors=1).fit(features.vectors).kneighbors(return_distance=False)[:, 0]
@@ -76,19 +87,26 @@ def recall_at_1(features: Features) -> float:
 
 def verification_auc(features: Features) -> float:
     """ROC AUC of the cosine as a test of whether two images are of one class, over all pairs."""
+    return float(roc_auc_score(*verification_pairs(features)))
+
+
+def verification_pairs(features: Features) -> tuple[np.ndarray, np.ndarray]:
+    """Of every pair of images, whether they are of one class, and the cosine of their features."""
     first, second = np.triu_indices(len(features.labels), k=1)
     same = features.labels[first] == features.labels[second]
-    return float(roc_auc_score(same, (features.vectors @ features.vectors.T)[first, second]))
+    return same, (features.vectors @ features.vectors.T)[first, second]
 
 
-def score_table(title: str, untrained: Scores, trained: Scores, chance: Scores | float) -> Table:
-    """Every score beside the untrained encoder's, and beside what guessing would give."""
+def score_table(title: str, scores: dict[str, Scores], chance: Scores | float) -> Table:
+    """Every score, a column per encoder (the first one is the example's), and what guessing would give."""
+    first, *others = scores
     table = Table(title=title)
     table.add_column("score")
-    table.add_column("trained", justify="right", style="bold green")
-    table.add_column("untrained", justify="right")
-    table.add_column("chance", justify="right")
-    for name, score in trained.items():
-        guess = chance if isinstance(chance, float) else chance[name]
-        table.add_row(name, f"{score:.1%}", f"{untrained[name]:.1%}", f"{guess:.1%}")
+    table.add_column(first, justify="right", style="bold green")
+    for name in (*others, "chance"):
+        table.add_column(name, justify="right")
+    for score in scores[first]:
+        guess = chance if isinstance(chance, float) else chance[score]
+        values = [*(of_encoder[score] for of_encoder in scores.values()), guess]
+        table.add_row(score, *(f"{value:.1%}" for value in values))
     return table

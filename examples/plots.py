@@ -13,10 +13,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from digits import NUM_CLASSES
+from evaluate import verification_pairs
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
 from sklearn.manifold import TSNE
+from sklearn.metrics import roc_curve
 
 if TYPE_CHECKING:
     from evaluate import Features
@@ -26,6 +28,11 @@ if TYPE_CHECKING:
 FUSED_COLOR, EAGER_COLOR, WRONG_COLOR = "#0b6e8a", "#d1731f", "#c8283c"
 DIGIT_COLORS = plt.get_cmap("tab10")
 COLORS = {"eager": EAGER_COLOR, "fused": FUSED_COLOR}
+ROC_STYLES = {
+    "trained": {"color": FUSED_COLOR},
+    "untrained": {"color": EAGER_COLOR, "linestyle": "--"},
+    "raw pixels": {"color": "0.45", "linestyle": ":"},
+}
 RETRIEVED_IMAGES = 8
 
 plt.rcParams.update(
@@ -133,6 +140,31 @@ def save_training(loss_name: str, losses: list[float], before: Features, after: 
     draw_map(axes[2], after, "Trained features, t-SNE")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def save_verification(loss_name: str, losses: list[list[float]], folds: list[dict[str, Features]], path: Path) -> None:
+    """Loss curves of the folds, the mean ROC of every encoder, and maps of the last fold's raw pixels and features."""
+    figure, axes = plt.subplots(1, 4, figsize=(19, 4.6), layout="constrained", width_ratios=(0.8, 0.9, 1, 1))
+    for fold_losses in losses:
+        draw_loss(axes[0], loss_name, fold_losses)
+    draw_roc(axes[1], folds)
+    draw_map(axes[2], folds[-1]["raw pixels"], "Digits never seen: raw pixels, t-SNE")
+    draw_map(axes[3], folds[-1]["trained"], "Digits never seen: trained features, t-SNE")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_roc(axes: Axes, folds: list[dict[str, Features]]) -> None:
+    """True over false acceptances when a pair is accepted above a cosine: a mean over the folds, and chance."""
+    false_rates = np.linspace(0, 1, 201)
+    for name, style in ROC_STYLES.items():
+        curves = [roc_curve(*verification_pairs(features[name]))[:2] for features in folds]
+        true_rates = np.mean([np.interp(false_rates, *curve) for curve in curves], axis=0)
+        axes.plot(false_rates, true_rates, label=name, linewidth=2, **style)
+    axes.plot([0, 1], [0, 1], label="chance", color="0.7", linewidth=1)
+    axes.legend(frameon=False, loc="lower right")
+    labels = {"xlabel": "pairs of two digits accepted", "ylabel": "pairs of one digit accepted"}
+    axes.set(title="Verification of digits never seen", xlim=(0, 1), ylim=(0, 1), **labels)
 
 
 def draw_map(axes: Axes, features: Features, title: str) -> None:
