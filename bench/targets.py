@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bench.harness import Point
 from bench.report import MISSING, markdown
-from bench.results import DENSE_KINDS, Entries, Entry, fastest, time_ratio
+from bench.results import DENSE_KINDS, Entries, Entry, fastest, median_ms, time_ratio
 
 SMALL_N = (16, 64, 256, 1024)
 WIDTHS = (128, 512)
@@ -52,6 +52,14 @@ def peak(case: str, n: int, d: int, name: str, at_most: float, *, large: bool = 
     return Target(case, f"peak extra MB of {name}", n, d, value, at_most=at_most, memory_of=name, large=large)
 
 
+def seconds(case: str, n: int, d: int, name: str, at_most: float) -> Target:
+    def value(entries: Entries) -> float | None:
+        entry = entries.get(name)
+        return median_ms(entry) / 1e3 if entry and entry["round_ms"] else None
+
+    return Target(case, f"seconds of {name}", n, d, value, at_most=at_most)
+
+
 def family(case: str, products: str, over_dense: dict[int, float]) -> list[Target]:
     """The bars common to several losses: over the best dense version, over the bare products, and memory."""
     floors = {128: 1.4, 512: 1.2}
@@ -76,8 +84,11 @@ TARGETS = (
     *family("sup_con", "products_2", {128: 1.8, 512: 1.4}),
     ratio("lifted", 8192, 128, "best_dense", "ours", at_least=2.5),
     ratio("contrastive", 8192, 128, "best_dense", "ours", at_least=2.0),
-    *(peak(case, 8192, 128, "ours_budget_0", at_most=64) for case in ("lifted", "contrastive")),
-    peak("lifted", 65536, 128, "ours", at_most=512, large=True),
+    ratio("batch_hard", 8192, 128, "best_dense", "ours", at_least=2.5),
+    *(peak(case, 8192, 128, "ours_budget_0", at_most=64) for case in ("lifted", "contrastive", "batch_hard")),
+    *(peak(case, 65536, 128, "ours", at_most=512, large=True) for case in ("lifted", "batch_hard", "semi_hard")),
+    seconds("batch_all", 4096, 128, "ours", at_most=3),
+    peak("batch_all", 4096, 128, "ours", at_most=128),
     peak("arcface", 1_000_000, 64, "ours", at_most=256 + 128),  # 256 MB are the weight's gradient
     peak("dino_head", 64, 256, "ours", at_most=256),
 )

@@ -7,8 +7,14 @@ from bench.cases.batch import NT_XENT, SUP_CON
 from bench.cases.classes import ARCFACE, DINO_HEAD
 from bench.cases.contrastive import CLIP, INFO_NCE, SIGLIP
 from bench.cases.metric import CONTRASTIVE, LIFTED
+from bench.cases.triplets import BATCH_ALL, BATCH_HARD, SEMI_HARD
 
 CASES = {
     case.name: case
-    for case in (CLIP, INFO_NCE, SIGLIP, NT_XENT, SUP_CON, LIFTED, CONTRASTIVE, ARCFACE, DINO_HEAD)
+    for case in (
+        *(CLIP, INFO_NCE, SIGLIP),
+        *(NT_XENT, SUP_CON),
+        *(LIFTED, CONTRASTIVE, BATCH_HARD, SEMI_HARD, BATCH_ALL),
+        *(ARCFACE, DINO_HEAD),
+    )
 }
