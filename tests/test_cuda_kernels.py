@@ -195,11 +195,11 @@ class TestUnderSanitizers:
     def test_no_complaint_and_the_same_result(self, shim, tmp_path):
         """Ragged sizes, all dtypes, NaN and infinite features, for which any triplet may come, but a valid one."""
         dtypes = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-        inputs = [sample(*size, 3, dtype) for size, dtype in zip([(65, 17), (3, 0), (66, 3), (130, 1)], dtypes)]
-        for value in (torch.nan, torch.inf):
-            x, labels = sample(65, 3, 4)
-            x[::3] = value
-            inputs += [(x, labels), (torch.full_like(x, value), labels)]
+        sizes = [(65, 17), (3, 0), (66, 3), (40, 1)]
+        inputs = [sample(*size, 3, dtype) for size, dtype in zip(sizes, dtypes)]
+        x, labels = sample(65, 3, 4)
+        x[::3], x[1::3] = torch.nan, torch.inf
+        inputs += [(x, labels), (torch.full((20, 3), torch.nan), labels[:20])]
         calls = [call for pair in inputs for call in calls_of(*pair)]
         calls += [("float16_values", ()), ("bfloat16_values", ())]
         run = build.run_apart("sanitized", calls, tmp_path)

@@ -1,7 +1,7 @@
 // CUDA's words for a kernel that a C++ compiler shall run: include before the kernels, then cuda_shim::run_grid.
 //
 // Blocks run one after the other; each thread of a block is a fiber, which runs until it waits for others. The order of
-// blocks and of threads is an option: a correct kernel gives the same in every order. What a GPU leaves undefined is an
+// blocks, warps and threads is an option: a correct kernel gives the same in every order. What a GPU leaves undefined is an
 // error here: a barrier or a warp operation that not all threads reach in the same line. Shared memory is filled with
 // 0xff before every block, which reads as NaN or -1. Sanitizers see all memory, and know fibers.
 #pragma once
@@ -14,9 +14,9 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
-#include <functional>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -116,20 +116,17 @@ class Block {
     kernel_ = [](const void* k) { (*static_cast<const Kernel*>(k))(); };
     argument_ = &kernel;
     shared_.reset();
-    std::vector<Fiber*> order;
     for (size_t i = 0; i < fibers_.size(); ++i) {
       start(fibers_[i]);
       fibers_[i].index = {static_cast<unsigned>(i), 0, 0};
-      order.push_back(&fibers_[i]);
     }
-    while (true) {
-      if (options.order == Order::descending) std::sort(order.begin(), order.end(), std::greater<>());
-      if (options.order == Order::random) std::shuffle(order.begin(), order.end(), random);
-      for (Fiber* fiber : order)
-        if (fiber->state == State::ready) resume(*fiber);
-      if (all(0, fibers_.size(), State::done)) return;
-      if (!release()) throw Error("not all threads of a block or a warp reach the same " + places());
-    }
+    const int threads = static_cast<int>(fibers_.size());
+    do {
+      for (const int warp : in_order((threads + kWarp - 1) / kWarp, random))
+        run_warp(warp * kWarp, std::min(kWarp, threads - warp * kWarp), random);
+      if (all(0, threads, State::done)) return;
+    } while (release(0, threads, State::at_barrier));
+    throw Error("not all threads of a block or a warp reach the same " + places());
   }
 
   void wait(State state, int line) {
@@ -210,23 +207,33 @@ class Block {
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
-  bool all(size_t first, size_t last, State state) const {
-    return std::all_of(fibers_.begin() + first, fibers_.begin() + last,
-                       [&](const Fiber& f) { return f.state == state && f.line == fibers_[first].line; });
+  // Until all its threads have ended or wait for other warps: one warp may be a barrier ahead of the others.
+  void run_warp(int first, int count, std::mt19937& random) {
+    do {
+      for (const int lane : in_order(count, random))
+        if (fibers_[first + lane].state == State::ready) resume(fibers_[first + lane]);
+    } while (release(first, count, State::in_warp));
   }
 
-  // Lets those go on who are complete: warps that wait for their own, or the whole block. False if nobody can.
-  bool release() {
-    bool any = false;
-    const auto go = [&](size_t first, size_t last, State state) {
-      if (!all(first, last, state)) return;
-      for (size_t i = first; i < last; ++i) fibers_[i].state = State::ready;
-      any = true;
-    };
-    for (size_t first = 0; first < fibers_.size(); first += kWarp)
-      go(first, std::min(first + kWarp, fibers_.size()), State::in_warp);
-    go(0, fibers_.size(), State::at_barrier);
-    return any;
+  static std::vector<int> in_order(int count, std::mt19937& random) {
+    std::vector<int> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    if (options.order == Order::descending) std::reverse(order.begin(), order.end());
+    if (options.order == Order::random) std::shuffle(order.begin(), order.end(), random);
+    return order;
+  }
+
+  bool all(int first, int count, State state) const {
+    const auto* fiber = &fibers_[first];
+    return std::all_of(fiber, fiber + count,
+                       [&](const Fiber& f) { return f.state == state && f.line == fiber->line; });
+  }
+
+  // Lets threads go on if all of them wait in the same place.
+  bool release(int first, int count, State state) {
+    if (!all(first, count, state)) return false;
+    for (int i = first; i < first + count; ++i) fibers_[i].state = State::ready;
+    return true;
   }
 
   std::string places() const {
