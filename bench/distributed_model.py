@@ -28,6 +28,7 @@ class Loss:
     coefficients: int = 0  # per column
     one_sweep: bool = False
     is_batch: bool = False  # rows against each other, with groups
+    centred: bool = False  # about the mean of all rows, and the own and visiting rows made one batch
     units: float = 4.0  # products of N x N x d in all, nothing kept
 
 
@@ -35,7 +36,8 @@ CLIP = Loss("CLIP", column_statistics=2, coefficients=5)
 INFO_NCE = Loss("InfoNCE")
 SIGLIP = Loss("SigLIP", one_sweep=True, units=3.0)
 NT_XENT = Loss("NT-Xent, SupCon", column_statistics=3, coefficients=5, is_batch=True, units=2.0)
-LOSSES = (CLIP, INFO_NCE, SIGLIP, NT_XENT)
+CONTRASTIVE = Loss("contrastive", column_statistics=2, one_sweep=True, is_batch=True, centred=True, units=1.5)
+LOSSES = (CLIP, INFO_NCE, SIGLIP, NT_XENT, CONTRASTIVE)
 
 
 def hops(loss: Loss, ranks: int) -> int:
@@ -48,7 +50,7 @@ def sent_elements(loss: Loss, ranks: int, rows: int, d: int, scalar_gradients: i
     features = 2 * sweep * d if loss.one_sweep else 3 * sweep * d
     tables = sweep * (loss.column_statistics + loss.coefficients)
     runs = 1 if loss.one_sweep else 2  # each counts the rows, and in a batch knows the groups of all
-    to_all = runs * (1 + (rows if loss.is_batch else 0)) + 1 + scalar_gradients
+    to_all = runs * (1 + (rows if loss.is_batch else 0) + (d if loss.centred else 0)) + 1 + scalar_gradients
     return features + tables + (ranks - 1) * to_all
 
 
@@ -59,6 +61,8 @@ def held_elements(loss: Loss, ranks: int, rows: int, d: int, strategy: str = "ri
     one arriving, one at work. Gathered, it is all blocks and their gradients, and those that others send.
     """
     own, travelling = 1 if loss.is_batch else 2, hops(loss, ranks)
+    if loss.centred:  # two ranks' rows as one batch, given and centred, and their gradient
+        own += 3 * 2
     others = 3 * travelling if strategy == "gather" else {1: 2, 2: 4}.get(travelling, 5)
     return (own + others) * rows * d
 

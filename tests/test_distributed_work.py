@@ -5,15 +5,20 @@ import torch
 import torch.distributed as dist
 from processes import Ranks, needs_gloo
 
-from bench.distributed_model import CLIP, INFO_NCE, NT_XENT, SIGLIP, held_elements, sent_elements
-from replearn_kernels import clip_loss, count_work, info_nce_loss, nt_xent_loss, siglip_loss
+from bench.distributed_model import CLIP, CONTRASTIVE, INFO_NCE, NT_XENT, SIGLIP, held_elements, sent_elements
+from replearn_kernels import clip_loss, contrastive_loss, count_work, info_nce_loss, nt_xent_loss, siglip_loss
 
 pytestmark = needs_gloo
+
+def labels_of(x):
+    return torch.arange(len(x)) // 2
+
 
 CASES = {  # model, loss of (x, y, scale), gradients of scalars, limit in units of N d
     "clip": (CLIP, clip_loss, 1, 4),
     "info_nce": (INFO_NCE, lambda x, y, scale, **k: info_nce_loss(x, y, logit_scale=scale, **k), 1, 4),
     "siglip": (SIGLIP, lambda x, y, scale, **k: siglip_loss(x, y, scale, -2.0, **k), 1, 2),
+    "contrastive": (CONTRASTIVE, lambda x, y, scale, **k: contrastive_loss(x, labels_of(x), **k), 0, 2),
     "nt_xent": (NT_XENT, lambda x, y, scale, **k: nt_xent_loss(x, y, temperature=0.5, **k), 0, 2),
 }
 BATCH, WIDTH = 512, 768
@@ -54,7 +59,8 @@ def test_work_is_shared(ranks, name):
     flops = [work for *_, work in ranks.run(counted, name, rows, d, dict(memory_budget=0))]
     batch = rows * world
     whole = model.units * 2 * batch**2 * d
-    diagonal = 2 * rows**2 * d * world if model.is_batch else 0  # tiles on it are formed whole
+    # Of each tile on the diagonal, formed whole, half a product too much in every sweep.
+    diagonal = (1 if model.one_sweep else 2) * rows**2 * d * world if model.is_batch else 0
     assert sum(flops) == whole + diagonal
     assert max(flops) - min(flops) <= 2 * model.units * rows * d
 
@@ -84,9 +90,11 @@ def test_memory_falls_with_the_world_size(held, name):
         for strategy in ("ring", "gather"):
             modelled = 4 * held_elements(CASES[name][0], world, rows, WIDTH, strategy)
             beside = 4 * rows * (rows + 16) + 4 * 10 * (world + 2) * rows  # a tile, and tables
-            assert modelled <= held[name, world, strategy] <= modelled + beside
+            assert held[name, world, strategy] <= modelled + beside
+            if not CASES[name][0].centred:  # opposite ranks make less than two ranks' rows one batch
+                assert held[name, world, strategy] >= modelled
     assert held[name, 4, "ring"] < 0.9 * held[name, 2, "ring"]
-    assert held[name, 8, "ring"] <= (0.5 if CASES[name][0] is not NT_XENT else 0.6) * held[name, 4, "ring"]
+    assert held[name, 8, "ring"] <= (0.62 if CASES[name][0].is_batch else 0.5) * held[name, 4, "ring"]
     assert held[name, 4, "ring"] < held[name, 4, "gather"]
 
 

@@ -236,6 +236,7 @@ class _GradientsTour(_RowsAndColumns):
             self.block.append(of_columns.contiguous())
         with_query = sums_over_columns(run.shard, run.config.needs_grad[0], run.needs_grad_of_scalars[0])
         self.gradients = Gradients.zeros(run.shard, with_query)
+        self.met: tuple[Tensor, ...] = ()  # of the visiting and the own rows as one batch
         self.carries_gradient = run.is_batch or run.shard.sources[0].needs_grad
 
     def new_shares(self, rank: int) -> list[Tensor]:
@@ -262,12 +263,14 @@ class _GradientsTour(_RowsAndColumns):
 
     def _visit_rows(self, problem: Problem, rows: slice, columns: slice, of_columns: Tensor, share: Tensor) -> None:
         """Where similarities are distances: one table and one accumulator for both ranks' rows."""
+        self.met = ()
         of_rows, own = self.coefficients[0], problem.rows
         table = torch.cat([of_rows[:, rows], of_columns[:, columns]], dim=1)
         gradient, before = share.new_zeros(problem.query.shape), table.clone()
         self._sweep(problem, (table, None), Gradients(gradient, [None]))
         self.gradients.query[rows] += gradient[:own]
         share[columns] = gradient[own:]
+        self.met = gradient, problem.query, problem.given_rows
         if self.with_losses:
             self.run.objective.share_losses(table, before, own)
             of_rows[:, rows], of_columns[:, columns] = table[:, :own], table[:, own:]
@@ -285,7 +288,7 @@ class _GradientsTour(_RowsAndColumns):
 
     def held(self) -> tuple[Tensor | None, ...]:
         gradients, workspace = self.gradients, self.run.runner.workspace()
-        return self.kept.buffer, *workspace, *self.coefficients, gradients.query, *gradients.sources
+        return self.kept.buffer, *workspace, *self.coefficients, gradients.query, *gradients.sources, *self.met
 
     def _sweep(self, problem: Problem, coefficients: Tables, into: Gradients) -> None:
         plan, runner = self.run.plan(problem), self.run.runner
