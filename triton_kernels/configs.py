@@ -35,14 +35,14 @@ class Config:
 #   max and sum (statistics) or three coefficients (weights): 220 to 255 registers. 128 x 256 spills on every GPU, and
 #   so do 128 x 128 in 4 warps.
 # - The weights kernel forms one block and ends, so only another program on the same multiprocessor can hide its
-#   epilogue. 128 x 64 takes 128 registers or less on sm_90: two programs of 96 KiB fit (SupCon's and the sigmoids' take
-#   more: one). On sm_100 a thread holds one row and twice the columns, where 128 x 128 spills.
+#   epilogue. 128 x 64 takes 128 registers or less on sm_90: two programs of 96 KiB fit (SupCon's, the sigmoids' and
+#   those over distances take more: one). On sm_100 a thread holds one row and twice the columns: 128 x 128 spills.
 # - Shared memory, (block_m + block_n) * block_k * bytes * stages, a stage less on sm_80: 48 and 64 KiB there, 96 and
 #   128 KiB of 227 on sm_90 and sm_100. The gradient kernel holds whole rows: 64 to 84 KiB at d = 128. sm_80's defaults
 #   stay below the 99 KiB of the small GPUs that take them too.
 # - "ieee" products have no matrix instruction: every thread multiplies its own entries, in small blocks.
 # - An epilogue that holds more than its statistics has its own: 128 x 128 spills where the sigmoids' losses and slopes
-#   share an exponential, where a near pair's distance is formed again beside the products (_NARROWER), and on sm_100
+#   share an exponential, where near pairs' distances are formed again beside the others (_NARROWER), and on sm_100
 #   where SupCon's 64 columns a thread each have a group of two registers. There the margin's transposed gradients, whose
 #   64 rows a thread each have a class and four coefficients, spill at 128 x 64.
 DEFAULTS: dict[tuple, Config] = {
