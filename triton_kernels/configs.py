@@ -43,8 +43,8 @@ class Config:
 # - "ieee" products have no matrix instruction: every thread multiplies its own entries, in small blocks.
 # - An epilogue that holds more than its statistics has its own: 128 x 128 spills where the sigmoids' losses and slopes
 #   share an exponential, where near pairs' distances are formed again beside the others (_NARROWER), and on sm_100
-#   where SupCon's 64 columns a thread each have a group of two registers. There the margin's transposed gradients, whose
-#   64 rows a thread each have a class and four coefficients, spill at 128 x 64.
+#   where SupCon's 64 columns a thread each have a group of two registers. There the margin's transposed gradients,
+#   whose 64 rows a thread each have a class and four coefficients, spill at 128 x 64.
 DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),

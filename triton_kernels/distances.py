@@ -1,9 +1,9 @@
 """Similarities that are distances, where the loss is over them: products on their way in, W on its way out.
 
 The formulas, and what makes a pair near, are in ``engine/distances.py``. Here a block forms its near pairs again, one
-row after another of those that have any, each against all the block's columns. At d = 512 such a row costs about as much
-as the block's product (counted in sm_90's instructions, not measured): little for a few duplicates, but where most rows
-have near ones, as with labels that have collapsed to points, a sweep takes many times as long.
+row after another of those that have any, each against all the block's columns. At d = 512 such a row costs about as
+much as the block's product (counted in sm_90's instructions, not measured): little for a few duplicates, but where most
+rows have near ones, as with labels that have collapsed to points, a sweep takes many times as long.
 
 Products in TF32, where the user allowed them, leave distances with TF32's error.
 """
