@@ -44,7 +44,8 @@ class Config:
 # - An epilogue that holds more than its statistics has its own: 128 x 128 spills where the sigmoids' losses and slopes
 #   share an exponential, where near pairs' distances are formed again beside the others (_NARROWER), and on sm_100
 #   where SupCon's 64 columns a thread each have a group of two registers. There the margin's transposed gradients,
-#   whose 64 rows a thread each have a class and four coefficients, spill at 128 x 64.
+#   whose 64 rows a thread each have a class and four coefficients, spill at 128 x 64. The "ieee" weights over
+#   distances spill on sm_90, where the assembler stops at 128 registers.
 DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),
@@ -66,6 +67,8 @@ DEFAULTS: dict[tuple, Config] = {
     ("margin_softmax", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
     ("sup_con", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
     ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
+    ("lifted", "weights", "ieee", 90): Config(64, 64, 16, warps=8, stages=3),
+    ("margin_contrastive", "weights", "ieee", 90): Config(64, 64, 16, warps=8, stages=3),
 }
 """An architecture without an entry takes sm_80's; an epilogue without one of its own takes all epilogues'."""
 
