@@ -80,7 +80,7 @@ def contrastive_loss(inputs: Inputs, objective: MarginContrastive, reduction: st
     losses = torch.where(positive, distance, (objective.margin - distance).clamp(min=0))
     losses = losses.square() if objective.squared else losses
     count = len(losses) * (len(losses) - 1) // 2
-    return reduce(losses.masked_fill(itself, 0).sum(1) / 2, reduction, torch.tensor(count, device=losses.device))
+    return reduce(losses.masked_fill(itself, 0).sum(1) / 2 + _nan_of_rows(inputs), reduction, torch.tensor(count, device=losses.device))
 
 
 def lifted_structure_loss(inputs: Inputs, objective: Lifted | HardLifted, reduction: str) -> Tensor:
@@ -90,7 +90,7 @@ def lifted_structure_loss(inputs: Inputs, objective: Lifted | HardLifted, reduct
     r = _finite(v.logsumexp(1) if isinstance(objective, Lifted) else v.max(1).values if len(v) else v.sum(1))
     combine = torch.logaddexp if isinstance(objective, Lifted) else torch.maximum
     losses = torch.where(positive, combine(r.unsqueeze(1), r) + distance, 0).clamp(min=0).square() / 4
-    return reduce(losses.sum(1), reduction, positive.sum() // 2)
+    return reduce(losses.sum(1) + _nan_of_rows(inputs), reduction, positive.sum() // 2)
 
 
 def batch_hard_losses(inputs: Inputs, objective: BatchHard) -> Tensor:
@@ -101,7 +101,7 @@ def batch_hard_losses(inputs: Inputs, objective: BatchHard) -> Tensor:
     p = distance.detach().masked_fill(~positive, -1).argmax(1, keepdim=True)
     n = distance.detach().masked_fill(~negative, torch.inf).argmin(1, keepdim=True)
     losses = (distance.gather(1, p) - distance.gather(1, n)).squeeze(1) + objective.margin
-    return torch.where(positive.any(1) & negative.any(1), losses, 0).clamp(min=0)
+    return torch.where(positive.any(1) & negative.any(1), losses, 0).clamp(min=0) + _nan_of_rows(inputs)
 
 
 def semi_hard_triplets(inputs: Inputs, measure: TripletDistance) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +134,8 @@ def batch_all_loss(inputs: Inputs, objective: BatchAll, reduction: str) -> Tenso
     triplet = positive.unsqueeze(2) & negative.unsqueeze(1)
     losses = distance.unsqueeze(2) - distance.unsqueeze(1) + objective.margin
     losses = torch.where(triplet, losses, 0).clamp(min=0)
-    return reduce(losses.sum((1, 2)), reduction, ((losses > 0) if objective.nonzero else triplet).sum())
+    count = ((losses > 0) if objective.nonzero else triplet).sum()
+    return reduce(losses.sum((1, 2)) + _nan_of_rows(inputs), reduction, count)
 
 
 def _triplet_distances(inputs: Inputs, distance: TripletDistance) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,6 +174,12 @@ def _distances(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def _roles(inputs: Inputs) -> tuple[Tensor, Tensor]:
     itself = torch.eye(len(inputs.query), device=inputs.query.device, dtype=torch.bool)
     return (inputs.row_group.unsqueeze(1) == inputs.row_group) & ~itself, itself
+
+
+def _nan_of_rows(inputs: Inputs) -> Tensor:
+    """``[N]``: NaN for a row that is not finite, though it is in no pair that counts; else 0."""
+    (x,) = _features(inputs)
+    return (x.detach() * 0).sum(1)
 
 
 def _finite(r: Tensor) -> Tensor:

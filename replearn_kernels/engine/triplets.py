@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import validation
 from .backends import native
 from .columns import blocks
 from .operators import refuse_second_derivative, refuse_transforms
@@ -41,7 +42,7 @@ def triplet_loss_at(
 
     Raises:
         NotImplementedError: inside a torch.func transform; in backward: differentiated twice.
-        RuntimeError: an index out of range.
+        RuntimeError, ValueError: an index out of range (cpp, torch).
     """
     refuse_transforms()
     rows = embeddings.to(statistics_dtype(embeddings.dtype)).contiguous()
@@ -86,6 +87,8 @@ def _from_zero(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor)
 
 def plain_distances(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """Squared distances ``[2, T]``, as csrc/cpu/triplet_loss.h."""
+    for index in (anchor, positive, negative):
+        validation.check_inside("triplets", index, rows.shape[0])
     result = rows.new_empty(2, len(anchor))
     for block in _chunks(rows, anchor):
         for out, other in zip(result, (positive, negative)):

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..engine import mining as miner
 from ..engine import validation
+from ..engine.operators import needs_dispatcher
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..engine.triplets import triplet_loss_at
@@ -92,7 +93,7 @@ def triplet_margin_loss(
     )  # fmt: skip
     if triplets is not None:
         losses = _losses_at(inputs.query, _checked(triplets, inputs.query), margin, measure, options.backend)
-        return _reduced(losses, torch.ones_like(losses), reduction)
+        return _with_nan_of(inputs.query, _reduced(losses, torch.ones_like(losses), reduction))
     if mining == "batch_all":
         return _batch_all(inputs, BatchAll(margin, measure, reduction == "mean_nonzero"), options, reduction)
     if mining == "batch_hard":
@@ -102,8 +103,8 @@ def triplet_margin_loss(
     mined = _semi_hard(inputs, margin, measure, options.backend)
     losses = _losses_at(inputs.query, mined, margin, measure, options.backend)
     if reduction == "none":
-        return losses.new_zeros(len(inputs.query)).index_add(0, mined[0], losses)
-    return _reduced(losses, torch.ones_like(losses), reduction)
+        losses = losses.new_zeros(len(inputs.query)).index_add(0, mined[0], losses)
+    return _with_nan_of(inputs.query, _reduced(losses, torch.ones_like(losses), reduction))
 
 
 def _batch_all(inputs: Inputs, objective: BatchAll, options: Options, reduction: str) -> Tensor:
@@ -125,12 +126,15 @@ def _semi_hard(inputs: Inputs, margin: float, measure: TripletDistance, backend:
 
 
 def _losses_at(rows: Tensor, triplets: Triplets, margin: float, measure: TripletDistance, backend: str) -> Tensor:
-    """``[T]``; NaN where any row is not finite, though it is in no triplet."""
+    """``[T]``."""
     if backend == "eager":
-        losses = reference.triplet_losses(rows, *triplets, margin, measure)
-    else:
-        losses = triplet_loss_at(rows, *triplets, margin, measure.name, "cpp" if backend == "cpp" else "torch")
-    return losses + (rows.detach() * 0).sum().to(losses.dtype)
+        return reference.triplet_losses(rows, *triplets, margin, measure)
+    return triplet_loss_at(rows, *triplets, margin, measure.name, "cpp" if backend == "cpp" else "torch")
+
+
+def _with_nan_of(rows: Tensor, loss: Tensor) -> Tensor:
+    """NaN where any row is not finite, though it is in no triplet."""
+    return loss + (rows.detach() * 0).sum().to(loss.dtype)
 
 
 def _reduced(losses: Tensor, counted: Tensor, reduction: str) -> Tensor:
@@ -156,5 +160,6 @@ def _checked(triplets: Triplets, rows: Tensor) -> Triplets:
     for name, index in zip(("anchor", "positive", "negative"), triplets):
         count = triplets[0].shape[0] if isinstance(triplets[0], Tensor) and triplets[0].ndim else 0
         validation.check_target(index, count, len(rows), rows, name=f"triplets: {name}", required=True)
-        validation.check_inside(f"triplets: {name}", index, len(rows))
+        if not needs_dispatcher(index):  # in a traced graph the operator tells
+            validation.check_inside(f"triplets: {name}", index, len(rows))
     return tuple(triplets)
