@@ -34,7 +34,8 @@ def lifted_structure_loss(
         loss = 1 / (2 |P|) sum_{(i, j) in P} max(0, J_ij)^2
 
     Oh Song et al., "Deep Metric Learning via Lifted Structured Feature Embedding", 2016 (arXiv:1511.06452), equations
-    4 and 3. Distances are exact to about 1e-5 (fp32) however near two rows are; equal rows have the gradient 0.
+    4 and 3. Distances have a relative error of 1e-5 to 1e-4 (fp32, growing as sqrt(d)) however near two rows are; equal
+    rows have the gradient 0.
 
     Args:
         embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
