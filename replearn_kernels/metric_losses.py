@@ -24,6 +24,7 @@ class LiftedStructureLoss(_Loss):
         normalize: bool = False,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        group=None,
     ):
         super().__init__(
             margin=validation.check_margin(margin),
@@ -32,6 +33,7 @@ class LiftedStructureLoss(_Loss):
             normalize=normalize,
             backend=backend,
             memory_budget=memory_budget,
+            group=group,
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -50,6 +52,7 @@ class ContrastiveLoss(_Loss):
         normalize: bool = False,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        group=None,
     ):
         super().__init__(
             margin=validation.check_margin(margin),
@@ -58,6 +61,7 @@ class ContrastiveLoss(_Loss):
             normalize=normalize,
             backend=backend,
             memory_budget=memory_budget,
+            group=group,
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -79,6 +83,7 @@ class TripletMarginLoss(_Loss):
         normalize: bool = False,
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        group=None,
     ):
         super().__init__(
             margin=validation.check_margin(margin),
@@ -88,6 +93,7 @@ class TripletMarginLoss(_Loss):
             normalize=normalize,
             backend=backend,
             memory_budget=memory_budget,
+            group=group,
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None, *, triplets: Triplets | None = None) -> Tensor:

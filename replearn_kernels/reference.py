@@ -80,7 +80,8 @@ def contrastive_loss(inputs: Inputs, objective: MarginContrastive, reduction: st
     losses = torch.where(positive, distance, (objective.margin - distance).clamp(min=0))
     losses = losses.square() if objective.squared else losses
     count = len(losses) * (len(losses) - 1) // 2
-    return reduce(losses.masked_fill(itself, 0).sum(1) / 2 + _nan_of_rows(inputs), reduction, torch.tensor(count, device=losses.device))
+    losses = losses.masked_fill(itself, 0).sum(1) / 2 + _nan_of_rows(inputs)
+    return reduce(losses, reduction, torch.tensor(count, device=losses.device))
 
 
 def lifted_structure_loss(inputs: Inputs, objective: Lifted | HardLifted, reduction: str) -> Tensor:

@@ -13,10 +13,12 @@ from replearn_kernels import (
     clip_loss,
     contrastive_loss,
     info_nce_loss,
+    lifted_structure_loss,
     n_pair_loss,
     nt_xent_loss,
     siglip_loss,
     sup_con_loss,
+    triplet_margin_loss,
 )
 
 WIDTH, QUEUE, VIEWS = 5, 3, 2
@@ -70,6 +72,12 @@ class Batch:
 SPREAD = ("x", "y", "own", "views", "labels", "target")
 DIFFERENTIABLE = ("x", "y", "own", "views", "scale", "bias", "queue")
 
+
+def gathered(loss):
+    """A loss that knows one strategy."""
+    return lambda b, strategy=None, **k: loss(b, **k)
+
+
 LOSSES = {
     "clip": lambda b, **k: clip_loss(b.x, b.y, b.scale, **k),
     "clip_smoothed": lambda b, **k: clip_loss(b.x, b.y, b.scale, label_smoothing=0.2, **k),
@@ -95,6 +103,15 @@ LOSSES = {
     "sup_con": lambda b, **k: sup_con_loss(b.x, b.labels, temperature=1 / b.scale, **k),
     "contrastive": lambda b, **k: contrastive_loss(b.x, b.labels, margin=3.0, **k),
     "contrastive_plain": lambda b, **k: contrastive_loss(b.x, b.labels, margin=3.0, squared=False, **k),
+    "lifted": gathered(lambda b, **k: lifted_structure_loss(b.x, b.labels, **k)),
+    "lifted_hard": gathered(lambda b, **k: lifted_structure_loss(b.x, b.labels, smooth=False, **k)),
+    "triplet_batch_hard": gathered(
+        lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, mining="batch_hard", **k)
+    ),
+    "triplet_semi_hard": gathered(lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, **k)),
+    "triplet_batch_all": gathered(
+        lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, mining="batch_all", distance="cosine", **k)
+    ),
     "sup_con_views": lambda b, **k: sup_con_loss(b.views, temperature=0.3, **k),
 }
 

@@ -65,7 +65,7 @@ def test_plain_mean_over_ranks_is_the_mean_over_the_batch(ranks, name):
         torch.testing.assert_close(sum(losses) / len(losses), whole.item(), **EXACT)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "siglip_groups", "n_pair", "sup_con", "contrastive"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip_groups", "n_pair", "sup_con", "contrastive", "lifted"])
 def test_each_rank_has_its_own_upstream_gradient(ranks, name):
     """Accumulation steps, or weights of ranks: what one scales its loss by scales the gradients of its rows."""
     sizes = SIZES[ranks.world_size][1]
@@ -76,7 +76,9 @@ def test_each_rank_has_its_own_upstream_gradient(ranks, name):
         check_gradients(gradients, expected.gradients(), rank, sizes)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "nt_xent", "sup_con_views", "contrastive"])
+@pytest.mark.parametrize(
+    "name", ["clip", "siglip", "nt_xent", "sup_con_views", "contrastive", "lifted", "triplet_semi_hard"]
+)
 def test_reductions(ranks, name):
     """"none": the own rows in their order; "sum": their sum. Gradients are those of the sum over the ranks."""
     sizes = SIZES[ranks.world_size][1]

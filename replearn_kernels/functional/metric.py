@@ -12,8 +12,10 @@ from ..engine.problem import Inputs, statistics_dtype
 from ..engine.world import World
 from ..objectives import HardLifted, Lifted, MarginContrastive
 from .call import Options, autocast, in_group, run, unit_rows
+from .gathered import gathered_loss
 
 
+@in_group
 def lifted_structure_loss(
     embeddings: Tensor,
     labels: Tensor,
@@ -24,6 +26,7 @@ def lifted_structure_loss(
     normalize: bool = False,
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    group=None,
 ) -> Tensor:
     r"""Lifted structured loss: every positive pair against all negatives of both of its rows.
 
@@ -46,6 +49,8 @@ def lifted_structure_loss(
         normalize: L2-normalise the embeddings first. Default False.
         backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of distances that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
+        group: a torch.distributed process group, each of whose ranks passes its shard of the batch. Every rank gathers
+            the rows of all and does the whole batch's work. Default None: this process alone.
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). Without a positive pair 0, with zero gradients.
@@ -58,7 +63,14 @@ def lifted_structure_loss(
     """
     margin = validation.check_margin(margin)
     objective = (Lifted if validation.check_flag("smooth", smooth) else HardLifted)(margin)
-    inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget)
+    inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget, group)
+    if group is not None:
+        alone = options._replace(reduction="none", world=None)
+
+        def row_losses(batch: Inputs) -> tuple[Tensor, Tensor]:
+            return run(batch, objective, alone, None), other_members(batch.row_group).sum() // 2
+
+        return gathered_loss(group, inputs, objective, {}, reduction, row_losses)
     return run(inputs, objective, options, lambda: reference.lifted_structure_loss(inputs, objective, reduction))
 
 
@@ -122,3 +134,10 @@ def labelled_batch(
         embeddings = unit_rows(embeddings)
     scale = torch.ones((), dtype=statistics_dtype(embeddings.dtype), device=embeddings.device)
     return Inputs(embeddings, [], None, None, labels, None, scale, None), options
+
+
+def other_members(labels: Tensor) -> Tensor:
+    """How many other rows have each row's label, ``[N]``."""
+    ordered = labels.sort().values
+    first, last = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
+    return last - first - 1

@@ -14,8 +14,9 @@ from ..engine.problem import Inputs
 from ..engine.triplets import triplet_loss_at
 from ..objectives import BatchAll, BatchHard
 from ..objectives.triplet_distance import DISTANCES, TripletDistance
-from .call import Options, run
-from .metric import labelled_batch
+from .call import Options, in_group, run
+from .gathered import gathered_loss
+from .metric import labelled_batch, other_members
 
 MINING = ("batch_hard", "semi_hard", "batch_all")
 REDUCTIONS = (*validation.REDUCTIONS, "mean_nonzero")
@@ -23,6 +24,7 @@ REDUCTIONS = (*validation.REDUCTIONS, "mean_nonzero")
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 
+@in_group
 def triplet_margin_loss(
     embeddings: Tensor,
     labels: Tensor | None = None,
@@ -35,6 +37,7 @@ def triplet_margin_loss(
     normalize: bool = False,
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    group=None,
 ) -> Tensor:
     r"""Triplet margin loss: an anchor nearer to rows of its label than to others, by a margin.
 
@@ -70,6 +73,8 @@ def triplet_margin_loss(
             kernels for batch_hard only: semi_hard takes the CUDA kernels where they were built, and PyTorch elsewhere;
             batch_all, which "auto" gives to "torch" on a GPU, refuses it.
         memory_budget: bytes of distances that may be kept. No mode keeps any at present.
+        group: a torch.distributed process group, each of whose ranks passes its shard of the batch: triplets are mined
+            across ranks. Every rank gathers the rows of all and does the whole batch's work. Default None.
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). NaN if an embedding is not finite.
@@ -87,24 +92,52 @@ def triplet_margin_loss(
     measure = TripletDistance(distance)
     if labels is None and triplets is None:
         raise ValueError("labels are needed to mine triplets: give labels, or triplets")
-    inputs, options = labelled_batch(
-        embeddings, labels, "none", validation.check_flag("normalize", normalize) or measure.unit_rows,
-        backend, memory_budget,
-    )  # fmt: skip
+    normalize = validation.check_flag("normalize", normalize) or measure.unit_rows
+    inputs, options = labelled_batch(embeddings, labels, "none", normalize, backend, memory_budget, group)
     if triplets is not None:
+        if group is not None:
+            raise ValueError("given triplets take no group: they are of the rows at hand")
         losses = _losses_at(inputs.query, _checked(triplets, inputs.query), margin, measure, options.backend)
-        return _with_nan_of(inputs.query, _reduced(losses, torch.ones_like(losses), reduction))
+        counted = _counted(losses, torch.ones_like(losses).sum(), reduction)
+        return _with_nan_of(inputs.query, _reduced(losses, counted, reduction))
+    if group is not None:
+        return _gathered(inputs, options, mining, margin, measure, reduction)
     if mining == "batch_all":
         return _batch_all(inputs, BatchAll(margin, measure, reduction == "mean_nonzero"), options, reduction)
+    return _reduced(*_row_losses(inputs, options, mining, margin, measure, reduction), reduction)
+
+
+def _row_losses(
+    inputs: Inputs, options: Options, mining: str, margin: float, measure: TripletDistance, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """Every anchor's loss, ``[N]``, and what the mean is over."""
+    others = other_members(inputs.row_group)
+    complete = (others > 0) & (others < len(others) - 1)  # which anchors have a positive and a negative
     if mining == "batch_hard":
         objective = BatchHard(margin, measure)
         losses = run(inputs, objective, options, lambda: reference.batch_hard_losses(inputs, objective))
-        return _reduced(losses, _complete(inputs.row_group).to(losses.dtype), reduction)
+        return losses, _counted(losses, complete.sum(), reduction)
+    if mining == "batch_all":
+        losses = _batch_all(inputs, BatchAll(margin, measure), options, "none")
+        return losses, (others * (len(others) - 1 - others)).sum()
     mined = _semi_hard(inputs, margin, measure, options.backend)
     losses = _losses_at(inputs.query, mined, margin, measure, options.backend)
-    if reduction == "none":
-        losses = losses.new_zeros(len(inputs.query)).index_add(0, mined[0], losses)
-    return _with_nan_of(inputs.query, _reduced(losses, torch.ones_like(losses), reduction))
+    counted = _counted(losses, torch.ones_like(losses).sum(), reduction)
+    return _with_nan_of(inputs.query, losses.new_zeros(len(others)).index_add(0, mined[0], losses)), counted
+
+
+def _gathered(
+    inputs: Inputs, options: Options, mining: str, margin: float, measure: TripletDistance, reduction: str
+) -> Tensor:
+    if mining == "batch_all" and reduction == "mean_nonzero":
+        raise ValueError("reduction='mean_nonzero' of mining='batch_all' takes no group")
+    alone = options._replace(world=None)
+
+    def row_losses(batch: Inputs) -> tuple[Tensor, Tensor]:
+        return _row_losses(batch, alone, mining, margin, measure, reduction)
+
+    objective = BatchHard(margin, measure)  # of which meeting ranks compare margin and distance
+    return gathered_loss(options.world, inputs, objective, {"mining": mining}, reduction, row_losses)
 
 
 def _batch_all(inputs: Inputs, objective: BatchAll, options: Options, reduction: str) -> Tensor:
@@ -137,21 +170,17 @@ def _with_nan_of(rows: Tensor, loss: Tensor) -> Tensor:
     return loss + (rows.detach() * 0).sum().to(loss.dtype)
 
 
+def _counted(losses: Tensor, count: Tensor, reduction: str) -> Tensor:
+    """``count``, or with "mean_nonzero" the losses above 0."""
+    if reduction == "mean_nonzero":
+        return (losses > 0).sum()
+    return count
+
+
 def _reduced(losses: Tensor, counted: Tensor, reduction: str) -> Tensor:
-    """``counted``: 1 for what the mean is over."""
     if reduction == "none":
         return losses
-    if reduction == "sum":
-        return losses.sum()
-    counted = counted if reduction == "mean" else (losses > 0).to(losses.dtype)
-    return losses.sum() / counted.sum().clamp(min=1)
-
-
-def _complete(labels: Tensor) -> Tensor:
-    """Which rows have a positive and a negative."""
-    ordered = labels.sort().values
-    first, last = (torch.searchsorted(ordered, labels, right=right) for right in (False, True))
-    return (last - first > 1) & (last - first < len(labels))
+    return losses.sum() if reduction == "sum" else losses.sum() / counted.clamp(min=1)
 
 
 def _checked(triplets: Triplets, rows: Tensor) -> Triplets:
