@@ -19,7 +19,7 @@ import torch.utils.cpp_extension
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_shim"
-KERNELS = Path("cuda", "mine_triplets_kernels.cuh")
+SOURCES = ROOT / "csrc"
 COMPILER = os.environ.get("CXX", "c++")
 PYTHON_HEADERS = Path(sysconfig.get_paths()["include"])
 
@@ -27,14 +27,14 @@ PYTHON_HEADERS = Path(sysconfig.get_paths()["include"])
 FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off -U_FORTIFY_SOURCE"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all"
 
-# name: (flags, an edit of the kernels)
+# name: (flags, an edit: of which file, what, into what)
 VARIANTS = {
     "plain": ("-O2", None),
-    "sanitized": (f"-O1 -g {SANITIZERS}", None),
+    "sanitized": (f"-O1 {SANITIZERS}", None),
     # Features of the row behind the last are read.
     "out_of_bounds": (
-        f"-O1 -g {SANITIZERS} -DFLOAT32_ONLY",
-        ("first_row + row < batch.rows &&", "first_row + row <= batch.rows &&"),
+        f"-O1 {SANITIZERS} -DFLOAT32_ONLY",
+        ("cuda/distance_tile.cuh", "first_row + row < batch.rows &&", "first_row + row <= batch.rows &&"),
     ),
 }
 
@@ -65,7 +65,7 @@ def build() -> None:
     for name, (flags, edit) in VARIANTS.items():
         if "-fsanitize" in flags and why_no_sanitizers():
             continue
-        include = [HERE, ROOT / "csrc"]
+        include = [HERE, SOURCES]
         if edit is not None:
             include.insert(0, _edited(name, edit))
         headers = [*torch.utils.cpp_extension.include_paths(), PYTHON_HEADERS]
@@ -83,14 +83,13 @@ def _library(name: str) -> Path:
     return BUILD / name / "cuda_shim.so"
 
 
-def _edited(name: str, edit: tuple[str, str]) -> Path:
-    """A folder whose copy of the kernels is found before the original."""
-    before, after = edit
-    text = (ROOT / "csrc" / KERNELS).read_text()
+def _edited(name: str, edit: tuple[str, str, str]) -> Path:
+    """A folder whose copy of a header is found before the original."""
+    header, before, after = edit
+    text = (SOURCES / header).read_text()
     assert text.count(before) == 1, before
-    path = BUILD / name / KERNELS
-    edited = text.replace(before, after)
-    if not path.exists() or path.read_text() != edited:
+    path, edited = BUILD / name / header, text.replace(before, after)
+    if not path.exists() or path.read_text() != edited:  # else ninja would build anew
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(edited)
     return BUILD / name

@@ -1,7 +1,7 @@
 // CUDA's words for a kernel that a C++ compiler shall run: include before the kernels, then cuda_shim::run_grid.
 //
 // Blocks run one after the other; each thread of a block is a fiber, which runs until it waits for others. The order of
-// blocks, warps and threads is an option: a correct kernel gives the same in every order. What a GPU leaves undefined is an
+// blocks, warps and threads is an option: a correct kernel gives the same in all. What a GPU leaves undefined is an
 // error here: a barrier or a warp operation that not all threads reach in the same line. Shared memory is filled with
 // 0xff before every block, which reads as NaN or -1. Sanitizers see all memory, and know fibers.
 #pragma once
@@ -31,11 +31,13 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-#define __syncthreads() ::cuda_shim::wait_for_block(__LINE__)
-#define __shfl_sync(mask, value, lane) ::cuda_shim::from_lane(__LINE__, mask, value, lane)
-#define __shfl_up_sync(mask, value, step) \
-  ::cuda_shim::from_lane(__LINE__, mask, value, ::cuda_shim::lane() - ((step) > ::cuda_shim::lane() ? 0 : (step)))
-#define __shfl_xor_sync(mask, value, bits) ::cuda_shim::from_lane(__LINE__, mask, value, ::cuda_shim::lane() ^ (bits))
+#define CUDA_SHIM_TEXT_OF(line) #line
+#define CUDA_SHIM_TEXT(line) CUDA_SHIM_TEXT_OF(line)
+#define CUDA_SHIM_PLACE __FILE__ ":" CUDA_SHIM_TEXT(__LINE__)
+#define __syncthreads() ::cuda_shim::wait_for_block(CUDA_SHIM_PLACE)
+#define __shfl_sync(mask, value, lane) ::cuda_shim::from_lane(CUDA_SHIM_PLACE, mask, value, lane)
+#define __shfl_up_sync(mask, value, step) __shfl_sync(mask, value, ::cuda_shim::lane_below(step))
+#define __shfl_xor_sync(mask, value, bits) __shfl_sync(mask, value, ::cuda_shim::lane() ^ (bits))
 
 struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -51,7 +53,7 @@ enum class Order { ascending, descending, random };
 struct Options {
   Order order = Order::ascending;
   unsigned seed = 0;
-  int barrier_left_out = 0;  // the line of a __syncthreads() that does nothing, to see that it is missed
+  std::string barrier_left_out;  // FILE:LINE, the end of it, of a __syncthreads() that does nothing: is it missed?
 };
 inline Options options;
 
@@ -87,8 +89,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   Dim3 index;
   State state;
-  int line;       // where it waits
-  int exchanges;  // of its warp
+  const char* place;  // where it waits
+  int exchanges;      // of its warp
 
   static constexpr size_t kStack = 128 << 10;
 };
@@ -98,7 +100,9 @@ struct StackChange {
 #ifdef __SANITIZE_ADDRESS__
   void* fake = nullptr;
   void leave(const void* stack, size_t size) { __sanitizer_start_switch_fiber(&fake, stack, size); }
-  void arrive(const void** stack = nullptr, size_t* size = nullptr) { __sanitizer_finish_switch_fiber(fake, stack, size); }
+  void arrive(const void** stack = nullptr, size_t* size = nullptr) {
+    __sanitizer_finish_switch_fiber(fake, stack, size);
+  }
 #else
   void leave(const void*, size_t) {}
   void arrive(const void** = nullptr, size_t* = nullptr) {}
@@ -107,7 +111,8 @@ struct StackChange {
 
 class Block {
  public:
-  explicit Block(int threads) : fibers_(threads), sent_{std::vector<uint64_t>(threads), std::vector<uint64_t>(threads)} {
+  explicit Block(int threads) : fibers_(threads) {
+    for (auto& sent : sent_) sent.resize(threads);
     for (auto& fiber : fibers_) fiber.stack.reset(new char[Fiber::kStack]);
   }
 
@@ -129,10 +134,10 @@ class Block {
     throw Error("not all threads of a block or a warp reach the same " + places());
   }
 
-  void wait(State state, int line) {
+  void wait(State state, const char* place) {
     Fiber& fiber = *current_;
     fiber.state = state;
-    fiber.line = line;
+    fiber.place = place;
     StackChange change;
     change.leave(scheduler_stack_, scheduler_size_);
     fiber.context.leave_for(scheduler_);
@@ -140,12 +145,12 @@ class Block {
   }
 
   // Sends `value` to the warp; returns what each lane has sent, which may be read until the next exchange.
-  const uint64_t* exchange(int line, unsigned mask, uint64_t value) {
+  const uint64_t* exchange(const char* place, unsigned mask, uint64_t value) {
     if (mask != 0xffffffffu || fibers_.size() % kWarp) throw Error("only whole warps are supported");
     auto& sent = sent_[current_->exchanges++ % 2];  // in turn: others may still read the one before
     const auto thread = current_ - fibers_.data();
     sent[thread] = value;
-    wait(State::in_warp, line);
+    wait(State::in_warp, place);
     return &sent[thread / kWarp * kWarp];
   }
 
@@ -193,7 +198,7 @@ class Block {
     } catch (...) {
       block.error_ = std::current_exception();
     }
-    block.wait(State::done, 0);
+    block.wait(State::done, "");
   }
 
   void resume(Fiber& fiber) {
@@ -226,7 +231,7 @@ class Block {
   bool all(int first, int count, State state) const {
     const auto* fiber = &fibers_[first];
     return std::all_of(fiber, fiber + count,
-                       [&](const Fiber& f) { return f.state == state && f.line == fiber->line; });
+                       [&](const Fiber& f) { return f.state == state && std::strcmp(f.place, fiber->place) == 0; });
   }
 
   // Lets threads go on if all of them wait in the same place.
@@ -238,13 +243,13 @@ class Block {
 
   std::string places() const {
     std::string text = "line:";
-    std::vector<std::pair<State, int>> seen;
+    std::vector<std::pair<State, std::string>> seen;
     for (const Fiber& fiber : fibers_) {
-      const std::pair<State, int> place{fiber.state, fiber.line};
+      const std::pair<State, std::string> place{fiber.state, fiber.place};
       if (std::find(seen.begin(), seen.end(), place) != seen.end()) continue;
       seen.push_back(place);
       text += " thread " + std::to_string(fiber.index.x);
-      text += fiber.state == State::done ? " has ended;" : " waits in line " + std::to_string(fiber.line) + ";";
+      text += fiber.state == State::done ? " has ended;" : " waits in " + place.second + ";";
     }
     return text;
   }
@@ -265,17 +270,23 @@ class Block {
 // -- what a kernel calls ----------------------------------------------------------------------------------------------
 
 inline int lane() { return Block::running->lane(); }
+inline int lane_below(int step) { return lane() < step ? lane() : lane() - step; }
 
-inline void wait_for_block(int line) {
-  if (line != options.barrier_left_out) Block::running->wait(State::at_barrier, line);
+inline bool is_left_out(const std::string& place) {
+  const std::string& end = options.barrier_left_out;
+  return place.size() >= end.size() && place.compare(place.size() - end.size(), end.size(), end) == 0;
+}
+
+inline void wait_for_block(const char* place) {
+  if (options.barrier_left_out.empty() || !is_left_out(place)) Block::running->wait(State::at_barrier, place);
 }
 
 template <typename T>
-T from_lane(int line, unsigned mask, T value, int source) {
+T from_lane(const char* place, unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  const uint64_t* sent = Block::running->exchange(line, mask, bits);
+  const uint64_t* sent = Block::running->exchange(place, mask, bits);
   if (source < 0 || source >= kWarp) throw Error("no such lane: " + std::to_string(source));
   std::memcpy(&value, &sent[source], sizeof(T));
   return value;

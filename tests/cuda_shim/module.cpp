@@ -16,7 +16,7 @@ using namespace replearn::mining;
 
 namespace {
 
-// What mine_triplets.cu takes from torch. Every array is an allocation of its own, of exactly its size, filled with 0xff.
+// What mine_triplets.cu takes from torch. Every array is an allocation of its own, of exactly its size, full of 0xff.
 class Cpu {
  public:
   struct Numbers {
@@ -97,9 +97,11 @@ py::array_t<float> loaded() {
   return values;
 }
 
-void set_options(const std::string& order, unsigned seed, int barrier_left_out) {
+void set_options(const std::string& order, unsigned seed, const std::string& barrier_left_out) {
   using cuda_shim::Order;
-  cuda_shim::options.order = order == "random" ? Order::random : order == "descending" ? Order::descending : Order::ascending;
+  cuda_shim::options.order = order == "random"       ? Order::random
+                             : order == "descending" ? Order::descending
+                                                     : Order::ascending;
   cuda_shim::options.seed = seed;
   cuda_shim::options.barrier_left_out = barrier_left_out;
 }
@@ -110,7 +112,7 @@ PYBIND11_MODULE(cuda_shim, m) {
   m.def("mine_triplets", &mine_triplets_of, py::arg("x"), py::arg("labels"), py::arg("mining"), py::arg("margin"),
         py::arg("distance"), py::arg("processors") = 1);
   m.def("set_options", &set_options, py::arg("order") = "ascending", py::arg("seed") = 0,
-        py::arg("barrier_left_out") = 0);
+        py::arg("barrier_left_out") = "");
   m.def("float16_values", &loaded<Half>);
   m.def("bfloat16_values", &loaded<BFloat16>);
   m.def("run_wrong_kernel", &wrong_kernels::run);

@@ -26,7 +26,9 @@ inline void half_a_warp_shuffles(int* out) {
 
 inline void a_part_of_the_mask(int* out) { out[threadIdx.x] = __shfl_sync(0xffffu, 1, 0); }
 
-inline void reads_what_nobody_wrote(int* out) { out[threadIdx.x] = cuda_shim::block_memory<Memory>().value[threadIdx.x]; }
+inline void reads_what_nobody_wrote(int* out) {
+  out[threadIdx.x] = cuda_shim::block_memory<Memory>().value[threadIdx.x];
+}
 
 inline void reads_its_neighbour_without_a_barrier(int* out) {
   auto& memory = cuda_shim::block_memory<Memory>();
