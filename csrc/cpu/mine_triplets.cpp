@@ -316,18 +316,37 @@ Triplets batch_all(const Tensor& like, const Panels<T>& panels, const Classes& c
   return result.triplets();
 }
 
+struct Mode {
+  enum { batch_hard, semi_hard, batch_all } kind;
+  Chosen chosen;
+};
+
+Mode mode_of(const std::string& mining) {
+  if (mining == "batch_hard") return {Mode::batch_hard, {}};
+  if (mining == "semi_hard") return {Mode::semi_hard, {}};
+  if (mining == "batch_all") return {Mode::batch_all, Chosen::all};
+  if (mining == "batch_all_hard") return {Mode::batch_all, Chosen::hard};
+  STD_TORCH_CHECK(mining == "batch_all_semi_hard",
+                  "mining must be batch_hard, semi_hard, batch_all, batch_all_hard or batch_all_semi_hard, got ", mining);
+  return {Mode::batch_all, Chosen::semi_hard};
+}
+
+Distance distance_of(const std::string& distance) {
+  if (distance == "euclidean") return Distance::euclidean;
+  if (distance == "squared_euclidean") return Distance::squared_euclidean;
+  STD_TORCH_CHECK(distance == "cosine", "distance must be euclidean, squared_euclidean or cosine, got ", distance);
+  return Distance::cosine;
+}
+
 template <typename T>
-Triplets mine(const Tensor& embeddings, const Tensor& labels, const std::string& mining, double margin, Distance distance) {
+Triplets mine(const Tensor& embeddings, const Tensor& labels, Mode mode, double margin, Distance distance) {
   STD_TORCH_CHECK(embeddings.size(0) < std::numeric_limits<Index<T>>::max() - 1024, "too many rows: ", embeddings.size(0));
   const Classes classes(labels);
   if (!classes.have_triplets(0, embeddings.size(0))) return Result(embeddings, 0).triplets();
   const Panels<T> panels(embeddings, distance);
-  if (mining == "batch_hard") return BatchHard<T>(panels, classes).triplets(embeddings, classes);
-  if (mining == "semi_hard") return semi_hard(embeddings, panels, classes);
-  const Chosen which = mining == "batch_all" ? Chosen::all : mining == "batch_all_hard" ? Chosen::hard : Chosen::semi_hard;
-  STD_TORCH_CHECK(which != Chosen::semi_hard || mining == "batch_all_semi_hard",
-                  "mining must be batch_hard, semi_hard, batch_all, batch_all_hard or batch_all_semi_hard, got ", mining);
-  return batch_all(embeddings, panels, classes, margin, which);
+  if (mode.kind == Mode::batch_hard) return BatchHard<T>(panels, classes).triplets(embeddings, classes);
+  if (mode.kind == Mode::semi_hard) return semi_hard(embeddings, panels, classes);
+  return batch_all(embeddings, panels, classes, margin, mode.chosen);
 }
 
 }  // namespace
@@ -338,13 +357,8 @@ std::tuple<Tensor, Tensor, Tensor> mine_triplets(Tensor embeddings, Tensor label
   STD_TORCH_CHECK(labels.is_cpu() && labels.scalar_type() == ScalarType::Long && labels.dim() == 1 &&
                       labels.size(0) == embeddings.size(0),
                   "labels must be an int64 CPU tensor with one entry per row of embeddings");
-  const Distance of = distance == "euclidean" ? Distance::euclidean
-                      : distance == "cosine"  ? Distance::cosine
-                                              : Distance::squared_euclidean;
-  STD_TORCH_CHECK(of != Distance::squared_euclidean || distance == "squared_euclidean",
-                  "distance must be euclidean, squared_euclidean or cosine, got ", distance);
   const auto run = embeddings.scalar_type() == ScalarType::Double ? mine<double> : mine<float>;
-  return run(embeddings, labels, mining, margin, of);
+  return run(embeddings, labels, mode_of(mining), margin, distance_of(distance));
 }
 
 }  // namespace replearn

@@ -62,7 +62,7 @@ void to_unit_rows(T* panel, int64_t d) {
 
 // -- batch_hard -------------------------------------------------------------------------------------------------------
 
-// A running extreme of each lane and where it was seen; `first` decides between lanes.
+// A running extreme of each lane and where it was seen first: -1 for nowhere.
 template <typename T>
 struct Extremes {
   Vec<T> value;
@@ -85,10 +85,9 @@ template <typename T>
 inline void fold_lanes(Extremes<T> lane, T sign, T& value, Group<T>& index) {
   for (int64_t k = 0; k < lanes<T>; ++k) {
     const T v = sign * lane.value[k], best = sign * value;
-    if (v > best || (v == best && lane.index[k] < index)) {
-      value = lane.value[k];
-      index = lane.index[k];
-    }
+    if (lane.index[k] < 0 || v < best || (v == best && lane.index[k] > index)) continue;
+    value = lane.value[k];
+    index = lane.index[k];
   }
 }
 
@@ -98,7 +97,7 @@ void fold_hardest(const T* tile, int64_t stride, int64_t rows, int64_t columns, 
   for (int64_t i = 0; i < rows; ++i) {
     const T* d = tile + i * stride;
     const Bits<T> group = Bits<T>{} + row_group[i], here = Bits<T>{} + static_cast<Group<T>>(first_row + i);
-    Extremes<T> positive{splat<T>(-1), Bits<T>{}}, negative{splat<T>(kInfinity<T>), Bits<T>{}};
+    Extremes<T> positive{splat<T>(-1), Bits<T>{} - 1}, negative{splat<T>(kInfinity<T>), Bits<T>{} - 1};
     Bits<T> at = lane_index<T>(first_column);
     for (int64_t j = 0; j < columns; j += lanes<T>, at += static_cast<Group<T>>(lanes<T>)) {
       const Vec<T> v = load(d + j);
@@ -181,7 +180,7 @@ Group<T> farthest(const T* row, int64_t columns) {
   Extremes<T> lane{splat<T>(-1), Bits<T>{} - 1};
   Bits<T> at = lane_index<T>(0);
   for (int64_t j = 0; j < columns; j += lanes<T>, at += static_cast<Group<T>>(lanes<T>)) lane.raise(load(row + j), at);
-  T value = -1;
+  T value = -1;  // below any
   Group<T> index = -1;
   fold_lanes<T>(lane, 1, value, index);
   return index;
