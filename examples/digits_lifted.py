@@ -15,11 +15,12 @@ from torch import nn
 from training import DEFAULT_DEVICE, Device, Epochs, OutputDir, Seed, Training, prepare
 from unseen import cross_validate, report
 
-from replearn_kernels import lifted_structure_loss
+from replearn_kernels import LiftedStructureLoss
 
 
 def train(f: nn.Module, data: Digits, epochs: int) -> list[float]:
     """Trains encoder ``f``; returns the loss of every step."""
+    lifted_structure_loss = LiftedStructureLoss()
     view = Views()
     training = Training(f.parameters(), data, epochs)
     for images, labels in training:

@@ -145,7 +145,7 @@ def save_training(loss_name: str, losses: list[float], before: Features, after: 
 def save_verification(loss_name: str, losses: list[list[float]], folds: list[dict[str, Features]], path: Path) -> None:
     """Loss curves of the folds, the mean ROC of every encoder, and maps of the last fold's raw pixels and features."""
     figure, axes = plt.subplots(1, 4, figsize=(19, 4.6), layout="constrained", width_ratios=(0.8, 0.9, 1, 1))
-    for fold_losses in losses:
+    for fold_losses in sorted(losses, key=len):  # the longest sets the limits
         draw_loss(axes[0], loss_name, fold_losses)
     draw_roc(axes[1], folds)
     draw_map(axes[2], folds[-1]["raw pixels"], "Digits never seen: raw pixels, t-SNE")

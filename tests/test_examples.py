@@ -13,15 +13,18 @@ sys.path.insert(0, str(EXAMPLES))
 
 import digits_arcface  # noqa: E402
 import digits_dino  # noqa: E402
+import digits_lifted  # noqa: E402
 import digits_moco  # noqa: E402
 import digits_siglip  # noqa: E402
 import digits_simclr  # noqa: E402
 import digits_supcon  # noqa: E402
+import digits_triplet  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from augment import Views  # noqa: E402
+from augment import Views, turned  # noqa: E402
 from digits import CHANCE, load_images  # noqa: E402
 from evaluate import Features, recall_at_1, verification_auc  # noqa: E402
+from unseen import UNSEEN_DIGITS  # noqa: E402
 
 PNG_SIGNATURE = b"\x89PNG"
 
@@ -80,6 +83,30 @@ def test_arcface_verifies_digits_it_never_saw(tmp_path):
     assert after[auc] > before[auc] + 0.03  # 0.055
     assert after["recall@1, unseen digits"] > 0.95  # 99.1%; chance is 33%
     assert after["recall@1, seen digits"] > 0.95  # 99.2%; chance is 14%
+
+
+@pytest.mark.parametrize("example", (digits_lifted, digits_triplet), ids=lambda example: example.__name__)
+def test_metric_learning_verifies_digits_it_never_saw(example, tmp_path):
+    scores = run(example, 4, tmp_path)
+    before, after = scores["untrained"], scores["trained"]
+    auc = "verification AUC, random views"
+    assert after[auc] > max(before[auc], scores["raw pixels"][auc]) + 0.04  # 6.0 points
+    assert after["recall@1, random views"] > 0.8  # 85.3%; chance is 31%
+    assert after["recall@1, as scanned"] > 0.95  # 99.1%
+
+
+def test_turned_and_mirrored_digits_are_classes_of_their_own():
+    data = load_images()[torch.tensor([3, 7])]  # a 3 and a 7
+    copies = turned(data, mirrored=True)
+    assert copies.labels.tolist() == [label + 8 * copy for copy in range(8) for label in (3, 7)]
+    torch.testing.assert_close(copies.images[2:4].rot90(-1, dims=(2, 3)), data.images)
+    torch.testing.assert_close(copies.images[8:10].flip(3), data.images)
+
+
+def test_every_digit_is_unseen_once_beside_its_double():
+    assert sorted(digit for digits in UNSEEN_DIGITS for digit in digits) == list(range(10))
+    for pair in ({2, 5}, {6, 9}):
+        assert any(pair <= set(digits) for digits in UNSEEN_DIGITS)
 
 
 def test_siglip_names_digits_zero_shot(tmp_path):
