@@ -17,23 +17,28 @@ const int64_t* indices(const Tensor& t, const char* name, int64_t count) {
   return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
+template <typename T>
+const T* matrix(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == kScalarType<T> && t.dim() == 2 && t.is_contiguous() &&
+                      t.size(0) == rows && t.size(1) == columns,
+                  name, " must be a contiguous CPU tensor [", rows, ", ", columns, "] of x's dtype");
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
 // The arguments, checked but for the range of the indices.
 template <typename T>
 struct Triplets {
   Triplets(const Tensor& x, const Tensor& anchor, const Tensor& positive, const Tensor& negative)
-      : rows(x.size(0)), d(x.size(1)), count(anchor.dim() == 1 ? anchor.size(0) : -1), anchor(indices(anchor, "anchor", count)),
-        positive(indices(positive, "positive", count)), negative(indices(negative, "negative", count)) {
-    check_matrix<T>(x, "x", -1, -1);
-    STD_TORCH_CHECK(x.is_contiguous(), "x must be contiguous");
-    data = static_cast<const T*>(x.const_data_ptr());
-  }
+      : rows(x.size(0)), d(x.size(1)), data(matrix<T>(x, "x", rows, d)), count(anchor.dim() == 1 ? anchor.size(0) : -1), anchor(indices(anchor, "anchor", count)),
+        positive(indices(positive, "positive", count)), negative(indices(negative, "negative", count)) {}
   bool inside(int64_t t) const { return inside_rows(anchor[t]) && inside_rows(positive[t]) && inside_rows(negative[t]); }
   bool inside_rows(int64_t i) const { return i >= 0 && i < rows; }
   void check(bool all_inside) const { STD_TORCH_CHECK(all_inside, "indices of triplets must be in [0, ", rows, ")"); }
   const T* row(int64_t i) const { return data + i * d; }
 
-  const T* data;
-  const int64_t rows, d, count;
+  const int64_t rows, d;
+  const T* const data;
+  const int64_t count;
   const int64_t *anchor, *positive, *negative;
 };
 
@@ -78,9 +83,7 @@ void for_ends(const Triplets<T>& triplets, const T* weight, const F& body) {
 template <typename T>
 Tensor gradient(const Tensor& x, const Tensor& anchor, const Tensor& positive, const Tensor& negative, const Tensor& weight) {
   const Triplets<T> triplets(x, anchor, positive, negative);
-  check_matrix<T>(weight, "weight", 2, triplets.count);
-  STD_TORCH_CHECK(weight.is_contiguous(), "weight must be contiguous");
-  const T* weights = static_cast<const T*>(weight.const_data_ptr());
+  const T* weights = matrix<T>(weight, "weight", 2, triplets.count);
   bool inside = true;
   for (int64_t t = 0; t < triplets.count; ++t) inside = inside && triplets.inside(t);
   triplets.check(inside);
