@@ -195,7 +195,7 @@ def test_cpp_where_it_was_not_built(monkeypatch):
         info_nce_loss(Q, K, backend="cpp")
     from replearn_kernels.engine import backends
 
-    backends._warn_without_native.cache_clear()
+    backends.warn_without_native.cache_clear()
     with pytest.warns(UserWarning, match="slower 'torch' backend"):
         loss = info_nce_loss(Q, K)
     torch.testing.assert_close(loss, info_nce_loss(Q, K, backend="eager"))
