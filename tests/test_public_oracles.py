@@ -11,6 +11,7 @@ from replearn_kernels import (
     arcface_loss,
     cosface_loss,
     dino_loss,
+    mine_triplets,
     nt_xent_loss,
     sup_con_loss,
 )
@@ -81,3 +82,22 @@ def test_metric_learning_margins(name, ours, rng):
     (d_weight,) = torch.autograd.grad(ours(x, leaf, labels, margin=own, scale=64.0), leaf)
     (d_theirs,) = torch.autograd.grad(theirs(x, labels), theirs.W)
     torch.testing.assert_close(d_weight, d_theirs.t(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("classes", [2, 11, 60])
+def test_metric_learning_miners(classes, rng):
+    """The hardest of every anchor, and the same sets of triplets. In fp64: theirs may take distances from products."""
+    miners = pytest.importorskip("pytorch_metric_learning.miners")
+    distances = pytest.importorskip("pytorch_metric_learning.distances")
+    x, labels = rows(rng, 90, 8).double(), torch.randint(classes, (90,), generator=rng)
+    euclidean = distances.LpDistance(normalize_embeddings=False)
+
+    theirs = miners.BatchHardMiner(distance=euclidean)(x, labels)
+    ours = mine_triplets(x, labels, mining="batch_hard")
+    assert set(zip(*(t.tolist() for t in ours))) == set(zip(*(t.tolist() for t in theirs))) != set()
+
+    for theirs_name, name in (("all", "batch_all"), ("hard", "batch_all_hard"), ("semihard", "batch_all_semi_hard")):
+        miner = miners.TripletMarginMiner(margin=0.3, type_of_triplets=theirs_name, distance=euclidean)
+        theirs = miner(x, labels)
+        ours = mine_triplets(x, labels, mining=name, margin=0.3)
+        assert set(zip(*(t.tolist() for t in ours))) == set(zip(*(t.tolist() for t in theirs))) != set(), name
