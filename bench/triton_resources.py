@@ -24,7 +24,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from replearn_kernels.triton_kernels import EPILOGUES, TileInputs, accumulate_gradient, form_weights, update_statistics
+from replearn_kernels.triton_kernels import (
+    EPILOGUES,
+    Points,
+    TileInputs,
+    accumulate_gradient,
+    form_weights,
+    update_statistics,
+)
 from replearn_kernels.triton_kernels.statistics import merge
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
@@ -60,14 +67,21 @@ class Variant:
     diagonal: bool = False
     fused: bool = False  # the gradient kernel can take the products
     one_sweep: bool = False  # the weights kernel folds the row statistics
+    distance: str = ""  # "distance" or its "square", where similarities are no products
+    quantities: int = 3  # of the statistics of rows; of columns too where these are rows elsewhere
+    gradients: bool = True  # there is a sweep of gradients
 
     @property
     def kernels(self) -> list[str]:
-        names = ["statistics", "weights", "merge rows"]
+        names = ["statistics", "weights", "merge rows"] if self.gradients else ["statistics", "merge rows"]
         if self.columns and not self.diagonal:
             names.append("merge columns")
         return names + ["gradient", "gradient transposed"] * self.fused
 
+
+OF_PAIRS = {"groups": True, "columns": True}
+CONTRASTIVE = {"one_sweep": True, "distance": "distance", "quantities": 2}
+HARDEST = {"distance": "square", "quantities": 5, "gradients": False}
 
 VARIANTS = {
     "softmax": Variant("softmax", target=True, fused=True),
@@ -79,6 +93,12 @@ VARIANTS = {
     "margin_softmax": Variant("margin_softmax", target=True, fused=True),
     "sigmoid": Variant("sigmoid", target=True, one_sweep=True),
     "sigmoid groups": Variant("sigmoid", groups=True, one_sweep=True),
+    "lifted": Variant("lifted", **OF_PAIRS, distance="distance"),
+    "lifted diagonal": Variant("lifted", **OF_PAIRS, diagonal=True, distance="distance"),
+    "margin_contrastive": Variant("margin_contrastive", **OF_PAIRS, **CONTRASTIVE),
+    "margin_contrastive diagonal": Variant("margin_contrastive", **OF_PAIRS, diagonal=True, **CONTRASTIVE),
+    "hardest": Variant("hardest", **OF_PAIRS, **HARDEST),
+    "hardest diagonal": Variant("hardest", **OF_PAIRS, diagonal=True, **HARDEST),
 }
 
 
@@ -141,6 +161,8 @@ def cases() -> list[Case]:
 
 # -- the launches -------------------------------------------------------------------------------------------------
 
+ROLES = {"margin_contrastive": (0.5, True)}
+
 # Rows and columns: the code depends on whether they are divisible by 16.
 EVEN, RAGGED = (2048, 4096), (2047, 4095)
 
@@ -152,17 +174,18 @@ def launch(variant: Variant, kernel: str, dtype: torch.dtype) -> None:
     epilogue = EPILOGUES[variant.epilogue]
     query, key = (torch.empty(size, 128 if kernel.startswith("gradient") else 512, dtype=dtype) for size in sizes)
     if kernel in ("statistics", "merge rows", "merge columns"):
-        row_table = torch.empty(3, rows)
-        column_table = torch.empty(3 if variant.groups else 2, columns) if "merge columns" in variant.kernels else None
-        inputs = _inputs(variant, sizes)
+        row_table, column_table = torch.empty(variant.quantities, rows), None
+        if "merge columns" in variant.kernels:
+            column_table = torch.empty(variant.quantities if variant.groups else 2, columns)
+        inputs = _inputs(variant, query, key)
         if kernel == "statistics":
             update_statistics(epilogue, query, key, inputs, row_table, column_table)
         else:
             table = row_table if kernel == "merge rows" else column_table
             merge(epilogue, torch.empty(4, *table.shape), inputs, table)
         return
-    row_table = torch.empty(3 if variant.one_sweep else 5, rows)
-    inputs = _inputs(variant, sizes, row_table, torch.empty(5, columns) if variant.columns else None)
+    row_table = torch.empty(variant.quantities if variant.one_sweep else 5, rows)
+    inputs = _inputs(variant, query, key, row_table, torch.empty(5, columns) if variant.columns else None)
     if kernel == "weights":
         folded = row_table if variant.one_sweep else None
         form_weights(epilogue, query, key, inputs, torch.empty(sizes, dtype=dtype), folded)
@@ -172,15 +195,18 @@ def launch(variant: Variant, kernel: str, dtype: torch.dtype) -> None:
         accumulate_gradient(epilogue, own, other, inputs, torch.empty(own.shape), transposed=transposed)
 
 
-def _inputs(variant: Variant, sizes: tuple[int, int], row_table=None, column_table=None) -> TileInputs:
+def _inputs(variant: Variant, query, key, row_table=None, column_table=None) -> TileInputs:
     def ids(given: bool, size: int) -> torch.Tensor | None:
         return torch.empty(size, dtype=torch.int64) if given else None
 
-    rows, columns = sizes
+    rows, columns = len(query), len(key)
+    points = None
+    if variant.distance:
+        points = Points.of(query, key, torch.empty(rows), torch.empty(columns), 16, variant.distance == "square")
     return TileInputs.of(
-        sizes, torch.empty(()), torch.empty(()) if variant.epilogue == "sigmoid" else 0.0,
+        (rows, columns), torch.empty(()), torch.empty(()) if variant.epilogue == "sigmoid" else 0.0,
         ids(variant.target, rows), ids(variant.groups, rows), ids(variant.groups, columns),
-        16, variant.diagonal, row_table, column_table,
+        16, variant.diagonal, row_table, column_table, points, ROLES.get(variant.epilogue),
     )  # fmt: skip
 
 
@@ -278,10 +304,16 @@ def write(rows: Iterable[Row], path: Path) -> None:
     path.with_suffix(".md").write_text(f"{heading}\n\n{table}\n")
 
 
-def main(output: Path = RESULTS, processes: int = 2) -> None:
-    """Compile every kernel for every GPU, write the table, and exit with 1 if a kernel spills or does not fit."""
+def main(output: Path = RESULTS, processes: int = 2, missing: bool = False) -> None:
+    """Compile every kernel for every GPU, write the table, and exit with 1 if a kernel spills or does not fit.
+
+    ``--missing``: only what the table has no row of yet. The others stay, so this is for new kernels alone.
+    """
+    known = {row.case: row for row in load(output)} if missing else {}
+    new = [case for case in cases() if case not in known]
     with ProcessPoolExecutor(processes) as pool:
-        rows = list(pool.map(measure, cases()))
+        known |= zip(new, pool.map(measure, new))
+    rows = [known[case] for case in cases()]
     write(rows, output)
     print(output.with_suffix(".md").read_text())
     problems = [problem for row in rows for problem in row.problems()]

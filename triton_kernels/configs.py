@@ -45,7 +45,8 @@ class Config:
 #   share an exponential, where near pairs' distances are formed again beside the others (_NARROWER), and on sm_100
 #   where SupCon's 64 columns a thread each have a group of two registers. There the margin's transposed gradients,
 #   whose 64 rows a thread each have a class and four coefficients, spill at 128 x 64. The "ieee" weights over
-#   distances spill on sm_90, where the assembler stops at 128 registers.
+#   distances spill on sm_90, where the assembler stops at 128 registers, and on sm_100 the hardest pairs' statistics,
+#   four of each column.
 DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),
@@ -67,6 +68,8 @@ DEFAULTS: dict[tuple, Config] = {
     ("margin_softmax", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
     ("sup_con", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
     ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
+    ("hardest", "statistics", "half", 100): Config(128, 32, 64, warps=8, stages=4),
+    ("hardest", "statistics", "tf32", 100): Config(64, 64, 32, warps=8, stages=4),
     ("lifted", "weights", "ieee", 90): Config(64, 64, 16, warps=8, stages=3),
     ("margin_contrastive", "weights", "ieee", 90): Config(64, 64, 16, warps=8, stages=3),
 }
@@ -82,11 +85,11 @@ _NARROWER: dict[tuple, Config] = {
     ("weights", "half", 80): Config(128, 64, 32, warps=8, stages=4),
     ("weights", "tf32", 80): Config(128, 64, 32, warps=8, stages=3),
 }
-DEFAULTS |= {
+DEFAULTS = {
     (epilogue, *key): config
     for epilogue in ("sigmoid", "margin_contrastive", "lifted", "hardest")
     for key, config in _NARROWER.items()
-}
+} | DEFAULTS
 
 CANDIDATES = [
     Config(block_m, block_n, block_k, warps, stages)
