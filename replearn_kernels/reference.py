@@ -77,7 +77,7 @@ def margin_loss(inputs: Inputs, objective: MarginSoftmax, reduction: str) -> Ten
 def contrastive_loss(inputs: Inputs, objective: MarginContrastive, reduction: str) -> Tensor:
     """Half of the pairs' losses for each of their rows; the mean is over pairs."""
     distance, positive, itself = _distances(inputs)
-    losses = torch.where(positive, distance, (objective.margin - distance).clamp(min=0))
+    losses = torch.where(positive, distance, (objective.margin - distance).relu())
     losses = losses.square() if objective.squared else losses
     count = len(losses) * (len(losses) - 1) // 2
     losses = losses.masked_fill(itself, 0).sum(1) / 2 + _nan_of_rows(inputs)
@@ -90,7 +90,7 @@ def lifted_structure_loss(inputs: Inputs, objective: Lifted | HardLifted, reduct
     v = (objective.margin - distance).masked_fill(positive | itself, -torch.inf)
     r = _finite(v.logsumexp(1) if isinstance(objective, Lifted) else v.max(1).values if len(v) else v.sum(1))
     combine = torch.logaddexp if isinstance(objective, Lifted) else torch.maximum
-    losses = torch.where(positive, combine(r.unsqueeze(1), r) + distance, 0).clamp(min=0).square() / 4
+    losses = torch.where(positive, combine(r.unsqueeze(1), r) + distance, 0).relu().square() / 4
     return reduce(losses.sum(1) + _nan_of_rows(inputs), reduction, positive.sum() // 2)
 
 
@@ -102,7 +102,7 @@ def batch_hard_losses(inputs: Inputs, objective: BatchHard) -> Tensor:
     p = distance.detach().masked_fill(~positive, -1).argmax(1, keepdim=True)
     n = distance.detach().masked_fill(~negative, torch.inf).argmin(1, keepdim=True)
     losses = (distance.gather(1, p) - distance.gather(1, n)).squeeze(1) + objective.margin
-    return torch.where(positive.any(1) & negative.any(1), losses, 0).clamp(min=0) + _nan_of_rows(inputs)
+    return torch.where(positive.any(1) & negative.any(1), losses, 0).relu() + _nan_of_rows(inputs)
 
 
 def semi_hard_triplets(inputs: Inputs, measure: TripletDistance) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +126,7 @@ def triplet_losses(rows, anchor, positive, negative, margin: float, measure: Tri
         square = (x[anchor] - x[others]).square().sum(1) + isolated[anchor] + isolated[others]
         return safe_sqrt(square) if measure.name == "euclidean" else square * measure.factor
 
-    return (distance(positive) - distance(negative) + margin).clamp(min=0)
+    return (distance(positive) - distance(negative) + margin).relu()
 
 
 def batch_all_loss(inputs: Inputs, objective: BatchAll, reduction: str) -> Tensor:
@@ -134,7 +134,7 @@ def batch_all_loss(inputs: Inputs, objective: BatchAll, reduction: str) -> Tenso
     distance, positive, negative = _triplet_distances(inputs, objective.distance)
     triplet = positive.unsqueeze(2) & negative.unsqueeze(1)
     losses = distance.unsqueeze(2) - distance.unsqueeze(1) + objective.margin
-    losses = torch.where(triplet, losses, 0).clamp(min=0)
+    losses = torch.where(triplet, losses, 0).relu()
     count = ((losses > 0) if objective.nonzero else triplet).sum()
     return reduce(losses.sum((1, 2)) + _nan_of_rows(inputs), reduction, count)
 

@@ -1,5 +1,7 @@
 """The dispatcher: schemas, fakes, autograd, torch.compile, autocast, no_grad, FakeTensor, functional transforms."""
 
+from functools import partial
+
 import pytest
 import torch
 from accuracy import unit_rows
@@ -8,12 +10,15 @@ from replearn_kernels import (
     ClipLoss,
     arcface_loss,
     clip_loss,
+    contrastive_loss,
     count_work,
     info_nce_loss,
+    lifted_structure_loss,
     n_pair_loss,
     nt_xent_loss,
     siglip_loss,
     sup_con_loss,
+    triplet_margin_loss,
 )
 from replearn_kernels.engine.backends import native
 
@@ -30,6 +35,15 @@ def arguments(symmetric, reduction, memory_budget, backend, own=False):
     )  # fmt: skip
 
 
+OVER_DISTANCES = {
+    "lifted": [1.0],
+    "hard_lifted": [1.0],
+    "margin_contrastive": [1.0, 1.0],
+    "batch_hard": [0.2, 0.0],
+    "batch_all": [0.2, 1.0, 1.0],
+}
+
+
 def family_arguments(name, reduction, backend):
     """The same for the other objectives."""
     query, key = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
@@ -42,10 +56,15 @@ def family_arguments(name, reduction, backend):
         "groups": (query, [key], None, None, rows, columns, scale, bias, "sigmoid", [1.0], *options, [True] * 4),
         "margin": (query, [key], None, rows.abs() % 7, None, None, scale.detach(), None, "margin_softmax", [0.5, 1.0],
                    *options, [True, True, False]),
+        **{
+            objective: (query, [], None, None, rows, None, scale.detach(), None, objective, parameters, *options,
+                        [True, False])
+            for objective, parameters in OVER_DISTANCES.items()
+        },
     }[name]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["sup_con", "sigmoid", "groups", "margin"])
+@pytest.mark.parametrize("name", ["sup_con", "sigmoid", "groups", "margin", *OVER_DISTANCES])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck_of_the_family(name, reduction, backend):
     torch.library.opcheck(
@@ -80,12 +99,22 @@ def test_opcheck_tile_passes():
         pytest.skip(native.why_missing())
     s, target = torch.randn(5, 7), torch.tensor([0, 6, 2, 9, -3])
     groups = torch.randint(3, (5,), dtype=torch.int32), torch.randint(3, (7,), dtype=torch.int32)
-    ops, pairs = torch.ops.replearn_kernels, (2.0, 0.5, target, *groups, 0, False)
+    ops, pairs, empty = torch.ops.replearn_kernels, (2.0, 0.5, target, *groups, 0, False), torch.empty(5, 7)
+    points = (torch.rand(5, 3), torch.rand(7, 3), torch.rand(5), torch.rand(7), False, False)
     for arguments in (
         (ops.softmax_statistics_, s, *pairs, False, False, torch.zeros(3, 5), torch.zeros(2, 7)),
         (ops.softmax_weights_, s, torch.empty(5, 7), *pairs, False, False, torch.zeros(5, 5), torch.zeros(5, 7)),
         (ops.sigmoid_statistics_, s, *pairs, torch.zeros(3, 5), None),
         (ops.sigmoid_weights_, s, torch.empty(5, 7), *pairs, torch.zeros(3, 5), None),
+        (ops.hardest_statistics_, s, *pairs, torch.zeros(5, 5), torch.zeros(5, 7)),
+        (ops.margin_contrastive_statistics_, s, *pairs, 1.0, True, torch.zeros(2, 5), torch.zeros(2, 7)),
+        (ops.margin_contrastive_weights_, s, empty, *pairs, 1.0, False, torch.zeros(2, 5), torch.zeros(2, 7)),
+        (ops.batch_all_statistics_, s, *pairs, 1.0, torch.zeros(6, 5), torch.zeros(6, 7)),
+        (ops.batch_all_weights_, s, empty, *pairs, 0.5, torch.zeros(6, 5), torch.zeros(6, 7)),
+        (ops.negative_distances_, torch.rand(5, 7), *points),
+        (ops.distance_chain_, torch.rand(5, 7), -torch.rand(5, 7), *points),
+        (ops.triplet_distances, s, target % 5, target % 5, target % 5),
+        (ops.triplet_gradient, s, target % 5, target % 5, target % 5, torch.rand(2, 5)),
         (ops.vector_exp, -torch.rand(9)),
         (ops.vector_log1p, torch.rand(9)),
     ):
@@ -183,6 +212,43 @@ def test_compile_of_the_family(name, backend, rng):
         results.append([loss, *torch.autograd.grad(loss, leaves)])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
+
+
+COMPILED = {
+    "lifted": lifted_structure_loss,
+    "hard lifted": lambda x, labels, **k: lifted_structure_loss(x, labels, smooth=False, **k),
+    "contrastive": contrastive_loss,
+    "batch_hard": lambda x, labels, **k: triplet_margin_loss(x, labels, mining="batch_hard", **k),
+    "batch_all": lambda x, labels, **k: triplet_margin_loss(x, labels, mining="batch_all", **k),
+    "semi_hard": triplet_margin_loss,
+    "semi_hard by anchor": lambda x, labels, **k: triplet_margin_loss(x, labels, reduction="none", **k).sum(),
+    "given": lambda x, labels, **k: triplet_margin_loss(x, triplets=(labels, labels + 1, labels + 2), **k),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile_over_distances(name, backend, rng):
+    """One graph, though how many triplets there are only the data tells: other labels need no other graph."""
+    torch._dynamo.reset()
+    step = partial(COMPILED[name], backend=backend)
+    compiled = torch.compile(lambda x, labels: step(x * 2, labels), fullgraph=True, backend="aot_eager")
+    for labels in ([0, 0, 1, 2, 1, 0, 3, 3, 4, 0], [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]):
+        inputs, results = (torch.randn(10, 6, generator=rng), torch.tensor(labels)), []
+        for function in (lambda x, labels: step(x * 2, labels), compiled):
+            leaf = inputs[0].clone().requires_grad_()
+            loss = function(leaf, inputs[1])
+            results.append([loss, *torch.autograd.grad(loss, leaf)])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b)
+
+
+def test_given_triplets_out_of_range_are_found_in_a_compiled_graph(backend):
+    compiled = torch.compile(
+        lambda x, n: triplet_margin_loss(x, triplets=(n, n, n), backend=backend), fullgraph=True, backend="aot_eager"
+    )
+    for wrong in ([0, 1, 3], [0, -1, 2]):
+        with pytest.raises((ValueError, RuntimeError), match=r"triplets must be in \[0, 3\)"):
+            compiled(torch.randn(3, 2), torch.tensor(wrong))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

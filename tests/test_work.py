@@ -1,10 +1,19 @@
 """Counted work: units of N x M x d products and workspace, against the documented minimum (docs/design.md)."""
 
+from functools import partial
+
 import pytest
 import torch
 from accuracy import unit_rows
 
-from replearn_kernels import clip_loss, count_work, info_nce_loss
+from replearn_kernels import (
+    clip_loss,
+    contrastive_loss,
+    count_work,
+    info_nce_loss,
+    lifted_structure_loss,
+    triplet_margin_loss,
+)
 from replearn_kernels.engine.plan import balanced_block, make_plan
 
 N, M, D = 2100, 3000, 32
@@ -106,3 +115,40 @@ def test_balanced_blocks():
     for size in (5, 100, 1023, 3000, 12345):
         block = balanced_block(size, 512)
         assert block <= 512 and -(-size // block) == -(-size // 512)
+
+
+ROW_BLOCK = {"torch": 512, "cpp": 1024}
+
+
+@pytest.mark.parametrize(
+    "loss, memory_budget, products, gradients",
+    [
+        (lifted_structure_loss, 0, 2, 1),
+        (lifted_structure_loss, 2**28, 1, 1),  # distances kept from the first sweep to the second
+        (partial(lifted_structure_loss, smooth=False), 2**28, 1, 0),  # the hardest pairs' gradient needs no sweep
+        (contrastive_loss, 2**28, 1, 1),
+        (partial(triplet_margin_loss, mining="batch_hard"), 2**28, 1, 0),
+        (partial(triplet_margin_loss, mining="batch_all"), 2**28, 1, 1),
+    ],
+)
+def test_over_distances(loss, memory_budget, products, gradients, backend, rng):
+    """Half a unit for every time the products are formed and one for the gradient of both images of a tile; tiles on
+    the diagonal, whose halves are each other's images, are formed whole."""
+    n, labels = 3072, torch.arange(3072) // 4
+    x = (torch.randn(n, 16, generator=rng) / 4).requires_grad_()
+    with count_work() as work:
+        loss(x, labels, backend=backend, memory_budget=memory_budget).backward()
+    diagonal = ROW_BLOCK[backend] / n
+    assert work.units(n, n, 16) == pytest.approx(products * (0.5 + diagonal / 2) + gradients, rel=1e-12)
+    kept = n * n * 2.7 if loss is lifted_structure_loss and memory_budget else 0
+    assert work.workspace_bytes < kept + 10 * MIB  # two tiles, weights and distances, and tables
+
+
+def test_gradients_of_many_rows_in_little_memory(backend, rng):
+    """reduction="none" sweeps twice where one upstream gradient would do with one sweep."""
+    n, labels = 3072, torch.arange(3072) // 4
+    x = (torch.randn(n, 16, generator=rng) / 4).requires_grad_()
+    with count_work() as work:
+        contrastive_loss(x, labels, reduction="none", backend=backend).sum().backward()
+    assert work.units(n, n, 16) == pytest.approx(2 * (0.5 + ROW_BLOCK[backend] / n / 2) + 1, rel=1e-12)
+    assert work.workspace_bytes < 10 * MIB
