@@ -36,6 +36,7 @@ from replearn_kernels.engine.problem import Inputs, Problem
 from replearn_kernels.engine.sweeps import Gradients, sweep_gradients, sweep_statistics
 from replearn_kernels.functional.call import Options, run
 from replearn_kernels.objectives import BatchHard, HardLifted, Lifted
+from replearn_kernels.objectives.triplet_distance import TripletDistance
 from replearn_kernels.triton_kernels.configs import use_config
 
 CASES = {
@@ -89,7 +90,7 @@ def _call(case: dict, leaves: Values, backend: str) -> torch.Tensor:
         case "lifted" | "hard lifted":
             return lifted_structure_loss(x, labels, margin=MARGIN, smooth=case["loss"] == "lifted", **options)
         case "batch hard":
-            objective, inputs = BatchHard(MARGIN, case.get("distance", "euclidean")), inputs_of(x, labels)
+            objective, inputs = BatchHard(MARGIN, TripletDistance(case.get("distance", "euclidean"))), inputs_of(x, labels)
             return run(
                 inputs, objective, Options.of(**options, features=x),
                 lambda: reference.reduce(reference.batch_hard_losses(inputs, objective), options["reduction"]),
