@@ -90,7 +90,8 @@ def _call(case: dict, leaves: Values, backend: str) -> torch.Tensor:
         case "lifted" | "hard lifted":
             return lifted_structure_loss(x, labels, margin=MARGIN, smooth=case["loss"] == "lifted", **options)
         case "batch hard":
-            objective, inputs = BatchHard(MARGIN, TripletDistance(case.get("distance", "euclidean"))), inputs_of(x, labels)
+            distance = TripletDistance(case.get("distance", "euclidean"))
+            objective, inputs = BatchHard(MARGIN, distance), inputs_of(x, labels)
             return run(
                 inputs, objective, Options.of(**options, features=x),
                 lambda: reference.reduce(reference.batch_hard_losses(inputs, objective), options["reduction"]),
