@@ -48,7 +48,7 @@ def near_duplicates(generator, dtype, ratio, offset, clusters, d, pairs=100):
     return torch.cat([x, moved]).to(dtype), torch.arange(pairs).repeat(2)
 
 
-def collapsed_batch(generator, n=2000, d=32, centres=4):
+def collapsed_batch(generator, n=2000, d=8, centres=4):
     """Every row within 1e-6 of one of a few centres."""
     points = torch.randn(centres, d, generator=generator)
     x = points[torch.arange(n) % centres] + 1e-6 * torch.randn(n, d, generator=generator)

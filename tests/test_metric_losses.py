@@ -8,10 +8,12 @@ import metric_oracle
 import pytest
 import torch
 from accuracy import assert_as_accurate, check_against_eager
+from conftest import BACKENDS
 from hypothesis import given, settings
-from metric_cases import LABELS, assert_same, collapsed_batch, near_duplicates, results, scaled_rows
+from metric_cases import LABELS, assert_same, collapsed_batch, near_duplicates, results, scaled_rows, small_batch_tiles
 
 from replearn_kernels import contrastive_loss, lifted_structure_loss
+from replearn_kernels.engine.backends import native
 from replearn_kernels.engine.distances import NEAR
 
 LOSSES = {
@@ -63,7 +65,7 @@ def test_hand_computed_smooth(backend):
 @pytest.mark.parametrize("kind", LABELS)
 @pytest.mark.parametrize("n, d", [(1, 3), (2, 1), (5, 48), (63, 3)])
 def test_is_the_papers_formula(name, kind, n, d, backend, rng):
-    if n == 63 and kind == "one class":
+    if n == 63 and kind not in ("all distinct", "pairs", "eights"):
         n = 20  # the oracle visits every positive pair
     (loss, oracle), x, labels = LOSSES[name], scaled_rows(rng, n, d), LABELS[kind](n)
     for reduction, upstream in [("mean", 1.0), ("sum", -0.7), ("none", torch.randn(n, generator=rng).double())]:
@@ -75,7 +77,7 @@ def test_is_the_papers_formula(name, kind, n, d, backend, rng):
 
 @EVERY
 @pytest.mark.parametrize(
-    "n, d, dtype, memory_budget", [(65, 100, torch.float32, 0), (257, 1152, torch.float16, 2**28)]
+    "n, d, dtype, memory_budget", [(257, 48, torch.float32, 0), (65, 1152, torch.float16, 2**28)]
 )
 def test_no_further_from_the_formula_than_eager(name, n, d, dtype, memory_budget, backend, rng):
     """Against fp64 of the same inputs. Eager is backend="eager": differences of the rows, fp32 statistics."""
@@ -90,28 +92,34 @@ def test_no_further_from_the_formula_than_eager(name, n, d, dtype, memory_budget
 
 
 @EVERY
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("n, d, memory_budget", [(1100, 16, 300_000), (520, 640, 0)])
-def test_several_tiles_as_accurate_as_eager(name, dtype, n, d, memory_budget, backend, rng):
+@pytest.mark.parametrize(
+    "n, d, dtype, memory_budget",
+    [
+        (150, 640, torch.float32, 0),
+        (300, 16, torch.float64, 100_000),
+        (150, 640, torch.float16, 50_000),
+        (300, 100, torch.bfloat16, 0),
+    ],
+)
+def test_several_tiles_as_accurate_as_eager(name, n, d, dtype, memory_budget, backend, rng):
     """Half precision: the statistics and distances of eager are fp32, only its gradient is rounded."""
     x, labels = scaled_rows(rng, n, d, dtype), LABELS["eights"](n)
-    if d == 640 and dtype in (torch.float64, torch.bfloat16):
-        pytest.skip("of the wide batches, fp32 and fp16")
     loss = partial(LOSSES[name][0], labels=labels)
-    check_against_eager(
-        partial(loss, backend=backend, memory_budget=memory_budget), partial(loss, backend="eager"), x
-    )
+    with small_batch_tiles(80):
+        check_against_eager(
+            partial(loss, backend=backend, memory_budget=memory_budget), partial(loss, backend="eager"), x
+        )
 
 
 @EVERY
-@pytest.mark.parametrize("budget", [0, 200_000, 2**28])
-def test_rows_over_several_tiles(name, budget, backend, rng):
+def test_rows_over_several_tiles(name, backend, rng):
     """Losses of rows under random upstream gradients: two sweeps, tiles on and off the diagonal, kept or not."""
     x, labels = scaled_rows(rng, 1100, 3), torch.randint(-90, 90, (1100,), generator=rng)
     upstream = torch.randn(1100, generator=rng, dtype=torch.float64)
     loss = partial(LOSSES[name][0], labels=labels, reduction="none")
     exact = results(partial(loss, backend="eager"), x, upstream)
-    assert_same(results(partial(loss, backend=backend, memory_budget=budget), x, upstream), exact)
+    for budget in (0, 200_000, 2**28):
+        assert_same(results(partial(loss, backend=backend, memory_budget=budget), x, upstream), exact)
 
 
 @settings(max_examples=15, deadline=None)
@@ -227,12 +235,17 @@ def test_near_duplicates_in_every_loss(name, dtype, backend, rng):
 
 
 @EVERY
-def test_a_collapsed_batch(name, backend, rng):
-    """Every other pair is near: the loss and gradient of eager, in seconds."""
+def test_a_collapsed_batch(name, rng):
+    """Every fourth pair is near: the loss and gradient of eager in fp64, in seconds."""
     x, labels = collapsed_batch(rng)
     exact = results(partial(LOSSES[name][0], labels=labels, backend="eager"), x.double())
-    ours = results(partial(LOSSES[name][0], labels=labels, backend=backend), x)
-    assert_same([t.double() for t in ours], exact, rtol=2e-5, atol=2e-5 * exact[1].abs().max().item())
+    if name == "hard lifted":  # which row of a centre is the nearest hangs on rounding
+        exact[1] = exact[1].view(-1, 4, x.shape[1]).sum(0)
+    for backend in BACKENDS if native.available() else ["torch"]:
+        ours = [t.double() for t in results(partial(LOSSES[name][0], labels=labels, backend=backend), x)]
+        if name == "hard lifted":
+            ours[1] = ours[1].view(-1, 4, x.shape[1]).sum(0)
+        assert_same(ours, exact, rtol=2e-5, atol=2e-5 * exact[1].abs().max().item())
 
 
 @EVERY

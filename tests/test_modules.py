@@ -8,16 +8,22 @@ from accuracy import eager_clip, unit_rows
 
 from replearn_kernels import (
     ClipLoss,
+    ContrastiveLoss,
     InfoNCELoss,
+    LiftedStructureLoss,
     NPairLoss,
     NTXentLoss,
     SigLipLoss,
     SupConLoss,
+    TripletMarginLoss,
     clip_loss,
+    contrastive_loss,
     info_nce_loss,
+    lifted_structure_loss,
     n_pair_loss,
     nt_xent_loss,
     sup_con_loss,
+    triplet_margin_loss,
 )
 
 
@@ -71,6 +77,23 @@ def test_modules_are_their_functions(rng):
         NPairLoss(normalize=True, **options)(x, y, labels),
         n_pair_loss(x, y, labels=labels, normalize=True, **options),
     )
+
+
+def test_modules_over_distances_are_their_functions(rng):
+    x, labels = torch.randn(8, 4, generator=rng), torch.arange(8) % 3
+    options = dict(reduction="none", normalize=True, backend="torch", memory_budget=0)
+    for smooth in (False, True):
+        module = LiftedStructureLoss(0.7, smooth=smooth, **options)
+        assert f"smooth={smooth}" in repr(module) and not module.state_dict()
+        assert torch.equal(module(x, labels), lifted_structure_loss(x, labels, margin=0.7, smooth=smooth, **options))
+        module = ContrastiveLoss(0.7, squared=smooth, **options)
+        assert torch.equal(module(x, labels), contrastive_loss(x, labels, margin=0.7, squared=smooth, **options))
+    for mining in ("batch_hard", "semi_hard", "batch_all"):
+        options.update(mining=mining, distance="squared_euclidean", reduction="mean_nonzero")
+        module = TripletMarginLoss(0.3, **options)
+        assert torch.equal(module(x, labels), triplet_margin_loss(x, labels, margin=0.3, **options))
+    triplets = (labels, labels + 3, labels + 1)
+    assert torch.equal(module(x, triplets=triplets), triplet_margin_loss(x, triplets=triplets, margin=0.3, **options))
 
 
 @pytest.mark.parametrize("module", [InfoNCELoss, ClipLoss, SigLipLoss, NPairLoss, NTXentLoss, SupConLoss])

@@ -9,11 +9,14 @@ from replearn_kernels import (
     ClipLoss,
     SigLipLoss,
     arcface_loss,
+    contrastive_loss,
     cosface_loss,
     dino_loss,
+    lifted_structure_loss,
     mine_triplets,
     nt_xent_loss,
     sup_con_loss,
+    triplet_margin_loss,
 )
 
 
@@ -101,3 +104,72 @@ def test_metric_learning_miners(classes, rng):
         theirs = miner(x, labels)
         ours = mine_triplets(x, labels, mining=name, margin=0.3)
         assert set(zip(*(t.tolist() for t in ours))) == set(zip(*(t.tolist() for t in theirs))) != set(), name
+
+
+@pytest.fixture
+def metric_learning():
+    """pytorch-metric-learning with Euclidean distances of the rows as they are."""
+    pytest.importorskip("pytorch_metric_learning")
+    from pytorch_metric_learning import distances, losses, miners, reducers
+
+    class Parts:
+        euclidean = distances.LpDistance(normalize_embeddings=False)
+        squared = distances.LpDistance(normalize_embeddings=False, power=2)
+        cosine = distances.CosineSimilarity()
+        mean, total = reducers.MeanReducer(), reducers.SumReducer()
+
+    Parts.losses, Parts.miners = losses, miners
+    return Parts
+
+
+def labelled_rows(rng, n=64, d=16, classes=9):
+    return rows(rng, n, d).double() / d**0.5, torch.randint(classes, (n,), generator=rng)
+
+
+@pytest.mark.parametrize("classes", [2, 9, 40])
+def test_metric_learning_lifted_structure(classes, rng, metric_learning):
+    """Their mean is over ordered pairs, and takes of a pair (i, j) what either order has: ours over unordered ones."""
+    x, labels = labelled_rows(rng, classes=classes)
+    options = dict(neg_margin=1.3, pos_margin=0, distance=metric_learning.euclidean)
+    mean = metric_learning.losses.LiftedStructureLoss(reducer=metric_learning.mean, **options)
+    total = metric_learning.losses.LiftedStructureLoss(reducer=metric_learning.total, **options)
+    ours = dict(labels=labels, margin=1.3)
+    assert_same(
+        lambda x: lifted_structure_loss(x, **ours), lambda x: mean(x, labels), x, rtol=1e-9, atol=1e-11
+    )
+    assert_same(
+        lambda x: 2 * lifted_structure_loss(x, reduction="sum", **ours), lambda x: total(x, labels), x,
+        rtol=1e-9, atol=1e-11,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_metric_learning_contrastive(squared, rng, metric_learning):
+    """They sum positives and negatives apart, over ordered pairs. Squares are of distances there, not of the hinge:
+    with all negatives beyond the margin the two agree."""
+    x, labels = labelled_rows(rng)
+    distance = metric_learning.squared if squared else metric_learning.euclidean
+    margin = 1.4
+    if squared:
+        x = x + 3 * torch.eye(16, dtype=torch.float64)[labels]
+    theirs = metric_learning.losses.ContrastiveLoss(0, margin, distance=distance, reducer=metric_learning.total)
+    assert_same(
+        lambda x: 2 * contrastive_loss(x, labels, margin=margin, squared=squared, reduction="sum"),
+        lambda x: theirs(x, labels), x, rtol=1e-9, atol=1e-11,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "squared", "cosine"])
+@pytest.mark.parametrize("mining", ["batch_all", "batch_hard"])
+def test_metric_learning_triplets(distance, mining, rng, metric_learning):
+    """Of all triplets, and of BatchHardMiner's; the mean over the violated ones is their reducer's default."""
+    x, labels = labelled_rows(rng)
+    measure = getattr(metric_learning, distance)
+    miner = metric_learning.miners.BatchHardMiner(distance=measure) if mining == "batch_hard" else None
+    ours = dict(margin=0.2, mining=mining, distance="squared_euclidean" if distance == "squared" else distance)
+    for reduction, reducer in (("mean", metric_learning.mean), ("mean_nonzero", None)):
+        theirs = metric_learning.losses.TripletMarginLoss(0.2, distance=measure, reducer=reducer)
+        assert_same(
+            lambda x: triplet_margin_loss(x, labels, reduction=reduction, **ours),  # noqa: B023
+            lambda x: theirs(x, labels, miner(x, labels) if miner else None), x, rtol=1e-9, atol=1e-11,  # noqa: B023
+        )  # fmt: skip

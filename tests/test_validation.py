@@ -8,14 +8,20 @@ import torch
 
 from replearn_kernels import (
     ClipLoss,
+    ContrastiveLoss,
+    LiftedStructureLoss,
+    TripletMarginLoss,
     arcface_loss,
     clip_loss,
+    contrastive_loss,
     cosface_loss,
     info_nce_loss,
+    lifted_structure_loss,
     n_pair_loss,
     nt_xent_loss,
     siglip_loss,
     sup_con_loss,
+    triplet_margin_loss,
 )
 from replearn_kernels.engine.backends import native
 
@@ -130,6 +136,104 @@ FAMILY = [
 def test_family(call, exception, message, backend):
     with pytest.raises(exception, match=message):
         call(backend=backend)
+
+
+BATCH = [
+    # embeddings, labels, keywords, exception, message: of every loss over distances, and its module
+    ([[1.0]], LABELS, {}, T, "embeddings must be a torch.Tensor, got list"),
+    (Q[0], LABELS, {}, V, r"embeddings must have 2 dimensions \[N, d\], got shape \(3,\)"),
+    (Q.long(), LABELS, {}, T, "embeddings must be fp16, bf16, fp32 or fp64, got torch.int64"),
+    (Q.to_sparse(), LABELS, {}, T, "embeddings must be a dense .strided. tensor, got layout torch.sparse_coo"),
+    (Q, [0, 1, 1, 2], {}, T, "labels must be a torch.Tensor, got list"),
+    (Q, LABELS.float(), {}, T, "labels must be integers, got torch.float32"),
+    (Q, LABELS > 0, {}, T, "labels must be integers, got torch.bool"),
+    (Q, LABELS[:3], {}, V, r"labels must have shape \(4,\), one per row, got \(3,\)"),
+    (Q, LABELS[None], {}, V, r"labels must have shape \(4,\), one per row, got \(1, 4\)"),
+    (Q, LABELS.to("meta"), {}, V, "labels must be on the features' device cpu, got meta"),
+    (Q, LABELS, dict(margin=NAN), V, r"margin must be in \[0, .*\], got nan"),
+    (Q, LABELS, dict(margin=INF), V, r"margin must be in \[0, .*\], got inf"),
+    (Q, LABELS, dict(margin=-0.1), V, r"margin must be in \[0, .*\], got -0.1"),
+    (Q, LABELS, dict(margin=True), T, "margin must be a float, got bool"),
+    (Q, LABELS, dict(margin="1"), T, "margin must be a float, got str"),
+    (Q, LABELS, dict(margin=torch.tensor(1.0)), T, "margin must be a float, got Tensor"),
+    (Q, LABELS, dict(normalize=1), T, "normalize must be a bool, got int"),
+    (Q, LABELS, dict(reduction="avg"), V, "reduction must be one of mean, sum, none.*, got 'avg'"),
+    (Q, LABELS, dict(reduction=None), V, "reduction must be one of mean, sum, none.*, got None"),
+    (Q, LABELS, dict(backend="cuda"), V, "backend must be one of auto, triton, cpp, torch, eager, got 'cuda'"),
+    (Q, LABELS, dict(memory_budget=-1), V, "memory_budget must be at least 0 bytes, got -1"),
+    (Q, LABELS, dict(memory_budget=1e9), T, r"memory_budget must be an int \(bytes\), got float"),
+]  # fmt: skip
+OVER_DISTANCES = [
+    (lifted_structure_loss, LiftedStructureLoss, {}),
+    (contrastive_loss, ContrastiveLoss, {}),
+    *((triplet_margin_loss, TripletMarginLoss, dict(mining=m)) for m in ("batch_hard", "semi_hard", "batch_all")),
+]
+
+
+@pytest.mark.parametrize("loss, module, options", OVER_DISTANCES)
+@pytest.mark.parametrize("embeddings, labels, keywords, exception, message", BATCH)
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_over_distances(loss, module, options, embeddings, labels, keywords, exception, message, backend):
+    options = {"backend": backend, **options, **keywords}
+    with pytest.raises(exception, match=message):
+        loss(embeddings, labels, **options)
+    with pytest.raises(exception, match=message):
+        module(**options)(embeddings, labels)
+    if keywords:  # at once
+        with pytest.raises(exception, match=message):
+            module(**options)
+
+
+I4, TRIPLETS = torch.arange(4), (torch.tensor([0, 1]), torch.tensor([1, 2]), torch.tensor([3, 3]))
+TRIPLET = [
+    (dict(labels=None), V, "labels are needed to mine triplets"),
+    (dict(labels=LABELS, mining="hard"), V, "mining must be one of batch_hard, semi_hard, batch_all, got 'hard'"),
+    (dict(labels=LABELS, mining=None), V, "mining must be one of .*, got None"),
+    (dict(labels=LABELS, distance="l1"), V, "distance must be one of euclidean, squared_euclidean, cosine, got 'l1'"),
+    (dict(triplets=I4), T, r"triplets must be \(anchor, positive, negative\), got Tensor"),
+    (dict(triplets=(I4, I4)), T, r"triplets must be \(anchor, positive, negative\), got tuple"),
+    (dict(triplets=([0], [1], [2])), T, "triplets: anchor must be a torch.Tensor, got list"),
+    (dict(triplets=(I4, I4, None)), T, "triplets: negative must be a torch.Tensor, got NoneType"),
+    (dict(triplets=(I4.int(), I4, I4)), T, "triplets: anchor must be int64, got torch.int32"),
+    (dict(triplets=(I4, I4.float(), I4)), T, "triplets: positive must be int64, got torch.float32"),
+    (dict(triplets=(I4, I4[:2], I4)), V, r"triplets: positive must have shape \(4,\), one per row, got \(2,\)"),
+    (dict(triplets=(I4[None], I4, I4)), V, r"triplets: anchor must have shape \(1,\), one per row, got \(1, 4\)"),
+    (dict(triplets=(I4[0], I4, I4)), V, r"triplets: anchor must have shape \(0,\), one per row, got \(\)"),
+    (dict(triplets=(I4, I4 + 1, I4)), V, r"triplets: positive must be in \[0, 4\), got 4"),
+    (dict(triplets=(I4, I4, I4 - 1)), V, r"triplets: negative must be in \[0, 4\), got -1"),
+    (dict(triplets=(I4, I4, I4.to("meta"))), V, "triplets: negative must be on the features' device cpu, got meta"),
+    (dict(triplets=TRIPLETS, labels=LABELS.float()), T, "labels must be integers"),
+    (dict(triplets=TRIPLETS, margin=NAN), V, "margin must be in"),
+]
+
+
+@pytest.mark.parametrize("keywords, exception, message", TRIPLET)
+@pytest.mark.parametrize("backend", ["auto", "torch", "eager"])
+def test_triplets(keywords, exception, message, backend):
+    with pytest.raises(exception, match=message):
+        triplet_margin_loss(Q, backend=backend, **keywords)
+    inputs = {name: keywords[name] for name in keywords.keys() & {"labels", "triplets"}}
+    options = {name: keywords[name] for name in keywords.keys() - {"labels", "triplets"}}
+    with pytest.raises(exception, match=message):
+        TripletMarginLoss(backend=backend, **options)(Q, **inputs)
+
+
+@pytest.mark.parametrize("flag, make", [("smooth", LiftedStructureLoss), ("squared", ContrastiveLoss)])
+def test_flags_of_losses_over_distances(flag, make):
+    function = lifted_structure_loss if flag == "smooth" else contrastive_loss
+    with pytest.raises(TypeError, match=f"{flag} must be a bool, got int"):
+        function(Q, LABELS, **{flag: 1})
+    with pytest.raises(TypeError, match=f"{flag} must be a bool, got int"):
+        make(**{flag: 1})
+    with pytest.raises(ValueError, match="reduction must be one of mean, sum, none, got 'mean_nonzero'"):
+        function(Q, LABELS, reduction="mean_nonzero")  # only triplets have that mean
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd])
+def test_functional_transforms_of_losses_over_distances_are_refused(transform):
+    for loss, _, options in OVER_DISTANCES:
+        with pytest.raises(NotImplementedError, match="torch.func transforms.*backend='eager'"):
+            transform(lambda x: loss(x, LABELS, **options))(Q)  # noqa: B023
 
 
 @pytest.mark.parametrize("backend", ["torch", "eager"])
