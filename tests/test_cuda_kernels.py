@@ -107,32 +107,46 @@ class TestAgainstBruteForce:
             check(shim, view, labels, expected)
 
 
+SIZES = [
+    (257, 100, 20, torch.float32),
+    (257, 48, 9, torch.bfloat16),
+    (130, 100, 5, torch.float64),
+    (130, 1, 2, torch.float16),  # more pairs than a block has in flight
+    (320, 17, 200, torch.float32),  # whole tiles; most classes are small
+]
+
+
+def by_operator(x, labels):
+    """(mode, distance) and the operator's triplets, for all of them."""
+    for distance in DISTANCES:
+        for mode in MODES:
+            triplets = torch.ops.replearn_kernels.mine_triplets(x, labels, mode, MARGIN, distance)
+            yield mode, distance, torch.stack(triplets, dim=1)
+
+
 @needs_shim
 @needs_native
-@pytest.mark.parametrize(
-    "n, d, classes, dtype",
-    [
-        (257, 100, 20, torch.float32),
-        (257, 48, 9, torch.bfloat16),
-        (130, 100, 5, torch.float64),
-        (130, 1, 2, torch.float16),  # more pairs than a block has in flight
-        (320, 17, 200, torch.float32),  # whole tiles; most classes are small
-    ],
-)
+@pytest.mark.parametrize("n, d, classes, dtype", SIZES)
 def test_same_triplets_as_on_the_cpu(shim, n, d, classes, dtype):
     x, labels = sample(n, d, classes, dtype)
-    expected = (
-        (mode, distance, torch.stack(torch.ops.replearn_kernels.mine_triplets(x, labels, mode, MARGIN, distance), 1))
-        for distance in DISTANCES
-        for mode in MODES
-    )
-    check(shim, x, labels, expected, every_run=False)
+    check(shim, x, labels, by_operator(x, labels), every_run=False)
+
+
+@needs_native
+@pytest.mark.gpu
+@pytest.mark.parametrize("n, d, classes, dtype", [*SIZES, (1, 3, 1, torch.float32), (3000, 129, 700, torch.float32)])
+def test_on_the_gpu(n, d, classes, dtype):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("replearn_kernels::mine_triplets", "CUDA"):
+        pytest.skip("the operator was built without CUDA: see setup.py")
+    x, labels = sample(n, d, classes, dtype)
+    for (mode, distance, expected), (*_, result) in zip(by_operator(x, labels), by_operator(x.cuda(), labels.cuda())):
+        assert torch.equal(result.cpu(), expected), (mode, distance)
 
 
 @needs_shim
 def test_half_precision_is_read_exactly(shim):
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
-    for values, dtype in ((shim.float16_values(), torch.float16), (shim.bfloat16_values(), torch.bfloat16)):
+    for values, dtype in ((shim.values_of_float16(), torch.float16), (shim.values_of_bfloat16(), torch.bfloat16)):
         np.testing.assert_array_equal(values, bits.view(dtype).float().numpy())
 
 
@@ -182,10 +196,9 @@ class TestTheShimItself:
         _, *expected = build.run_apart("plain", [("set_options", ()), *calls], tmp_path).results
         assert barriers
         for barrier in barriers:
-            orders = [[("set_options", (order, 0, barrier)), *calls] for order, _ in RUNS]
-            runs = [build.run_apart("plain", run, tmp_path) for run in orders]
-            missed = [not run.ok or not same(run.results[1:], expected) for run in runs]
-            assert any(missed), barrier
+            options = (("set_options", (order, 0, barrier)) for order, _ in RUNS)
+            runs = (build.run_apart("plain", [option, *calls], tmp_path) for option in options)
+            assert any(not run.ok or not same(run.results[1:], expected) for run in runs), barrier
 
 
 def same(results, others):
@@ -209,7 +222,7 @@ class TestUnderSanitizers:
         x[::3], x[1::3] = torch.nan, torch.inf
         inputs += [(x, labels), (torch.full((20, 3), torch.nan), labels[:20])]
         calls = [call for pair in inputs for call in calls_of(*pair)]
-        calls += [("float16_values", ()), ("bfloat16_values", ())]
+        calls += [("values_of_float16", ()), ("values_of_bfloat16", ())]
         run = build.run_apart("sanitized", calls, tmp_path)
         assert run.ok, run.errors
         for (name, arguments), result in zip(calls, run.results, strict=True):

@@ -1,4 +1,7 @@
-"""Builds the Python module `cuda_shim` (module.cpp) with ninja, plain and with sanitizers, in build/cuda_shim."""
+"""Builds the Python module `cuda_shim` with ninja, plain and with sanitizers, in build/cuda_shim.
+
+cuda_shim.h is the GPU; mine_triplets.cpp runs the kernels of csrc/cuda on it; module.cpp hands that to Python.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import functools
 import importlib.util
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -33,7 +37,7 @@ VARIANTS = {
     "sanitized": (f"-O1 {SANITIZERS}", None),
     # Features of the row behind the last are read.
     "out_of_bounds": (
-        f"-O1 {SANITIZERS} -DFLOAT32_ONLY",
+        f"-O0 {SANITIZERS}",
         ("cuda/distance_tile.cuh", "first_row + row < batch.rows &&", "first_row + row <= batch.rows &&"),
     ),
 }
@@ -41,6 +45,8 @@ VARIANTS = {
 
 def why_missing() -> str | None:
     """Why the module cannot be built here, if so."""
+    if shutil.which(COMPILER.split()[0]) is None:
+        return f"no C++ compiler {COMPILER}"
     if not (PYTHON_HEADERS / "Python.h").exists():
         return f"no Python.h in {PYTHON_HEADERS}: install Python's headers (Debian: python3-dev)"
     return None
@@ -49,6 +55,8 @@ def why_missing() -> str | None:
 @functools.cache
 def why_no_sanitizers() -> str | None:
     """Why no program with sanitizers can be built here, if so."""
+    if why_missing():
+        return why_missing()
     command = [*COMPILER.split(), *SANITIZERS.split(), "-x", "c++", "-", "-o", "/dev/null"]
     result = subprocess.run(command, input="int main() {}", capture_output=True, text=True)
     return f"{COMPILER} has no sanitizers: {result.stderr.strip()[-200:]}" if result.returncode else None
@@ -57,10 +65,15 @@ def why_no_sanitizers() -> str | None:
 @functools.cache
 def build() -> None:
     """Build every variant that this compiler can: two at a time, those that are not up to date."""
+    headers = " ".join(f"-isystem {path}" for path in (*torch.utils.cpp_extension.include_paths(), PYTHON_HEADERS))
     lines = [
-        "rule module",
-        f"  command = {COMPILER} -MMD -MF $out.d {FLAGS} $flags -shared $in -o $out",
+        "rule compile",
+        f"  command = {COMPILER} -MMD -MF $out.d {FLAGS} $flags -c $in -o $out",
         "  depfile = $out.d",
+        "rule link",
+        f"  command = {COMPILER} -shared $flags $in -o $out",
+        f"build module.o: compile {HERE / 'module.cpp'}",
+        f"  flags = -O1 {headers}",
     ]
     for name, (flags, edit) in VARIANTS.items():
         if "-fsanitize" in flags and why_no_sanitizers():
@@ -68,9 +81,12 @@ def build() -> None:
         include = [HERE, SOURCES]
         if edit is not None:
             include.insert(0, _edited(name, edit))
-        headers = [*torch.utils.cpp_extension.include_paths(), PYTHON_HEADERS]
-        options = [flags, *(f"-I{path}" for path in include), *(f"-isystem {path}" for path in headers)]
-        lines += [f"build {_library(name)}: module {HERE / 'module.cpp'}", f"  flags = {' '.join(options)}"]
+        lines += [
+            f"build {name}/mine_triplets.o: compile {HERE / 'mine_triplets.cpp'}",
+            f"  flags = {flags} {' '.join(f'-I{path}' for path in include)}",
+            f"build {name}/cuda_shim.so: link module.o {name}/mine_triplets.o",
+            f"  flags = {flags}",
+        ]
     BUILD.mkdir(parents=True, exist_ok=True)
     (BUILD / "build.ninja").write_text("\n".join(lines) + "\n")
     command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(BUILD), "-j", "2"]
