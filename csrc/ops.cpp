@@ -9,13 +9,13 @@
 #include "cpu/batch_all_tile.h"
 #include "cpu/distance_tile.h"
 #include "cpu/hardest_tile.h"
+#include "cpu/listed_pairs.h"
 #include "cpu/margin_contrastive_tile.h"
 #include "cpu/memory.h"
 #include "cpu/mine_triplets.h"
 #include "cpu/sigmoid_tile.h"
 #include "cpu/softmax_tile.h"
 #include "cpu/tile_operators.h"
-#include "cpu/triplet_loss.h"
 
 namespace {
 
@@ -75,8 +75,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
   m.def(
       "mine_triplets(Tensor embeddings, Tensor labels, str mining, float margin, str distance) "
       "-> (Tensor anchor, Tensor positive, Tensor negative)");
-  m.def("triplet_distances(Tensor x, Tensor anchor, Tensor positive, Tensor negative) -> Tensor");
-  m.def("triplet_gradient(Tensor x, Tensor anchor, Tensor positive, Tensor negative, Tensor weight) -> Tensor");
+  m.def("pair_squares(Tensor x, Tensor i, Tensor j) -> Tensor");
+  m.def("add_differences_(Tensor(a!) gradient, Tensor x, Tensor i, Tensor j, Tensor weight) -> ()");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   m.def("vector_exp(Tensor x) -> Tensor");
   m.def("vector_log1p(Tensor x) -> Tensor");
@@ -97,8 +97,8 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("distance_chain_", TORCH_BOX(&replearn::distance_chain_));
   m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));
   m.impl("mine_triplets", TORCH_BOX(&replearn::mine_triplets));
-  m.impl("triplet_distances", TORCH_BOX(&replearn::triplet_distances));
-  m.impl("triplet_gradient", TORCH_BOX(&replearn::triplet_gradient));
+  m.impl("pair_squares", TORCH_BOX(&replearn::pair_squares));
+  m.impl("add_differences_", TORCH_BOX(&replearn::add_differences_));
   m.impl("advise_huge_pages_", TORCH_BOX(&replearn::advise_huge_pages_));
   m.impl("vector_exp", TORCH_BOX(&vector_exp));
   m.impl("vector_log1p", TORCH_BOX(&vector_log1p));

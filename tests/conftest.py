@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from replearn_kernels.engine import schedules
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import native, schedules
 
 BACKENDS = ["torch", "cpp"]
 

@@ -60,17 +60,20 @@ def check(ops) -> None:
     assert all(torch.equal(s, t) for s, t in zip(again, ops.mine_triplets(x, labels, mode, 0.2, distance)))
 
     rows = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
-    squared = ops.triplet_distances(rows, a, p, negative)
-    assert squared.shape == (2, len(a))
-    gradient = ops.triplet_gradient(rows, a, p, negative, torch.randint(2, squared.shape).to(rows.dtype))
-    assert gradient.shape == rows.shape
+    squares = ops.pair_squares(rows, a, p)
+    assert squares.shape == (len(a),)
+    gradient = torch.zeros_like(rows)
+    ops.add_differences_(gradient, rows, a, p, torch.randint(2, squares.shape).to(rows.dtype))
+    untouched = torch.ones(n, dtype=torch.bool)
+    untouched[torch.cat([a, p])] = False
+    assert (gradient[untouched] == 0).all()
     if len(a):
         wrong = a.clone()
         wrong[random.randrange(len(a))] = random.choice((-1, n, 2**40))
         try:
-            ops.triplet_distances(rows, wrong, p, negative)
+            ops.pair_squares(rows, wrong, p)
         except RuntimeError as error:
-            assert "indices of triplets" in str(error)
+            assert "indices of pairs" in str(error)
         else:
             raise AssertionError(f"an index out of range was taken: N = {n}")
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import native
 from replearn_kernels.engine.problem import Pairs
 from replearn_kernels.objectives import MarginSoftmax, Sigmoid, Softmax, SupCon
 

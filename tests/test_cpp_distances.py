@@ -8,8 +8,7 @@ import sys
 import pytest
 import torch
 
-from replearn_kernels.engine import distances
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import distances, native
 from replearn_kernels.engine.problem import Pairs
 from replearn_kernels.objectives import BatchAll, BatchHard, Lifted, MarginContrastive
 from replearn_kernels.objectives.triplet_distance import TripletDistance

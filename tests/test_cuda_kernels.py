@@ -9,7 +9,7 @@ from brute_force_mining import DISTANCES, MODES, distances, mine
 from cuda_shim import build
 
 from bench import cuda_resources
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import native
 
 needs_shim = pytest.mark.skipif(build.why_missing() is not None, reason=str(build.why_missing()))
 needs_sanitizers = pytest.mark.skipif(build.why_no_sanitizers() is not None, reason=str(build.why_no_sanitizers()))

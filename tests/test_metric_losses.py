@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from metric_cases import LABELS, assert_same, collapsed_batch, near_duplicates, results, scaled_rows, small_batch_tiles
 
 from replearn_kernels import contrastive_loss, lifted_structure_loss
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import native
 from replearn_kernels.engine.distances import NEAR
 
 LOSSES = {

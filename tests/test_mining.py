@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from replearn_kernels import mine_triplets
 from replearn_kernels.engine import mining as engine
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import native
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

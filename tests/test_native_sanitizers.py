@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import native
 
 ROOT = Path(__file__).parents[1]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

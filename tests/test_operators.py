@@ -20,7 +20,7 @@ from replearn_kernels import (
     sup_con_loss,
     triplet_margin_loss,
 )
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import native
 
 
 def arguments(symmetric, reduction, memory_budget, backend, own=False):
@@ -113,8 +113,8 @@ def test_opcheck_tile_passes():
         (ops.batch_all_weights_, s, empty, *pairs, 0.5, torch.zeros(6, 5), torch.zeros(6, 7)),
         (ops.negative_distances_, torch.rand(5, 7), *points),
         (ops.distance_chain_, torch.rand(5, 7), -torch.rand(5, 7), *points),
-        (ops.triplet_distances, s, target % 5, target % 5, target % 5),
-        (ops.triplet_gradient, s, target % 5, target % 5, target % 5, torch.rand(2, 5)),
+        (ops.pair_squares, s, target % 5, target % 3),
+        (ops.add_differences_, torch.rand_like(s), s, target % 5, target % 3, torch.rand(5)),
         (ops.vector_exp, -torch.rand(9)),
         (ops.vector_log1p, torch.rand(9)),
     ):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from replearn_kernels import mine_triplets
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import native
 from replearn_kernels.engine.triplets import triplet_loss_at
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
@@ -153,14 +153,15 @@ def test_indices_out_of_range(bad):
     x, good, wrong = torch.randn(7, 2), torch.tensor([0, 1]), torch.tensor([2, bad])
     ops = torch.ops.replearn_kernels
     for triplets in ((wrong, good, good), (good, wrong, good), (good, good, wrong)):
-        with pytest.raises(RuntimeError, match=r"indices of triplets must be in \[0, 7\)"):
+        with pytest.raises(RuntimeError, match=r"indices of pairs must be in \[0, 7\)"):
             triplet_loss_at(x, *triplets, 0.2, "euclidean", "cpp")
-        with pytest.raises(RuntimeError, match=r"indices of triplets must be in \[0, 7\)"):
-            ops.triplet_gradient(x, *triplets, torch.ones(2, 2))
-    with pytest.raises(RuntimeError, match="positive must be a contiguous int64"):
-        ops.triplet_distances(x, good, good.int(), good)
-    with pytest.raises(RuntimeError, match=r"weight must be .* \[2, 2\]"):
-        ops.triplet_gradient(x, good, good, good, torch.ones(2, 3))
+    for pairs in ((wrong, good), (good, wrong)):
+        with pytest.raises(RuntimeError, match=r"indices of pairs must be in \[0, 7\)"):
+            ops.add_differences_(torch.zeros(7, 2), x, *pairs, torch.ones(2))
+    with pytest.raises(RuntimeError, match="j must be a contiguous int64"):
+        ops.pair_squares(x, good, good.int())
+    with pytest.raises(RuntimeError, match=r"weight must be .* \[2\]"):
+        ops.add_differences_(torch.zeros(7, 2), x, good, good, torch.ones(3))
 
 
 def test_differentiable_once(backend):
@@ -179,8 +180,9 @@ def test_opcheck(distance, backend):
     ops = torch.ops.replearn_kernels
     torch.library.opcheck(ops.triplet_losses.default, (x, *triplets, 0.4, distance, backend))
     if backend == "cpp":
-        torch.library.opcheck(ops.triplet_distances.default, (x.detach(), *triplets))
-        torch.library.opcheck(ops.triplet_gradient.default, (x.detach(), *triplets, torch.rand(2, 6)))
+        torch.library.opcheck(ops.pair_squares.default, (x.detach(), *triplets[:2]))
+        gradient = torch.zeros(9, 4)
+        torch.library.opcheck(ops.add_differences_.default, (gradient, x.detach(), *triplets[:2], torch.rand(6)))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

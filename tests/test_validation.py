@@ -23,7 +23,7 @@ from replearn_kernels import (
     sup_con_loss,
     triplet_margin_loss,
 )
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import native
 
 Q, K = torch.randn(4, 3), torch.randn(6, 3)
 NAN, INF = float("nan"), float("inf")

@@ -7,29 +7,8 @@ using replearn::Statistics;
 template <typename T>
 constexpr T kLowest = sizeof(T) == 4 ? T(-3.402823466e+38) : T(-1.7976931348623157e+308);
 
-// How far, in logits, maxima may lie apart for one exp to serve a row and its columns: exp(l - column max) is then
-// exp(l - row max) exp(row max - column max), whose arguments carry a rounding of at most 8 * 2^-24 each.
-template <typename T>
-constexpr T kSharedRange = T(8);
-
 // Whether, and how, a pass serves the columns: with an exp of their own, or with the row's.
 enum class ColumnExp { none, own, shared };
-
-// The smallest and the largest of some maxima. Of a NaN or an infinity, nothing that passes for near.
-template <typename T>
-struct Range {
-  T low, high;
-  bool near(T steepness) const { return (high - low) * steepness <= kSharedRange<T>; }
-};
-
-template <typename T>
-inline Range<T> range_of(const T* values, int64_t count, Range<T> range) {
-  for (int64_t k = 0; k < count; ++k) {
-    range.low = values[k] < range.low ? values[k] : range.low;
-    range.high = values[k] > range.high ? values[k] : range.high;
-  }
-  return range;
-}
 
 // The column of row i's target within the tile, or -1.
 template <typename T>
@@ -108,41 +87,36 @@ inline void raise_rows(const Tile<T>& tile, int64_t first, Statistics<T> rows, T
   }
 }
 
-// Rows [first, first + R): the sums of exp(steepness (v - max)) over each row, added to each column: there as an exp of
-// its own, or as the row's times `factor`.
+// Rows [first, first + R): the sums of exp(steepness (v - max)) over each row, added to each column's: of an exp of its
+// own, or of the row's, which `shared` forms and whose factor 1 / shared(column's max) comes later.
 template <int R, ColumnExp Mode, typename T>
 inline void fold_sum(
-    const Tile<T>& tile, int64_t first, const T* row_max, T* row_sum, const T* factor, Statistics<T> columns) {
+    const Tile<T>& tile, int64_t first, Statistics<T> rows, const SharedExp<T>* shared, Statistics<T> columns) {
   Vec<T> sum[R] = {};
-  const T* s = tile.s + first * tile.stride;
+  const T *s = tile.s + first * tile.stride, *row_max = rows.max + first;
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
     const Vec<T> column_max = Mode == ColumnExp::own ? load(columns.max + j) : Vec<T>{};
     Vec<T> column_sum = Mode == ColumnExp::none ? Vec<T>{} : load(columns.sum + j);
     for (int r = 0; r < R; ++r) {
       const Vec<T> v = load(s + r * tile.stride + j, count) * tile.sign;
-      const Vec<T> e = only<T>(exp<T>((v - row_max[r]) * tile.steepness), count, 0);
-      sum[r] += e;
-      if (Mode == ColumnExp::shared) column_sum += e * factor[r];
+      const Vec<T> e = Mode == ColumnExp::shared ? (*shared)(v) : exp<T>((v - row_max[r]) * tile.steepness);
+      sum[r] += only<T>(e, count, 0);
+      if (Mode == ColumnExp::shared) column_sum += e;
       if (Mode == ColumnExp::own) column_sum += exp<T>((v - column_max) * tile.steepness);
     }
     if (Mode != ColumnExp::none) store(columns.sum + j, column_sum);
   });
-  for (int r = 0; r < R; ++r) row_sum[r] += horizontal_sum<T>(sum[r]);
+  for (int r = 0; r < R; ++r) {
+    const T total = horizontal_sum<T>(sum[r]);
+    rows.sum[first + r] += Mode == ColumnExp::shared ? total / shared->of(row_max[r]) : total;
+  }
 }
 
 template <ColumnExp Mode, typename T>
-inline void fold_sums(const Tile<T>& tile, Statistics<T> rows, T reference, Statistics<T> columns) {
-  T factor[kRows] = {};
+inline void fold_sums(const Tile<T>& tile, Statistics<T> rows, const SharedExp<T>* shared, Statistics<T> columns) {
   int64_t i = 0;
-  for (; i + kRows <= tile.rows; i += kRows) {
-    if (Mode == ColumnExp::shared)
-      for (int r = 0; r < kRows; ++r) factor[r] = exp_of<T>((rows.max[i + r] - reference) * tile.steepness);
-    fold_sum<kRows, Mode>(tile, i, rows.max + i, rows.sum + i, factor, columns);
-  }
-  for (; i < tile.rows; ++i) {
-    if (Mode == ColumnExp::shared) factor[0] = exp_of<T>((rows.max[i] - reference) * tile.steepness);
-    fold_sum<1, Mode>(tile, i, rows.max + i, rows.sum + i, factor, columns);
-  }
+  for (; i + kRows <= tile.rows; i += kRows) fold_sum<kRows, Mode>(tile, i, rows, shared, columns);
+  for (; i < tile.rows; ++i) fold_sum<1, Mode>(tile, i, rows, shared, columns);
 }
 
 template <typename T>
@@ -157,14 +131,13 @@ void softmax_statistics(const Tile<T>& tile, SoftmaxRoles roles, Statistics<T> r
   int64_t i = 0;
   for (; i + kRows <= tile.rows; i += kRows) raise_rows<kRows>(tile, i, rows, partial.max);
   for (; i < tile.rows; ++i) raise_rows<1>(tile, i, rows, partial.max);
-  if (!partial.max || tile.columns == 0) return fold_sums<ColumnExp::none>(tile, rows, T(0), partial);
-  const T start = rows.max[0];
-  const Range<T> range = range_of(rows.max, tile.rows, range_of(partial.max, tile.columns, {start, start}));
-  if (!range.near(tile.steepness)) return fold_sums<ColumnExp::own>(tile, rows, T(0), partial);
-  fold_sums<ColumnExp::shared>(tile, rows, range.high, partial);
+  if (!partial.max || tile.columns == 0) return fold_sums<ColumnExp::none, T>(tile, rows, nullptr, partial);
+  const Range<T> range = range_of(rows.max, tile.rows, range_of(partial.max, tile.columns, {rows.max[0], rows.max[0]}));
+  if (!SharedExp<T>::serves(tile, range)) return fold_sums<ColumnExp::own, T>(tile, rows, nullptr, partial);
+  const SharedExp<T> shared(range, tile.steepness);
+  fold_sums<ColumnExp::shared>(tile, rows, &shared, partial);
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
-    const Vec<T> shift = exp<T>((range.high - load(partial.max + j)) * tile.steepness);
-    store(partial.sum + j, load(partial.sum + j) * shift, count);
+    store(partial.sum + j, load(partial.sum + j) / shared(load(partial.max + j)), count);
   });
 }
 
@@ -197,11 +170,12 @@ constexpr int64_t kWide = 256;
 // Rows [first, first + R) of columns [begin, end) of W = e share_i + (column's e) share_j - offsets.
 template <int R, ColumnExp Mode, typename T>
 inline void form_weights(const Tile<T>& tile, int64_t first, int64_t begin, int64_t end, T* out, int64_t out_stride,
-                         Coefficients<T> rows, T reference, Coefficients<T> columns, const T* column_share) {
-  T share[R], factor[R];
+                         Coefficients<T> rows, const SharedExp<T>* shared, Coefficients<T> columns,
+                         const T* column_share) {
+  T share[R];
   for (int r = 0; r < R; ++r) {
-    share[r] = rows.weight[first + r] * exp_of<T>(-rows.log_sum[first + r]);
-    factor[r] = Mode == ColumnExp::shared ? exp_of<T>((rows.max[first + r] - reference) * tile.steepness) : T(0);
+    const T part = rows.weight[first + r] * exp_of<T>(-rows.log_sum[first + r]);
+    share[r] = Mode == ColumnExp::shared ? part / shared->of(rows.max[first + r]) : part;
   }
   for_vectors<T>(begin, end, [&](int64_t j, auto count) {
     Vec<T> max_j{}, share_j{}, offset_j{};
@@ -213,8 +187,11 @@ inline void form_weights(const Tile<T>& tile, int64_t first, int64_t begin, int6
     for (int r = 0; r < R; ++r) {
       const int64_t i = first + r;
       const Vec<T> v = load(tile.s + i * tile.stride + j, count) * tile.sign;
-      const Vec<T> e = exp<T>((v - rows.max[i]) * tile.steepness);
-      Vec<T> w = Mode == ColumnExp::shared ? e * (share_j * factor[r] + share[r]) : e * share[r];
+      Vec<T> w;
+      if (Mode == ColumnExp::shared)
+        w = (*shared)(v) * (share_j + share[r]);
+      else
+        w = exp<T>((v - rows.max[i]) * tile.steepness) * share[r];
       if (Mode == ColumnExp::own) w += exp<T>((v - max_j) * tile.steepness) * share_j;
       store(out + i * out_stride + j, w - (offset_j + rows.offset[i]), count);
     }
@@ -224,29 +201,45 @@ inline void form_weights(const Tile<T>& tile, int64_t first, int64_t begin, int6
 // All rows of columns [begin, end), at most kWide of them.
 template <ColumnExp Mode, typename T>
 inline void all_weights(const Tile<T>& tile, int64_t begin, int64_t end, T* out, int64_t out_stride,
-                        Coefficients<T> rows, T reference, Coefficients<T> columns) {
+                        Coefficients<T> rows, const SharedExp<T>* shared, Coefficients<T> columns) {
   T column_share[kWide + lanes<T>];
   if (Mode != ColumnExp::none)
     for_vectors<T>(begin, end, [&](int64_t j, auto count) {
       Vec<T> share = exp<T>(-load(columns.log_sum + j, count)) * load(columns.weight + j, count);
-      if (Mode == ColumnExp::shared) share *= exp<T>((reference - load(columns.max + j, count)) * tile.steepness);
+      if (Mode == ColumnExp::shared) share /= (*shared)(load(columns.max + j, count));
       store(column_share + (j - begin), share);
     });
   int64_t i = 0;
   for (; i + kRows <= tile.rows; i += kRows)
-    form_weights<kRows, Mode>(tile, i, begin, end, out, out_stride, rows, reference, columns, column_share);
+    form_weights<kRows, Mode>(tile, i, begin, end, out, out_stride, rows, shared, columns, column_share);
   for (; i < tile.rows; ++i)
-    form_weights<1, Mode>(tile, i, begin, end, out, out_stride, rows, reference, columns, column_share);
+    form_weights<1, Mode>(tile, i, begin, end, out, out_stride, rows, shared, columns, column_share);
+}
+
+// W of the rows' targets, each with exps of its own: a target that takes all of the softmax leaves exactly 0.
+template <typename T>
+void weigh_targets(const Tile<T>& tile, SoftmaxRoles roles, Coefficients<T> rows, Coefficients<T> columns, T* weights) {
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    const int64_t j = target_column(tile, i);
+    if (j < 0) continue;
+    weights[i] = rows.positive[i];
+    if (roles.target_apart) continue;
+    const T v = tile.s[i * tile.stride + j] * tile.sign;
+    const auto part = [&](Coefficients<T> of, int64_t k) {
+      return exp_of<T>((v - of.max[k]) * tile.steepness) * (exp_of<T>(-of.log_sum[k]) * of.weight[k]) - of.offset[k];
+    };
+    weights[i] = part(rows, i) + (columns.max ? part(columns, j) : T(0)) - rows.positive[i];
+  }
 }
 
 // The positives' part of W, after the rest.
 template <typename T>
-void subtract_positives(const Tile<T>& tile, SoftmaxRoles roles, T* out, int64_t out_stride, const T* of_rows,
-                        const T* of_columns) {
+void finish_positives(const Tile<T>& tile, SoftmaxRoles roles, T* out, int64_t out_stride, const T* of_targets,
+                      const T* of_rows, const T* of_columns) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     T* w = out + i * out_stride;
     const int64_t target = target_column(tile, i);
-    if (target >= 0) w[target] = roles.target_apart ? of_rows[i] : w[target] - of_rows[i];
+    if (target >= 0) w[target] = of_targets[i];
     if (roles.groups_ignored || !tile.row_group) continue;
     for_same_group(tile, i, [&](int64_t j, auto count, Bits<T> positive) {
       const Vec<T> share = of_columns ? load(of_columns + j, count) + of_rows[i] : splat<T>(of_rows[i]);
@@ -260,18 +253,22 @@ template <typename T>
 void softmax_weights(
     const Tile<T>& tile, SoftmaxRoles roles, T* out, int64_t out_stride, Coefficients<T> rows, Coefficients<T> columns) {
   mask(tile, roles);
+  T of_targets[replearn::kSlabRows];
+  weigh_targets(tile, roles, rows, columns, of_targets);
   for (int64_t begin = 0; tile.rows && begin < tile.columns; begin += kWide) {
     const int64_t end = begin + kWide < tile.columns ? begin + kWide : tile.columns;
-    const T start = rows.max[0];
     if (!columns.max) {
-      all_weights<ColumnExp::none>(tile, begin, end, out, out_stride, rows, start, columns);
+      all_weights<ColumnExp::none, T>(tile, begin, end, out, out_stride, rows, nullptr, columns);
       continue;
     }
-    const Range<T> range = range_of(rows.max, tile.rows, range_of(columns.max + begin, end - begin, {start, start}));
-    if (range.near(tile.steepness))
-      all_weights<ColumnExp::shared>(tile, begin, end, out, out_stride, rows, range.high, columns);
-    else
-      all_weights<ColumnExp::own>(tile, begin, end, out, out_stride, rows, start, columns);
+    const Range<T> of_columns = range_of(columns.max + begin, end - begin, {rows.max[0], rows.max[0]});
+    const Range<T> range = range_of(rows.max, tile.rows, of_columns);
+    if (!SharedExp<T>::serves(tile, range)) {
+      all_weights<ColumnExp::own, T>(tile, begin, end, out, out_stride, rows, nullptr, columns);
+      continue;
+    }
+    const SharedExp<T> shared(range, tile.steepness);
+    all_weights<ColumnExp::shared>(tile, begin, end, out, out_stride, rows, &shared, columns);
   }
-  subtract_positives(tile, roles, out, out_stride, rows.positive, columns.positive);
+  finish_positives(tile, roles, out, out_stride, of_targets, rows.positive, columns.positive);
 }

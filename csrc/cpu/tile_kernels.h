@@ -12,6 +12,11 @@ namespace replearn {
 template <typename T>
 using Group = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
+// Rows that are one task, and the most that a kernel is given. Fixed, so that the order of every sum, and with it the
+// bits of the result, does not depend on the number of threads. 64 rows of 2,048 columns are 512 KiB: both readings of
+// the slab find it in the L2 cache.
+constexpr int64_t kSlabRows = 64;
+
 // One tile of products s[rows, columns], row-major with leading dimension `stride`, and what is known of its pairs.
 template <typename T>
 struct Tile {

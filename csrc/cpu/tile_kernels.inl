@@ -80,6 +80,7 @@ T squared_distance(const T* x, const T* y, int64_t d) {
 }
 
 // clang-format off: the softmax family's constants are others' too
+#include "shared_exp.inl"
 #include "softmax_kernels.inl"
 #include "sigmoid_kernels.inl"
 #include "distance_kernels.inl"

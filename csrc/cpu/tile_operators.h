@@ -44,7 +44,7 @@ void check_matrix(const Tensor& t, const char* name, int64_t rows, int64_t colum
   STD_TORCH_CHECK(t.dim() == 2, name, " must have 2 dimensions, got ", t.dim());
   STD_TORCH_CHECK(rows < 0 || t.size(0) == rows, name, " must have ", rows, " rows, got ", t.size(0));
   STD_TORCH_CHECK(columns < 0 || t.size(1) == columns, name, " must have ", columns, " columns, got ", t.size(1));
-  STD_TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, " must have adjacent columns");
+  STD_TORCH_CHECK(t.size(1) <= 1 || t.size(0) == 0 || t.stride(1) == 1, name, " must have adjacent columns");
 }
 
 // A contiguous vector of `count` integers, one per row or column of the tile; null if there is none.
@@ -107,9 +107,6 @@ class Table {
   int64_t stride_;
 };
 
-// Rows that are one task. Fixed, so that the order of every sum, and with it the bits of the result, does not depend on
-// the number of threads. 64 rows of 2,048 columns are 512 KiB: both readings of the slab find it in the L2 cache.
-constexpr int64_t kSlabRows = 64;
 inline int64_t slabs_of(int64_t rows) { return (rows + kSlabRows - 1) / kSlabRows; }
 
 // Calls body(begin, end) over [0, count) on torch's threads; `cost` elements per item. Below 32,768 elements, some

@@ -165,19 +165,19 @@ struct Exp;
 template <>
 struct Exp<float> {
   static constexpr float lowest = -87.33f;  // ln of the smallest normal number, 1.18e-38
-  static constexpr float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float log2e = 1.44269504f, log2e_rest = 1.92596303e-8f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   // 1.5 * 2^23 + 127: adding it to a number rounds that to an integer, and leaves it, biased, in the low bits.
   static constexpr float round = 12583039.f;
-  static constexpr int mantissa = 23, degree = 6;
+  static constexpr int mantissa = 23, bias = 127, degree = 6;
   static constexpr float coefficients[] = {  // 3.1e-9
       1.f, 1.f, 0.499999934476f, 0.166665206294f, 0.0416683880925f, 0.0083687170912f, 0.00138145963918f};
 };
 template <>
 struct Exp<double> {
   static constexpr double lowest = -708.39;
-  static constexpr double log2e = 1.4426950408889634, ln2_high = 0.693145751953125, ln2_low = 1.42860682030941723e-6;
+  static constexpr double log2e = 1.4426950408889634, log2e_rest = 2.0355273740931033e-17, ln2_high = 0.693145751953125, ln2_low = 1.42860682030941723e-6;
   static constexpr double round = 6755399441056767.0;  // 1.5 * 2^52 + 1023
-  static constexpr int mantissa = 52, degree = 11;
+  static constexpr int mantissa = 52, bias = 1023, degree = 11;
   static constexpr double coefficients[] = {  // 3.6e-18
       1., 1., 0.5000000000000010628, 0.1666666666666641251, 0.041666666666530151985, 0.0083333333334944648964,
       0.0013888888943631740957, 0.00019841269506578636444, 0.000024801493097324563504, 2.7557586369775690259e-6,

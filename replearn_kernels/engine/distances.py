@@ -20,18 +20,14 @@ A near pair has some eps. A distance of 0 has the gradient 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .columns import Tile, blocks
+from .columns import Tile
+from .listed_pairs import add_differences_
 
 NEAR = 2**-8
-
-# Elements of the differences formed at a time: 16 MiB in fp32, so that they stay small beside a tile.
-_BLOCK_ELEMENTS = 2**22
 
 
 class Points(NamedTuple):
@@ -53,8 +49,8 @@ def negative_distances_(s: Tensor, points: Points) -> None:
     if points.diagonal:
         near.fill_diagonal_(False)
     i, j = near.nonzero(as_tuple=True)
-    for block in blocks(len(i), _block_rows(points.rows)):
-        s[i[block], j[block]] = (points.rows[i[block]] - points.columns[j[block]]).square().sum(1)
+    if len(i):
+        s[i, j] = (points.rows[i] - points.columns[j]).square().sum(1)
     if not points.squared:
         s.sqrt_()
     s.neg_()
@@ -95,91 +91,12 @@ def finish_tile_(x: Tensor, centred: Tensor, tile: Tile, sums: TileSums, d_query
     ``x``: all rows as given, ``centred``: as they entered the products. A tile on the diagonal holds both images of a
     pair: its rows' sums, and one image, are all.
     """
-    d_query[tile.rows] -= centred[tile.rows] * sums.of_rows.unsqueeze(1)
+    d_query[tile.rows].addcmul_(centred[tile.rows], sums.of_rows.unsqueeze(1), value=-1)
     if tile.mirrored:
-        d_query[tile.columns] -= centred[tile.columns] * sums.of_columns.unsqueeze(1)
+        d_query[tile.columns].addcmul_(centred[tile.columns], sums.of_columns.unsqueeze(1), value=-1)
     i, j, w = sums.near_rows, sums.near_columns, sums.near_weights
     if tile.diagonal and len(i):
         once = i < j
         i, j, w = i[once], j[once], w[once]
     if len(i):
         add_differences_(d_query, x, i + tile.rows.start, j + tile.columns.start, -w)
-
-
-def pair_squares(x: Tensor, i: Tensor, j: Tensor, isolated: Tensor | None = None) -> Tensor:
-    """``|x_i - x_j|^2`` of listed pairs, from differences, ``[P]``; an isolated row is 1 further from every other."""
-    total = x.new_empty(len(i), dtype=_dtype(x))
-    for block in blocks(len(i), _block_rows(x)):
-        total[block] = _differences(x, i[block], j[block]).square().sum(1)
-    return total if isolated is None else total + isolated[i] + isolated[j]
-
-
-def add_differences_(gradient: Tensor, x: Tensor, i: Tensor, j: Tensor, a: Tensor) -> None:
-    """``gradient[i] += a (x_i - x_j)`` and ``gradient[j] -= a (x_i - x_j)`` for listed pairs, in their order."""
-    for block in blocks(len(i), _block_rows(x)):
-        difference = _differences(x, i[block], j[block]) * a[block].unsqueeze(1)
-        _add_rows_(gradient, i[block], difference)
-        _add_rows_(gradient, j[block], difference.neg_())
-
-
-def positive_pairs(group: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every unordered pair of rows of one group, once, as indices ``(i, j)``: some at a time, for rows of ``width``.
-
-    Reads the number of pairs back, which makes a GPU wait once.
-    """
-    order = group.argsort(stable=True)
-    ordered = group[order]
-    position = torch.arange(len(group), device=group.device)
-    partners = torch.searchsorted(ordered, ordered, right=True) - position - 1  # later rows of the row's group
-    last = partners.cumsum(0)
-    total = int(last[-1]) if len(group) else 0
-    for block in blocks(total, _block_elements_of(width)):
-        pair = torch.arange(block.start, block.stop, device=group.device)
-        first = torch.searchsorted(last, pair, right=True)
-        second = first + 1 + pair - (last[first] - partners[first])
-        yield order[first], order[second]
-
-
-def sorted_positives(x: Tensor, group: Tensor, isolated: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The other rows of every row's group, and their squared distances, ``[p, N]``: see ``Problem.positives``."""
-    order = group.argsort(stable=True)
-    ordered = group[order]
-    first, last = (torch.searchsorted(ordered, group, right=right) for right in (False, True))
-    row = torch.arange(len(group), device=group.device)
-    most = int((last - first).max()) if len(group) else 0
-    numbers, squares = [], []
-    for k in range(most):
-        number = order[(first + k).clamp(max=max(len(group) - 1, 0))]
-        square = pair_squares(x, row, number, isolated)
-        numbers.append(number)
-        squares.append(torch.where((first + k < last) & (number != row), square, -torch.inf))
-    if most < 2:  # no row has another
-        empty = x.new_empty((0, len(group)), dtype=_dtype(x))
-        return empty.long(), empty
-    sorted_squares, place = torch.stack(squares).sort(dim=0)
-    # Of each column one is the row itself, and it is the first, or among the first -inf.
-    return torch.stack(numbers).gather(0, place)[1:], sorted_squares[1:]
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _differences(x: Tensor, i: Tensor, j: Tensor) -> Tensor:
-    return x[i].to(_dtype(x)) - x[j].to(_dtype(x))
-
-
-def _block_rows(x: Tensor) -> int:
-    return _block_elements_of(x.shape[1])
-
-
-def _block_elements_of(width: int) -> int:
-    return max(_BLOCK_ELEMENTS // max(width, 1), 1)
-
-
-def _add_rows_(gradient: Tensor, index: Tensor, values: Tensor) -> None:
-    """In a fixed order: PyTorch adds to repeated rows in turn on a CPU, and on a GPU where it sorts the indices."""
-    if gradient.is_cuda:
-        gradient.index_put_((index,), values, accumulate=True)
-    else:
-        gradient.index_add_(0, index, values)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import validation
-from .backends import native, warn_without_native
+from . import native, validation
+from .backends import warn_without_native
 from .columns import blocks
 from .operators import needs_dispatcher, refuse_transforms
 from .problem import statistics_dtype

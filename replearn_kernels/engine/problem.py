@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .columns import BatchColumns, OwnColumns, SharedColumns, Source, Tile, blocks
-from .distances import Points, sorted_positives
+from .distances import Points
+from .listed_pairs import sorted_positives
 from .plan import TileShape
 
 
@@ -186,8 +187,11 @@ class Problem:
 
     def points(self, tile: Tile, squared: bool) -> Points:
         """What turns the tile's products into distances."""
-        rows, columns = (self.given_rows[part].to(self.statistics_dtype) for part in (tile.rows, tile.columns))
-        return Points(rows, columns, self.squares[tile.rows], self.squares[tile.columns], squared, tile.diagonal)
+        x, squares, dtype = self.given_rows, self.squares, self.statistics_dtype
+        rows, row_squares = x[tile.rows].to(dtype), squares[tile.rows]
+        if tile.diagonal:
+            return Points(rows, rows, row_squares, row_squares, squared, True)
+        return Points(rows, x[tile.columns].to(dtype), row_squares, squares[tile.columns], squared, False)
 
     def at_targets(self, column_values: Tensor) -> Tensor:
         """``[..., M]`` of the columns to ``[..., N]``: of every row's positive."""

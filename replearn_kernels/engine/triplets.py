@@ -9,14 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import validation
-from .backends import native
-from .columns import blocks
+from . import native, validation
+from .listed_pairs import add_differences_, pair_squares
 from .operators import refuse_second_derivative, refuse_transforms
 from .problem import statistics_dtype
 from .schedules import on_device_of
-
-CHUNK = 2**22  # numbers that the plain version gathers at a time
 
 
 def triplet_loss_at(
@@ -54,8 +51,10 @@ def triplet_loss_at(
 
 def _forward(rows, anchor, positive, negative, margin, distance, backend) -> tuple[Tensor, Tensor]:
     with on_device_of(rows):
-        measure = torch.ops.replearn_kernels.triplet_distances if backend == "cpp" else plain_distances
-        distances = measure(rows, anchor, positive, negative)
+        plain = backend == "torch"
+        for index in (anchor, positive, negative) if plain else ():  # native code looks for itself
+            validation.check_inside("triplets", index, rows.shape[0])
+        distances = torch.stack([pair_squares(rows, anchor, other, plain=plain) for other in (positive, negative)])
         if distance == "euclidean":
             distances.sqrt_()
         elif distance == "cosine":
@@ -75,50 +74,18 @@ def _backward(grad, distances, rows, anchor, positive, negative, margin, distanc
             weight.mul_(2)
         else:
             weight.masked_fill_(_from_zero(rows, anchor, positive, negative), 0)
-        sum_up = torch.ops.replearn_kernels.triplet_gradient if backend == "cpp" else plain_gradient
-        return sum_up(rows, anchor, positive, negative, weight)
+        # Sums of few or of millions of terms: in fp64.
+        plain = backend == "torch"
+        gradient = torch.zeros_like(rows, dtype=torch.float64 if plain else rows.dtype)
+        pairs = anchor.repeat(2), torch.cat([positive, negative]), weight.flatten()
+        add_differences_(gradient, rows, *pairs, plain=plain)
+        return gradient.to(rows.dtype)
 
 
 def _from_zero(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """Which distances ``[2, T]`` are from a row of zeros."""
     zero = (rows == 0).all(dim=1)
     return torch.stack([zero[positive], zero[negative]]).logical_or_(zero[anchor])
-
-
-def plain_distances(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """Squared distances ``[2, T]``, as csrc/cpu/triplet_loss.h."""
-    for index in (anchor, positive, negative):
-        validation.check_inside("triplets", index, rows.shape[0])
-    result = rows.new_empty(2, len(anchor))
-    for block in _chunks(rows, anchor):
-        for out, other in zip(result, (positive, negative)):
-            difference = rows[anchor[block]] - rows[other[block]]
-            torch.sum(difference.square_(), dim=1, out=out[block])
-    return result
-
-
-def plain_gradient(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor, weight: Tensor) -> Tensor:
-    """Half the gradient of the weighted squared distances ``[N, d]``, as csrc/cpu/triplet_loss.h."""
-    result = torch.zeros_like(rows, dtype=torch.float64)
-    for block in _chunks(rows, anchor):
-        for weights, other in zip(weight, (positive, negative)):
-            a, o = anchor[block], other[block]
-            share = (rows[a] - rows[o]).mul_(weights[block, None]).double()
-            _add_rows(result, a, share)
-            _add_rows(result, o, share.neg_())
-    return result.to(rows.dtype)
-
-
-def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> None:
-    """``total[index] += rows``, in a fixed order: index_add_ has one on a CPU, index_put_ elsewhere."""
-    if total.device.type == "cpu":
-        total.index_add_(0, index, rows)
-    else:
-        total.index_put_((index,), rows, accumulate=True)
-
-
-def _chunks(rows: Tensor, anchor: Tensor):
-    return blocks(len(anchor), max(CHUNK // max(rows.shape[1], 1), 1))
 
 
 def _fake_forward(rows, anchor, *others) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..engine.distances import add_differences_
+from ..engine.listed_pairs import add_differences_
 from ..engine.problem import Pairs, Problem
 from .base import Objective
 from .triplet_distance import TripletDistance

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..engine.distances import add_differences_, pair_squares, positive_pairs
+from ..engine.listed_pairs import add_differences_, pair_squares, positive_pairs
 from ..engine.problem import Pairs, Problem
 from .base import Objective, empty_table
 from .hardest import Hardest, hardest_negatives

@@ -7,8 +7,8 @@ from functools import cache
 
 import torch
 
+from .. import native
 from ..validation import check_backend_name
-from . import native
 from .base import Backend
 from .dense import CppBackend, TorchBackend
 

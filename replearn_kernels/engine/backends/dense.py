@@ -25,6 +25,7 @@ class TorchBackend(Backend):
     def __init__(self, objective):
         super().__init__(objective)
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple, Tensor] = {}
 
     @staticmethod
     def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
@@ -51,10 +52,11 @@ class TorchBackend(Backend):
     ) -> None:
         if not self.objective.by_distance:
             return super().accumulate_gradients(problem, tile, kept, coefficients, d_query, d_source)
-        if kept is None:  # the distances are needed beside the weights
-            kept = self._similarities(problem, tile, self._tile_buffer(tile, "distances"))
-        w = self.weights(problem, tile, kept, coefficients)
         points = problem.points(tile, self.objective.by_distance == "square")
+        if kept is None:  # the distances are needed beside the weights
+            kept = tile.source.product(tile, self._tile_buffer(tile, "distances"))
+            self._distances_pass(kept, points)
+        w = self.weights(problem, tile, kept, coefficients)
         sums = self._chain_pass(w, kept, points)
         tile.source.accumulate(tile, w, self.addmm_, d_query, d_source)
         distances.finish_tile_(problem.given_rows, problem.query, tile, sums, d_query)
@@ -93,7 +95,11 @@ class TorchBackend(Backend):
         buffer = self._buffers.get(purpose)
         if buffer is None or buffer.numel() < rows * stride:
             buffer = self._buffers[purpose] = tile.query.new_empty(rows * stride)
-        return buffer[: rows * stride].view(rows, stride)[:, :columns]
+            self._views.clear()
+        view = self._views.get((purpose, rows, columns))
+        if view is None:
+            view = self._views[purpose, rows, columns] = buffer[: rows * stride].view(rows, stride)[:, :columns]
+        return view
 
 
 class CppBackend(TorchBackend):

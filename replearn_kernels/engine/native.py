@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-_PACKAGE = Path(__file__).resolve().parents[2]
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def _load() -> str | None:
@@ -26,13 +26,12 @@ def _register_fakes() -> None:
     """Shapes without data, for torch.compile: the tile passes return nothing and write in place."""
     families = ("softmax", "sigmoid", "margin_contrastive", "batch_all")
     passes = [f"{family}_{sweep}_" for family in families for sweep in ("statistics", "weights")]
-    for op in (*passes, "hardest_statistics_", "negative_distances_", "advise_huge_pages_"):
+    for op in (*passes, "hardest_statistics_", "negative_distances_", "add_differences_", "advise_huge_pages_"):
         torch.library.register_fake(f"replearn_kernels::{op}", lambda *args: None)
     torch.library.register_fake("replearn_kernels::softmax_one_tile", _fake_one_tile)
     torch.library.register_fake("replearn_kernels::distance_chain_", _fake_distance_chain)
     torch.library.register_fake("replearn_kernels::mine_triplets", fake_triplets)
-    torch.library.register_fake("replearn_kernels::triplet_distances", lambda x, a, p, n: x.new_empty(2, a.shape[0]))
-    torch.library.register_fake("replearn_kernels::triplet_gradient", lambda x, *others: torch.empty_like(x))
+    torch.library.register_fake("replearn_kernels::pair_squares", lambda x, i, j: x.new_empty(i.shape[0]))
     for op in ("vector_exp", "vector_log1p"):
         torch.library.register_fake(f"replearn_kernels::{op}", torch.empty_like)
 
