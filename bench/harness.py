@@ -40,6 +40,8 @@ class Case:
               the first is what `ours_budget_0` must do at least
     backends: those that ours can run on
     sizes:    the N that are measured unless others are asked for
+    training: a step is forward and backward of a loss. Otherwise it is a call, whose result has `item()`, the number by
+              which implementations must agree, and `nbytes`, which does not count as memory; nothing is compiled
     """
 
     name: str
@@ -51,6 +53,7 @@ class Case:
     products: dict[str, Callable[[Inputs], Step]] = field(default_factory=dict)
     backends: Sequence[str] = ("auto", "triton", "cpp", "torch", "eager")
     sizes: Sequence[int] = (1024, 2048, 4096, 8192)
+    training: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,11 @@ def training_step(loss: Loss, inputs: Inputs) -> Step:
     return step
 
 
+def call_step(call: Loss, inputs: Inputs) -> Step:
+    """A call that has no gradient, its result as a step returns it."""
+    return lambda: (call(**inputs),)
+
+
 def compiled_training_step(loss: Loss, inputs: Inputs) -> Step:
     return training_step(torch.compile(loss, dynamic=False), inputs)
 
@@ -94,16 +102,18 @@ def compiled_training_step(loss: Loss, inputs: Inputs) -> Step:
 def implementations(case: Case, backends: Sequence[str] = ("auto",), names: Sequence[str] = ()) -> list[Implementation]:
     """Every implementation of `case`, or only those called `names`; `ours` once per backend."""
     found = []
+    step = training_step if case.training else call_step
     for backend in (one for one in backends if one in case.backends):
         suffix = "" if backend == "auto" else f"[{backend}]"
         for name, loss in case.ours.items():
-            prepare = partial(training_step, partial(loss, backend=backend))
+            prepare = partial(step, partial(loss, backend=backend))
             found.append(Implementation(name + suffix, "ours", prepare, backend))
     for name, loss in case.dense.items():
-        found.append(Implementation(f"eager_{name}", "eager", partial(training_step, loss)))
-        found.append(Implementation(f"compiled_{name}", "compiled", partial(compiled_training_step, loss)))
+        found.append(Implementation(f"eager_{name}", "eager", partial(step, loss)))
+        if case.training:
+            found.append(Implementation(f"compiled_{name}", "compiled", partial(compiled_training_step, loss)))
     for name, loss in case.chunked.items():
-        found.append(Implementation(name, "chunked", partial(training_step, loss)))
+        found.append(Implementation(name, "chunked", partial(step, loss)))
     for name, prepare in case.products.items():
         found.append(Implementation(name, "products", prepare))
     if unknown := set(names) - {implementation.name for implementation in found}:
@@ -138,7 +148,7 @@ def measure_speed(
         if result is not None:
             losses[implementation.name] = result[0].item()
         del result
-    check_agreement(losses, LOSS_TOLERANCE[point.dtype])
+    check_agreement(losses, LOSS_TOLERANCE[point.dtype] if case.training else 0.0)
     for name, times in time_rounds(timer, steps, rounds, seconds).items():
         measured[name] = {"loops": steps[name][1], "round_ms": times}
     return measured

@@ -22,7 +22,7 @@ WARM_UP_N = 64
 
 
 def measure(case: Case, implementation: Implementation, point: Point) -> dict:
-    """Inputs exist before the measurement; all that the step adds counts, its gradients too."""
+    """Inputs exist before the measurement. All that the step adds counts, gradients too; a call's result does not."""
     # The warm-up loads libraries and starts threads. It is tiny, so that a workspace which grows with N still counts;
     # only a compiled graph needs its true shape.
     warm_up_n = point.n if implementation.kind == "compiled" else WARM_UP_N
@@ -31,6 +31,8 @@ def measure(case: Case, implementation: Implementation, point: Point) -> dict:
     gc.collect()
     peak_of = cuda_peak if torch.device(point.device).type == "cuda" else host_peak
     peak_bytes, method = peak_of(step)
+    if not case.training:
+        peak_bytes -= step()[0].nbytes
     return {"peak_mb": peak_bytes / MB, "memory_method": method}
 
 

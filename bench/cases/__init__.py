@@ -7,6 +7,7 @@ from bench.cases.batch import NT_XENT, SUP_CON
 from bench.cases.classes import ARCFACE, DINO_HEAD
 from bench.cases.contrastive import CLIP, INFO_NCE, SIGLIP
 from bench.cases.metric import CONTRASTIVE, LIFTED
+from bench.cases.mining import MINING
 from bench.cases.triplets import BATCH_ALL, BATCH_HARD, SEMI_HARD
 
 CASES = {
@@ -16,5 +17,6 @@ CASES = {
         *(NT_XENT, SUP_CON),
         *(LIFTED, CONTRASTIVE, BATCH_HARD, SEMI_HARD, BATCH_ALL),
         *(ARCFACE, DINO_HEAD),
+        MINING,
     )
 }
