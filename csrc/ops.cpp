@@ -7,7 +7,6 @@
 #include <string>
 
 #include "cpu/batch_all_tile.h"
-#include "cpu/distance_tile.h"
 #include "cpu/hardest_tile.h"
 #include "cpu/listed_pairs.h"
 #include "cpu/margin_contrastive_tile.h"
@@ -46,29 +45,36 @@ std::string instruction_set_name() { return replearn::instruction_set().name; }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
-  // A tile's passes: what is known of its pairs, what the family wants to know beyond that, and its tables.
+  // A tile's passes: what is known of its pairs, what the family wants to know beyond that, its tables; and where
+  // similarities are distances, its points, and where the rest of the gradient goes (distance_tile.h).
 #define PAIRS                                                                                      \
   "float scale, float bias, Tensor? target, Tensor? row_group, Tensor? column_group, int first_column, " \
   "bool diagonal, "
+#define POINTS                                                                                           \
+  ", Tensor? rows=None, Tensor? columns=None, Tensor? row_squares=None, Tensor? column_squares=None, " \
+  "bool squared_distances=False"
+#define GRADIENTS                                                                                        \
+  ", bool formed=False, Tensor? row_points=None, Tensor(x!)? d_rows=None, Tensor? column_points=None, " \
+  "Tensor(y!)? d_columns=None"
   m.def("softmax_statistics_(Tensor(a!) s, " PAIRS
-        "bool target_apart, bool groups_ignored, Tensor(b!) row_table, Tensor(c!)? column_table) -> ()");
+        "bool target_apart, bool groups_ignored, Tensor(b!) row_table, Tensor(c!)? column_table" POINTS ") -> ()");
   m.def("softmax_weights_(Tensor(a!) s, Tensor(b!) out, " PAIRS
-        "bool target_apart, bool groups_ignored, Tensor row_coefficients, Tensor? column_coefficients) -> ()");
+        "bool target_apart, bool groups_ignored, Tensor row_coefficients, Tensor? column_coefficients" POINTS GRADIENTS
+        ") -> ()");
   m.def("sigmoid_statistics_(Tensor s, " PAIRS "Tensor(a!) row_table, Tensor? column_table) -> ()");
   m.def("sigmoid_weights_(Tensor s, Tensor(a!) out, " PAIRS "Tensor(b!) row_table, Tensor? column_table) -> ()");
-  m.def("hardest_statistics_(Tensor v, " PAIRS "Tensor(a!) row_table, Tensor(b!)? column_table) -> ()");
-  m.def("margin_contrastive_statistics_(Tensor v, " PAIRS
-        "float margin, bool squared, Tensor(a!) row_table, Tensor(b!)? column_table) -> ()");
-  m.def("margin_contrastive_weights_(Tensor v, Tensor(a!) out, " PAIRS
-        "float margin, bool squared, Tensor(b!) row_table, Tensor column_table) -> ()");
-  m.def("batch_all_statistics_(Tensor v, " PAIRS "float factor, Tensor(a!) row_table, Tensor(b!)? column_table) -> ()");
-  m.def("batch_all_weights_(Tensor v, Tensor(a!) out, " PAIRS
-        "float factor, Tensor(b!) row_table, Tensor(c!) column_table) -> ()");
+  m.def("hardest_statistics_(Tensor(a!) v, " PAIRS "Tensor(b!) row_table, Tensor(c!)? column_table" POINTS ") -> ()");
+  m.def("margin_contrastive_statistics_(Tensor(a!) v, " PAIRS
+        "float margin, bool squared, Tensor(b!) row_table, Tensor(c!)? column_table" POINTS ") -> ()");
+  m.def("margin_contrastive_weights_(Tensor(a!) v, Tensor(b!) out, " PAIRS
+        "float margin, bool squared, Tensor(c!) row_table, Tensor column_table" POINTS GRADIENTS ") -> ()");
+  m.def("batch_all_statistics_(Tensor(a!) v, " PAIRS
+        "float factor, Tensor(b!) row_table, Tensor(c!)? column_table" POINTS ") -> ()");
+  m.def("batch_all_weights_(Tensor(a!) v, Tensor(b!) out, " PAIRS
+        "float factor, Tensor(c!) row_table, Tensor(d!) column_table" POINTS GRADIENTS ") -> ()");
 #undef PAIRS
-#define POINTS "Tensor rows, Tensor columns, Tensor row_squares, Tensor column_squares, bool squared, bool diagonal"
-  m.def("negative_distances_(Tensor(a!) s, " POINTS ") -> ()");
-  m.def("distance_chain_(Tensor(a!) w, Tensor v, " POINTS ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 #undef POINTS
+#undef GRADIENTS
   m.def(
       "softmax_one_tile(Tensor query, Tensor key, Tensor? target, float scale, float share, bool symmetric, "
       "bool needs_query, bool needs_key) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -93,8 +99,6 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("margin_contrastive_weights_", TORCH_BOX(&replearn::margin_contrastive_weights_));
   m.impl("batch_all_statistics_", TORCH_BOX(&replearn::batch_all_statistics_));
   m.impl("batch_all_weights_", TORCH_BOX(&replearn::batch_all_weights_));
-  m.impl("negative_distances_", TORCH_BOX(&replearn::negative_distances_));
-  m.impl("distance_chain_", TORCH_BOX(&replearn::distance_chain_));
   m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));
   m.impl("mine_triplets", TORCH_BOX(&replearn::mine_triplets));
   m.impl("pair_squares", TORCH_BOX(&replearn::pair_squares));

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from replearn_kernels.engine import distances, native
+from replearn_kernels.engine.columns import BatchColumns, Tile
 from replearn_kernels.engine.problem import Pairs
 from replearn_kernels.objectives import BatchAll, BatchHard, Lifted, MarginContrastive
 from replearn_kernels.objectives.triplet_distance import TripletDistance
@@ -58,22 +59,40 @@ def points_of(rows, columns, d, dtype, squared, diagonal):
 @pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("d", [1, 19])
 def test_distances_and_their_chain(rows, columns, dtype, squared, d):
-    x, y, points = points_of(rows, columns, d, dtype, squared, rows == columns)
-    ours, expected = (torch.empty(rows, columns + 3, dtype=dtype)[:, 2 : columns + 2].copy_(x @ y.t()) for _ in "ab")
-    ops.negative_distances_(ours, *points)
+    """Around a pass: products become distances before it, and after it W what the products with it need."""
+    diagonal = rows == columns
+    x, y, points = points_of(rows, columns, d, dtype, squared, diagonal)
+    products = x @ y.t()
+    ours, expected = (torch.empty(rows, columns + 3, dtype=dtype)[:, 2 : columns + 2].copy_(products) for _ in "ab")
+    objective, like = MarginContrastive(1.0), torch.empty((), dtype=dtype)
+    _, pairs = sample(rows, columns, dtype)
+    tables = [objective.new_statistics(n, n, like)[0] for n in (rows, columns)]
+    ops.margin_contrastive_statistics_(ours, *pairs, *objective.roles, *tables, *points[:5])
     distances.negative_distances_(expected, points)
     exact = -(x.double().unsqueeze(1) - y.double()).square().sum(2)
     exact = exact if squared else -(-exact).sqrt()
     torch.testing.assert_close(ours, expected, **CLOSE[dtype])
     torch.testing.assert_close(ours.double(), exact, rtol=4e-5 if dtype == torch.float32 else 1e-12, atol=0)
 
-    w = torch.randn(rows, columns, dtype=dtype)
-    w[0, 0] = 0
-    a, b = w.clone(), w.clone()
-    sums, plain = distances.TileSums(*ops.distance_chain_(a, expected, *points)), distances.chain_(b, expected, points)
-    torch.testing.assert_close(a, b, **CLOSE[dtype])
-    for ours, expected in zip(sums, plain, strict=True):  # near pairs in the same order
-        torch.testing.assert_close(ours, expected, **CLOSE[dtype])
+    # The plain pass, its chain, and the gradient by both; once from products, once from distances.
+    w = torch.empty(rows, columns, dtype=dtype)
+    objective.weights(expected, w, pairs, *(t.clone() for t in tables))
+    sums = distances.chain_(w, expected, points)
+    every = torch.cat([x, y]) if not diagonal else x
+    source = BatchColumns(every, needs_grad=False, has_positives=True)
+    tile = Tile(x, slice(0, rows), source, 0, slice(0, columns) if diagonal else slice(rows, rows + columns))
+    gradient = torch.zeros_like(every)
+    distances.finish_tile_(every, every, tile, sums, gradient)
+    for formed in (False, True):
+        out, ours_gradient = torch.empty_like(w), torch.zeros_like(every)
+        given = expected.clone() if formed else products.clone()
+        d_rows, d_columns = ours_gradient[:rows], None if diagonal else ours_gradient[rows:]
+        ops.margin_contrastive_weights_(
+            given, out, *pairs, *objective.roles, *(t.clone() for t in tables), *points[:5], formed, x, d_rows,
+            None if diagonal else y, d_columns,
+        )  # fmt: skip
+        torch.testing.assert_close(out, w, **CLOSE[dtype])
+        torch.testing.assert_close(ours_gradient, gradient, **CLOSE[dtype])
 
 
 def tables_of(new, rows, columns, diagonal):
@@ -166,21 +185,26 @@ def compare(ours, expected, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bits_do_not_depend_on_the_number_of_threads(dtype):
     rows = columns = 700
-    v, pairs = sample(rows, columns, dtype)
+    _, pairs = sample(rows, columns, dtype)
     pairs, like = pairs._replace(diagonal=False), torch.empty((), dtype=dtype)
     _, _, points = points_of(rows, columns, 8, dtype, False, False)
     objectives = [BatchHard(), MarginContrastive(2.0), BatchAll(0.2)]
 
     def run():
-        s = points.rows @ points.columns.t()
-        ops.negative_distances_(s, *points)
-        out = [s, *ops.distance_chain_(torch.ones_like(s), s, *points)]
+        out = []
         for objective in objectives:
             tables = [objective.new_statistics(n, n, like)[0] for n in (rows, columns)]
             if isinstance(objective, BatchAll):
                 tables = [torch.cat([t, t[:1] + 1.5, t[:1]]) for t in tables]
-            getattr(ops, f"{objective.family}_statistics_")(v, *pairs, *objective.roles, *tables)
-            out += tables
+            s = points.rows @ points.columns.t()
+            getattr(ops, f"{objective.family}_statistics_")(s, *pairs, *objective.roles, *tables, *points[:5])
+            out += [s, *tables]
+            if objective.sweeps_gradients:
+                w, d_rows, d_columns = (torch.zeros_like(t) for t in (s, points.rows, points.columns))
+                to = True, points.rows, d_rows, points.columns, d_columns
+                native_pass = getattr(ops, f"{objective.family}_weights_")
+                native_pass(s, w, *pairs, *objective.roles, *tables, *points[:5], *to)
+                out += [w, d_rows, d_columns]
         return out
 
     before, results = torch.get_num_threads(), []
@@ -247,17 +271,30 @@ def test_operators_refuse_what_would_read_out_of_bounds():
     def tables(quantities, rows=4, columns=6):
         return torch.zeros(quantities, rows), torch.zeros(quantities, columns)
 
+    def over(**wrong):
+        ops.hardest_statistics_(v, *pairs, *tables(5), *points._replace(**wrong)[:5])
+
+    def chain(out, *gradients):
+        out = v if out is None else torch.empty_like(out)
+        ops.margin_contrastive_weights_(v, out, *pairs, 1.0, True, *tables(2), *points[:5], *gradients)
+
     for call, message in [
-        (lambda: ops.negative_distances_(v, *points._replace(rows=x[:3])), "rows must have 4 rows, got 3"),
-        (lambda: ops.negative_distances_(v, *points._replace(columns=y[:, :2])), "columns must have 3 columns, got 2"),
-        (lambda: ops.negative_distances_(v, *points._replace(rows=x.double())), "rows must have the tile's dtype"),
-        (lambda: ops.negative_distances_(v, *points._replace(rows=torch.zeros(3, 4).t())), "adjacent"),
-        (lambda: ops.negative_distances_(v, *points._replace(row_squares=torch.zeros(3))), "row_squares must be .* 4"),
-        (lambda: ops.negative_distances_(v, *points._replace(column_squares=torch.zeros(12)[::2])), "contiguous"),
-        (lambda: ops.negative_distances_(v, *points._replace(diagonal=True)), "square"),
-        (lambda: ops.negative_distances_(v.half(), *points), "float32 or float64"),
-        (lambda: ops.distance_chain_(v[:3].clone(), v, *points), "w must have 4 rows, got 3"),
-        (lambda: ops.distance_chain_(v.double(), v, *points), "s must have the tile's dtype"),
+        (lambda: over(rows=x[:3]), "rows must have 4 rows, got 3"),
+        (lambda: over(columns=None), "rows and columns go together"),
+        (lambda: over(columns=y[:, :2]), "columns must have 3 columns, got 2"),
+        (lambda: over(rows=x.double()), "rows must have the tile's dtype"),
+        (lambda: over(rows=torch.zeros(3, 4).t()), "adjacent"),
+        (lambda: over(row_squares=torch.zeros(3)), "row_squares must be .* 4"),
+        (lambda: over(row_squares=None), "row_squares must be"),
+        (lambda: over(column_squares=torch.zeros(12)[::2]), "contiguous"),
+        (lambda: ops.hardest_statistics_(v, *pairs._replace(diagonal=True), *tables(5)), "square"),
+        (lambda: ops.hardest_statistics_(v.half(), *pairs, *tables(5)), "float32 or float64"),
+        (lambda: chain(v), "row_points is needed"),
+        (lambda: chain(v, False, x, x[:3]), "d_rows must have 4 rows, got 3"),
+        (lambda: chain(v, False, x, x.clone()), "column_points is needed"),
+        (lambda: chain(v, False, x, x.clone(), y), "d_columns is needed"),
+        (lambda: chain(v, False, x, x.clone(), y, y[:, :2].clone()), "d_columns must have 3 columns, got 2"),
+        (lambda: chain(None, False, x, x.clone(), y, y.clone()), "out must not be v"),
         (lambda: ops.hardest_statistics_(v, *without, *tables(5)), "groups are needed"),
         (lambda: ops.hardest_statistics_(v, *pairs, *tables(4)), "row_table must have 5 rows, got 4"),
         (lambda: ops.hardest_statistics_(v, *pairs, tables(5)[0], None), "off the diagonal needs a column_table"),

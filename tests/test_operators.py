@@ -100,7 +100,8 @@ def test_opcheck_tile_passes():
     s, target = torch.randn(5, 7), torch.tensor([0, 6, 2, 9, -3])
     groups = torch.randint(3, (5,), dtype=torch.int32), torch.randint(3, (7,), dtype=torch.int32)
     ops, pairs, empty = torch.ops.replearn_kernels, (2.0, 0.5, target, *groups, 0, False), torch.empty(5, 7)
-    points = (torch.rand(5, 3), torch.rand(7, 3), torch.rand(5), torch.rand(7), False, False)
+    points = (torch.rand(5, 3), torch.rand(7, 3), torch.rand(5), torch.rand(7), False)
+    to = (False, torch.rand(5, 3), torch.rand(5, 3), torch.rand(7, 3), torch.rand(7, 3))
     for arguments in (
         (ops.softmax_statistics_, s, *pairs, False, False, torch.zeros(3, 5), torch.zeros(2, 7)),
         (ops.softmax_weights_, s, torch.empty(5, 7), *pairs, False, False, torch.zeros(5, 5), torch.zeros(5, 7)),
@@ -111,8 +112,8 @@ def test_opcheck_tile_passes():
         (ops.margin_contrastive_weights_, s, empty, *pairs, 1.0, False, torch.zeros(2, 5), torch.zeros(2, 7)),
         (ops.batch_all_statistics_, s, *pairs, 1.0, torch.zeros(6, 5), torch.zeros(6, 7)),
         (ops.batch_all_weights_, s, empty, *pairs, 0.5, torch.zeros(6, 5), torch.zeros(6, 7)),
-        (ops.negative_distances_, torch.rand(5, 7), *points),
-        (ops.distance_chain_, torch.rand(5, 7), -torch.rand(5, 7), *points),
+        (ops.hardest_statistics_, s.clone(), *pairs, torch.zeros(5, 5), torch.zeros(5, 7), *points),
+        (ops.batch_all_weights_, s.clone(), empty, *pairs, 0.5, torch.zeros(6, 5), torch.zeros(6, 7), *points, *to),
         (ops.pair_squares, s, target % 5, target % 3),
         (ops.add_differences_, torch.rand_like(s), s, target % 5, target % 3, torch.rand(5)),
         (ops.vector_exp, -torch.rand(9)),

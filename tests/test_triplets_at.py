@@ -153,7 +153,7 @@ def test_indices_out_of_range(bad):
     x, good, wrong = torch.randn(7, 2), torch.tensor([0, 1]), torch.tensor([2, bad])
     ops = torch.ops.replearn_kernels
     for triplets in ((wrong, good, good), (good, wrong, good), (good, good, wrong)):
-        with pytest.raises(RuntimeError, match=r"indices of pairs must be in \[0, 7\)"):
+        with pytest.raises(ValueError, match=r"triplets must be in \[0, 7\)"):
             triplet_loss_at(x, *triplets, 0.2, "euclidean", "cpp")
     for pairs in ((wrong, good), (good, wrong)):
         with pytest.raises(RuntimeError, match=r"indices of pairs must be in \[0, 7\)"):

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "tile_operators.h"
+#include "distance_tile.h"
 
 namespace replearn {
 
@@ -24,8 +24,18 @@ Thresholds<T> at(Thresholds<T> of, int64_t first) {
 }
 
 template <typename T>
+void fold_columns(const Tile<T>& tile, T factor, T* w, int64_t stride, Thresholds<T> columns) {
+  parallel(padded_columns(tile.columns) / kPadding, tile.rows * kPadding, [&](int64_t begin, int64_t end) {
+    std::vector<T> scratch(3 * columns.most + 2);
+    kernels_of<T>().batch_all_columns(tile, factor, w, stride, begin * kPadding, std::min(end * kPadding, tile.columns),
+                                      columns, scratch.data());
+  });
+}
+
+template <typename T>
 void fold(const Tensor& v, const Pairs& pairs, double factor, const Tensor& row_table,
-          const std::optional<Tensor>& column_table, const Tensor* out) {
+          const std::optional<Tensor>& column_table, const GivenPoints& points, const Tensor* out,
+          const GivenGradients& gradients) {
   const Tile<T> tile = tile_of<T>(v, pairs);
   STD_TORCH_CHECK(tile.row_group, "groups are needed");
   T* w = nullptr;
@@ -38,35 +48,46 @@ void fold(const Tensor& v, const Pairs& pairs, double factor, const Tensor& row_
   }
   const Thresholds<T> rows = thresholds_of<T>(row_table, "row_table", tile.rows);
   const T times = static_cast<T>(factor);
+  const Distances<T> distances(points, tile);
   for_slabs(tile, [&](int64_t, int64_t first, const Tile<T>& slab) {
+    if (!gradients.formed) distances.form(slab, first);
     std::vector<T> scratch(3 * rows.most + 2);
     kernels_of<T>().batch_all_rows(slab, times, w ? w + first * stride : nullptr, stride, at(rows, first), scratch.data());
   });
-  if (!column_table) return;
-  const Thresholds<T> columns = thresholds_of<T>(*column_table, "column_table", tile.columns);
-  parallel(padded_columns(tile.columns) / kPadding, tile.rows * kPadding, [&](int64_t begin, int64_t end) {
-    std::vector<T> scratch(3 * columns.most + 2);
-    kernels_of<T>().batch_all_columns(tile, times, w, stride, begin * kPadding, std::min(end * kPadding, tile.columns),
-                                      columns, scratch.data());
-  });
+  if (column_table) fold_columns(tile, times, w, stride, thresholds_of<T>(*column_table, "column_table", tile.columns));
+  if (!w) return;
+  DistanceChain<T> chain(distances, gradients, tile, w, stride);
+  for_slabs(tile, [&](int64_t k, int64_t first, const Tile<T>& slab) { chain.apply(k, first, slab); });
+  chain.finish();
 }
 
 }  // namespace
 
 void batch_all_statistics_(Tensor v, double scale, double bias, std::optional<Tensor> target,
                            std::optional<Tensor> row_group, std::optional<Tensor> column_group, int64_t first_column,
-                           bool diagonal, double factor, Tensor row_table, std::optional<Tensor> column_table) {
+                           bool diagonal, double factor, Tensor row_table, std::optional<Tensor> column_table,
+                           std::optional<Tensor> rows, std::optional<Tensor> columns,
+                           std::optional<Tensor> row_squares, std::optional<Tensor> column_squares,
+                           bool squared_distances) {
   const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
+  const GivenPoints points{rows, columns, row_squares, column_squares, squared_distances};
   const auto run = is_double(v) ? fold<double> : fold<float>;
-  run(v, pairs, factor, row_table, column_table, nullptr);
+  run(v, pairs, factor, row_table, column_table, points, nullptr, {});
 }
 
 void batch_all_weights_(Tensor v, Tensor out, double scale, double bias, std::optional<Tensor> target,
                         std::optional<Tensor> row_group, std::optional<Tensor> column_group, int64_t first_column,
-                        bool diagonal, double factor, Tensor row_table, Tensor column_table) {
+                        bool diagonal, double factor, Tensor row_table, Tensor column_table,
+                        std::optional<Tensor> rows, std::optional<Tensor> columns,
+                        std::optional<Tensor> row_squares, std::optional<Tensor> column_squares,
+                        bool squared_distances, bool formed, std::optional<Tensor> row_points,
+                        std::optional<Tensor> d_rows, std::optional<Tensor> column_points,
+                        std::optional<Tensor> d_columns) {
   const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
+  const GivenPoints points{rows, columns, row_squares, column_squares, squared_distances};
+  const GivenGradients gradients{formed, row_points, d_rows, column_points, d_columns};
   const auto run = is_double(v) ? fold<double> : fold<float>;
-  run(v, pairs, factor, row_table, column_table, &out);
+  run(v, pairs, factor, row_table, column_table, points, &out, gradients);
 }
 
 }  // namespace replearn

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "tile_operators.h"
+#include "distance_tile.h"
 
 namespace replearn {
 
@@ -23,8 +23,10 @@ HardestPairs<T> at(HardestPairs<T> of, int64_t first) {
 }
 
 template <typename T>
-void statistics(const Tensor& v, const Pairs& pairs, const Tensor& row_table, const std::optional<Tensor>& column_table) {
+void statistics(const Tensor& v, const Pairs& pairs, const Tensor& row_table, const std::optional<Tensor>& column_table,
+                const GivenPoints& points) {
   const Tile<T> tile = tile_of<T>(v, pairs);
+  const Distances<T> distances(points, tile);
   STD_TORCH_CHECK(tile.row_group, "groups are needed");
   STD_TORCH_CHECK(tile.diagonal || column_table, "a tile off the diagonal needs a column_table");
   const HardestPairs<T> rows = hardest_of<T>(row_table, "row_table", tile.rows);
@@ -33,6 +35,7 @@ void statistics(const Tensor& v, const Pairs& pairs, const Tensor& row_table, co
   std::unique_ptr<T[]> partials;
   if (column_table) partials.reset(new T[slabs * 4 * padded]);
   for_slabs(tile, [&](int64_t k, int64_t first, const Tile<T>& slab) {
+    distances.form(slab, first);
     HardestPairs<T> partial{};
     if (partials) {
       T* of_slab = partials.get() + k * 4 * padded;
@@ -50,10 +53,14 @@ void statistics(const Tensor& v, const Pairs& pairs, const Tensor& row_table, co
 
 void hardest_statistics_(Tensor v, double scale, double bias, std::optional<Tensor> target,
                          std::optional<Tensor> row_group, std::optional<Tensor> column_group, int64_t first_column,
-                         bool diagonal, Tensor row_table, std::optional<Tensor> column_table) {
+                         bool diagonal, Tensor row_table, std::optional<Tensor> column_table,
+                         std::optional<Tensor> rows, std::optional<Tensor> columns,
+                         std::optional<Tensor> row_squares, std::optional<Tensor> column_squares,
+                         bool squared_distances) {
   const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
+  const GivenPoints points{rows, columns, row_squares, column_squares, squared_distances};
   const auto run = is_double(v) ? statistics<double> : statistics<float>;
-  run(v, pairs, row_table, column_table);
+  run(v, pairs, row_table, column_table, points);
 }
 
 }  // namespace replearn

@@ -1,7 +1,7 @@
 // The margin contrastive loss's tile passes as operators.
 #include "margin_contrastive_tile.h"
 
-#include "tile_operators.h"
+#include "distance_tile.h"
 
 namespace replearn {
 
@@ -16,11 +16,13 @@ Tile<T> grouped_tile(const Tensor& v, const Pairs& pairs) {
 
 template <typename T>
 void statistics(const Tensor& v, const Pairs& pairs, double margin, bool squared, const Tensor& row_table,
-                const std::optional<Tensor>& column_table) {
+                const std::optional<Tensor>& column_table, const GivenPoints& points) {
   const Tile<T> tile = grouped_tile<T>(v, pairs);
+  const Distances<T> distances(points, tile);
   const Table<T> rows(row_table, "row_table", 2, tile.rows);
   const ContrastiveMargin<T> half{static_cast<T>(margin), squared, T(0.5)};
   for_slabs(tile, [&](int64_t, int64_t first, const Tile<T>& slab) {
+    distances.form(slab, first);
     kernels_of<T>().margin_contrastive(slab, half, nullptr, 0, nullptr, nullptr, rows[0] + first);
   });
   if (!column_table) return;
@@ -33,17 +35,22 @@ void statistics(const Tensor& v, const Pairs& pairs, double margin, bool squared
 
 template <typename T>
 void weights(const Tensor& v, const Tensor& out, const Pairs& pairs, double margin, bool squared, const Tensor& row_table,
-             const Tensor& column_table) {
+             const Tensor& column_table, const GivenPoints& points, const GivenGradients& gradients) {
   const Tile<T> tile = grouped_tile<T>(v, pairs);
   check_matrix<T>(out, "out", tile.rows, tile.columns);
   const Table<T> rows(row_table, "row_table", 2, tile.rows), columns(column_table, "column_table", 2, tile.columns);
   const ContrastiveMargin<T> whole{static_cast<T>(margin), squared, tile.diagonal ? T(0.5) : T(1)};
   T* w = static_cast<T*>(out.mutable_data_ptr());
   const int64_t stride = out.stride(0);
-  for_slabs(tile, [&](int64_t, int64_t first, const Tile<T>& slab) {
+  const Distances<T> distances(points, tile);
+  DistanceChain<T> chain(distances, gradients, tile, w, stride);
+  for_slabs(tile, [&](int64_t k, int64_t first, const Tile<T>& slab) {
+    if (!gradients.formed) distances.form(slab, first);
     kernels_of<T>().margin_contrastive(slab, whole, w + first * stride, stride, rows[1] + first, columns[1],
                                        rows[0] + first);
+    chain.apply(k, first, slab);
   });
+  chain.finish();
 }
 
 }  // namespace
@@ -51,19 +58,30 @@ void weights(const Tensor& v, const Tensor& out, const Pairs& pairs, double marg
 void margin_contrastive_statistics_(Tensor v, double scale, double bias, std::optional<Tensor> target,
                                     std::optional<Tensor> row_group, std::optional<Tensor> column_group,
                                     int64_t first_column, bool diagonal, double margin, bool squared, Tensor row_table,
-                                    std::optional<Tensor> column_table) {
+                                    std::optional<Tensor> column_table,
+                                    std::optional<Tensor> rows, std::optional<Tensor> columns,
+                                    std::optional<Tensor> row_squares, std::optional<Tensor> column_squares,
+                                    bool squared_distances) {
   const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
+  const GivenPoints points{rows, columns, row_squares, column_squares, squared_distances};
   const auto run = is_double(v) ? statistics<double> : statistics<float>;
-  run(v, pairs, margin, squared, row_table, column_table);
+  run(v, pairs, margin, squared, row_table, column_table, points);
 }
 
 void margin_contrastive_weights_(Tensor v, Tensor out, double scale, double bias, std::optional<Tensor> target,
                                  std::optional<Tensor> row_group, std::optional<Tensor> column_group,
                                  int64_t first_column, bool diagonal, double margin, bool squared, Tensor row_table,
-                                 Tensor column_table) {
+                                 Tensor column_table,
+                                 std::optional<Tensor> rows, std::optional<Tensor> columns,
+                                 std::optional<Tensor> row_squares, std::optional<Tensor> column_squares,
+                                 bool squared_distances, bool formed, std::optional<Tensor> row_points,
+                                 std::optional<Tensor> d_rows, std::optional<Tensor> column_points,
+                                 std::optional<Tensor> d_columns) {
   const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
+  const GivenPoints points{rows, columns, row_squares, column_squares, squared_distances};
+  const GivenGradients gradients{formed, row_points, d_rows, column_points, d_columns};
   const auto run = is_double(v) ? weights<double> : weights<float>;
-  run(v, out, pairs, margin, squared, row_table, column_table);
+  run(v, out, pairs, margin, squared, row_table, column_table, points, gradients);
 }
 
 }  // namespace replearn

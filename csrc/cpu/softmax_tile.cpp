@@ -8,7 +8,7 @@
 #include <numeric>
 #include <vector>
 
-#include "tile_operators.h"
+#include "distance_tile.h"
 
 namespace replearn {
 
@@ -25,12 +25,14 @@ Coefficients<T> at(Coefficients<T> of, int64_t first) {
 }
 
 template <typename T>
-void fold_statistics(const Tile<T>& tile, SoftmaxRoles roles, Statistics<T> rows, Statistics<T> columns) {
+void fold_statistics(const Tile<T>& tile, SoftmaxRoles roles, Statistics<T> rows, Statistics<T> columns,
+                     const Distances<T>& distances) {
   const auto& kernels = kernels_of<T>();
   const int64_t slabs = slabs_of(tile.rows), padded = padded_columns(tile.columns), step = (columns.positive ? 3 : 2) * padded;
   std::unique_ptr<T[]> partials;
   if (columns.max) partials.reset(new T[slabs * step]);
   for_slabs(tile, [&](int64_t k, int64_t first, const Tile<T>& slab) {
+    distances.form(slab, first);
     T* partial = partials ? partials.get() + k * step : nullptr;
     Statistics<T> of_columns{};
     if (partial) of_columns = {partial, partial + padded, columns.positive ? partial + 2 * padded : nullptr};
@@ -45,15 +47,20 @@ void fold_statistics(const Tile<T>& tile, SoftmaxRoles roles, Statistics<T> rows
 
 template <typename T>
 void form_weights(const Tile<T>& tile, SoftmaxRoles roles, T* out, int64_t out_stride, Coefficients<T> rows,
-                  Coefficients<T> columns) {
-  for_slabs(tile, [&](int64_t, int64_t first, const Tile<T>& slab) {
+                  Coefficients<T> columns, const GivenPoints& points, const GivenGradients& gradients) {
+  const Distances<T> distances(points, tile);
+  DistanceChain<T> chain(distances, gradients, tile, out, out_stride);
+  for_slabs(tile, [&](int64_t k, int64_t first, const Tile<T>& slab) {
+    if (!gradients.formed) distances.form(slab, first);
     kernels_of<T>().softmax_weights(slab, roles, out + first * out_stride, out_stride, at(rows, first), columns);
+    chain.apply(k, first, slab);
   });
+  chain.finish();
 }
 
 template <typename T>
 void statistics(const Tensor& s, const Pairs& pairs, SoftmaxRoles roles, const Tensor& row_table,
-                const std::optional<Tensor>& column_table) {
+                const std::optional<Tensor>& column_table, const GivenPoints& points) {
   const Tile<T> tile = tile_of<T>(s, pairs);
   const Table<T> rows(row_table, "row_table", 3, tile.rows);
   Statistics<T> columns{};
@@ -62,7 +69,7 @@ void statistics(const Tensor& s, const Pairs& pairs, SoftmaxRoles roles, const T
     const Table<T> table(*column_table, "column_table", positives ? 3 : 2, tile.columns);
     columns = {table[0], table[1], positives ? table[2] : nullptr};
   }
-  fold_statistics(tile, roles, {rows[0], rows[1], rows[2]}, columns);
+  fold_statistics(tile, roles, {rows[0], rows[1], rows[2]}, columns, Distances<T>(points, tile));
 }
 
 template <typename T>
@@ -73,13 +80,13 @@ Coefficients<T> coefficients(const Tensor& t, const char* name, int64_t count) {
 
 template <typename T>
 void weights(const Tensor& s, const Tensor& out, const Pairs& pairs, SoftmaxRoles roles, const Tensor& row_table,
-             const std::optional<Tensor>& column_table) {
+             const std::optional<Tensor>& column_table, const GivenPoints& points, const GivenGradients& gradients) {
   const Tile<T> tile = tile_of<T>(s, pairs);
   check_matrix<T>(out, "out", tile.rows, tile.columns);
   Coefficients<T> columns{};
   if (column_table) columns = coefficients<T>(*column_table, "column_coefficients", tile.columns);
   form_weights(tile, roles, static_cast<T*>(out.mutable_data_ptr()), out.stride(0),
-               coefficients<T>(row_table, "row_coefficients", tile.rows), columns);
+               coefficients<T>(row_table, "row_coefficients", tile.rows), columns, points, gradients);
 }
 
 // The sum of the losses and, in place, W of the products s: the passes above with the O(N) combination between them.
@@ -98,7 +105,7 @@ double whole(Tensor& s, const std::optional<Tensor>& target, double scale, bool 
   std::fill_n(max, n, std::numeric_limits<T>::lowest());
   if (symmetric) std::fill_n(column_max, m, std::numeric_limits<T>::lowest());
   fold_statistics(tile, {}, {max, sum, positive},
-                  symmetric ? Statistics<T>{column_max, column_sum, nullptr} : Statistics<T>{});
+                  symmetric ? Statistics<T>{column_max, column_sum, nullptr} : Statistics<T>{}, Distances<T>({}, tile));
 
   const T share = symmetric ? T(0.5) : T(1);  // of each direction in a row's loss
   double total = 0;
@@ -117,7 +124,7 @@ double whole(Tensor& s, const std::optional<Tensor>& target, double scale, bool 
   std::fill_n(positive, n, T(1));  // from here on the positive's weight
   Coefficients<T> columns{};
   if (symmetric) columns = {column_max, column_sum, column_weight, column_zero, column_zero};
-  form_weights(tile, {}, tile.s, tile.stride, {max, sum, weight, positive, zero}, columns);
+  form_weights(tile, {}, tile.s, tile.stride, {max, sum, weight, positive, zero}, columns, {}, {});
   return total;
 }
 
@@ -168,19 +175,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> one_tile(const Tensor& query, const T
 void softmax_statistics_(Tensor s, double scale, double bias, std::optional<Tensor> target,
                          std::optional<Tensor> row_group, std::optional<Tensor> column_group, int64_t first_column,
                          bool diagonal, bool target_apart, bool groups_ignored, Tensor row_table,
-                         std::optional<Tensor> column_table) {
+                         std::optional<Tensor> column_table,
+                         std::optional<Tensor> rows, std::optional<Tensor> columns,
+                         std::optional<Tensor> row_squares, std::optional<Tensor> column_squares,
+                         bool squared_distances) {
   const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
+  const GivenPoints points{rows, columns, row_squares, column_squares, squared_distances};
   const auto run = is_double(s) ? statistics<double> : statistics<float>;
-  run(s, pairs, {target_apart, groups_ignored}, row_table, column_table);
+  run(s, pairs, {target_apart, groups_ignored}, row_table, column_table, points);
 }
 
 void softmax_weights_(Tensor s, Tensor out, double scale, double bias, std::optional<Tensor> target,
                       std::optional<Tensor> row_group, std::optional<Tensor> column_group, int64_t first_column,
                       bool diagonal, bool target_apart, bool groups_ignored, Tensor row_coefficients,
-                      std::optional<Tensor> column_coefficients) {
+                      std::optional<Tensor> column_coefficients,
+                      std::optional<Tensor> rows, std::optional<Tensor> columns,
+                      std::optional<Tensor> row_squares, std::optional<Tensor> column_squares,
+                      bool squared_distances, bool formed, std::optional<Tensor> row_points,
+                      std::optional<Tensor> d_rows, std::optional<Tensor> column_points,
+                      std::optional<Tensor> d_columns) {
   const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
+  const GivenPoints points{rows, columns, row_squares, column_squares, squared_distances};
+  const GivenGradients gradients{formed, row_points, d_rows, column_points, d_columns};
   const auto run = is_double(s) ? weights<double> : weights<float>;
-  run(s, out, pairs, {target_apart, groups_ignored}, row_coefficients, column_coefficients);
+  run(s, out, pairs, {target_apart, groups_ignored}, row_coefficients, column_coefficients, points, gradients);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_one_tile(

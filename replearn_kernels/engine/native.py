@@ -26,10 +26,9 @@ def _register_fakes() -> None:
     """Shapes without data, for torch.compile: the tile passes return nothing and write in place."""
     families = ("softmax", "sigmoid", "margin_contrastive", "batch_all")
     passes = [f"{family}_{sweep}_" for family in families for sweep in ("statistics", "weights")]
-    for op in (*passes, "hardest_statistics_", "negative_distances_", "add_differences_", "advise_huge_pages_"):
-        torch.library.register_fake(f"replearn_kernels::{op}", lambda *args: None)
+    for op in (*passes, "hardest_statistics_", "add_differences_", "advise_huge_pages_"):
+        torch.library.register_fake(f"replearn_kernels::{op}", lambda *args, **options: None)
     torch.library.register_fake("replearn_kernels::softmax_one_tile", _fake_one_tile)
-    torch.library.register_fake("replearn_kernels::distance_chain_", _fake_distance_chain)
     torch.library.register_fake("replearn_kernels::mine_triplets", fake_triplets)
     torch.library.register_fake("replearn_kernels::pair_squares", lambda x, i, j: x.new_empty(i.shape[0]))
     for op in ("vector_exp", "vector_log1p"):
@@ -43,12 +42,6 @@ def _fake_one_tile(query, key, target, scale, share, symmetric, needs_query, nee
         key.new_empty(key.shape if needs_key else 0),
         query.new_empty((), dtype=torch.float64),
     )
-
-
-def _fake_distance_chain(w, v, rows, columns, row_squares, column_squares, squared, diagonal):
-    near = torch.library.get_ctx().new_dynamic_size()
-    index = w.new_empty(near, dtype=torch.int64)
-    return w.new_empty(w.shape[0]), w.new_empty(w.shape[1]), index, index.clone(), w.new_empty(near)
 
 
 def fake_triplets(embeddings, labels, *config):

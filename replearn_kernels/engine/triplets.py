@@ -39,7 +39,7 @@ def triplet_loss_at(
 
     Raises:
         NotImplementedError: inside a torch.func transform; in backward: differentiated twice.
-        RuntimeError, ValueError: an index out of range (cpp, torch).
+        ValueError: an index out of range.
     """
     refuse_transforms()
     rows = embeddings.to(statistics_dtype(embeddings.dtype)).contiguous()
@@ -52,7 +52,7 @@ def triplet_loss_at(
 def _forward(rows, anchor, positive, negative, margin, distance, backend) -> tuple[Tensor, Tensor]:
     with on_device_of(rows):
         plain = backend == "torch"
-        for index in (anchor, positive, negative) if plain else ():  # native code looks for itself
+        for index in (anchor, positive, negative):
             validation.check_inside("triplets", index, rows.shape[0])
         distances = torch.stack([pair_squares(rows, anchor, other, plain=plain) for other in (positive, negative)])
         if distance == "euclidean":

@@ -38,13 +38,13 @@ class TorchBackend(Backend):
         return statistics_dtype(dtype)
 
     def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
-        s = self._similarities(problem, tile, self._tile_buffer(tile) if kept is None else kept)
-        self._statistics_pass(s, self._pairs(problem, tile), *statistics_of(tile, *statistics))
+        s = tile.source.product(tile, self._tile_buffer(tile) if kept is None else kept)
+        self._statistics_pass(problem, tile, s, *statistics_of(tile, *statistics))
 
     def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
         out = self._tile_buffer(tile)
-        s = self._similarities(problem, tile, out) if kept is None else kept
-        self._weights_pass(s, out, self._pairs(problem, tile), *coefficients_of(tile, *coefficients))
+        s = tile.source.product(tile, out) if kept is None else kept
+        self._weights_pass(problem, tile, s, out, *coefficients_of(tile, *coefficients))
         return out
 
     def accumulate_gradients(
@@ -52,38 +52,38 @@ class TorchBackend(Backend):
     ) -> None:
         if not self.objective.by_distance:
             return super().accumulate_gradients(problem, tile, kept, coefficients, d_query, d_source)
-        points = problem.points(tile, self.objective.by_distance == "square")
-        if kept is None:  # the distances are needed beside the weights
-            kept = tile.source.product(tile, self._tile_buffer(tile, "distances"))
-            self._distances_pass(kept, points)
-        w = self.weights(problem, tile, kept, coefficients)
-        sums = self._chain_pass(w, kept, points)
+        formed, w = kept is not None, self._tile_buffer(tile)
+        # The distances are needed beside the weights.
+        v = kept if formed else tile.source.product(tile, self._tile_buffer(tile, "distances"))
+        self._distance_weights_pass(problem, tile, v, formed, w, d_query, *coefficients_of(tile, *coefficients))
         tile.source.accumulate(tile, w, self.addmm_, d_query, d_source)
-        distances.finish_tile_(problem.given_rows, problem.query, tile, sums, d_query)
 
     def workspace(self) -> tuple[Tensor, ...]:
         return tuple(self._buffers.values())
 
-    def _similarities(self, problem: Problem, tile: Tile, out: Tensor) -> Tensor:
-        """The tile's products, or distances, in ``out``."""
-        s = tile.source.product(tile, out)
+    def _statistics_pass(self, problem: Problem, tile: Tile, s: Tensor, row_table, column_table) -> None:
+        """Folds products ``s`` into the tables; where similarities are distances, leaves those in ``s``."""
         if self.objective.by_distance:
-            self._distances_pass(s, problem.points(tile, self.objective.by_distance == "square"))
-        return s
+            distances.negative_distances_(s, self._points(problem, tile))
+        self.objective.update_statistics(s, self._pairs(problem, tile), row_table, column_table)
 
-    def _statistics_pass(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
-        self.objective.update_statistics(s, pairs, row_table, column_table)
+    def _weights_pass(self, problem: Problem, tile: Tile, s: Tensor, out: Tensor, row_table, column_table) -> None:
+        """``out`` = W of products ``s``."""
+        self.objective.weights(s, out, self._pairs(problem, tile), row_table, column_table)
 
-    def _weights_pass(
-        self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None
+    def _distance_weights_pass(
+        self, problem: Problem, tile: Tile, v: Tensor, formed: bool, out: Tensor, d_query, row_table, column_table
     ) -> None:
-        self.objective.weights(s, out, pairs, row_table, column_table)
+        """``out`` = dL/d products, of distances ``v`` or of products; the rest of the gradient goes to d_query."""
+        points = self._points(problem, tile)
+        if not formed:
+            distances.negative_distances_(v, points)
+        self.objective.weights(v, out, self._pairs(problem, tile), row_table, column_table)
+        sums = distances.chain_(out, v, points)
+        distances.finish_tile_(problem.given_rows, problem.query, tile, sums, d_query)
 
-    def _distances_pass(self, s: Tensor, points: distances.Points) -> None:
-        distances.negative_distances_(s, points)
-
-    def _chain_pass(self, w: Tensor, v: Tensor, points: distances.Points) -> distances.TileSums:
-        return distances.chain_(w, v, points)
+    def _points(self, problem: Problem, tile: Tile) -> distances.Points:
+        return problem.points(tile, self.objective.by_distance == "square")
 
     def _pairs(self, problem: Problem, tile: Tile) -> Pairs:
         return problem.pairs(tile, self.objective.uses_target)
@@ -121,21 +121,28 @@ class CppBackend(TorchBackend):
             return 1024, 1024
         return 2048, 512 if d < 256 else 1024
 
-    def _statistics_pass(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
-        native = getattr(torch.ops.replearn_kernels, f"{self.objective.family}_statistics_").default
-        native(s, *pairs, *self.objective.roles, row_table, column_table)
+    def _statistics_pass(self, problem: Problem, tile: Tile, s: Tensor, row_table, column_table) -> None:
+        points = self._points(problem, tile)[:5] if self.objective.by_distance else ()
+        self._native("statistics")(
+            s, *self._pairs(problem, tile), *self.objective.roles, row_table, column_table, *points
+        )
 
-    def _weights_pass(
-        self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None
+    def _weights_pass(self, problem: Problem, tile: Tile, s: Tensor, out: Tensor, row_table, column_table) -> None:
+        self._native("weights")(
+            s, out, *self._pairs(problem, tile), *self.objective.roles, row_table, column_table
+        )
+
+    def _distance_weights_pass(
+        self, problem: Problem, tile: Tile, v: Tensor, formed: bool, out: Tensor, d_query, row_table, column_table
     ) -> None:
-        native = getattr(torch.ops.replearn_kernels, f"{self.objective.family}_weights_").default
-        native(s, out, *pairs, *self.objective.roles, row_table, column_table)
+        of_columns = (None, None) if tile.diagonal else (tile.source.block(tile), d_query[tile.columns])
+        self._native("weights")(
+            v, out, *self._pairs(problem, tile), *self.objective.roles, row_table, column_table,
+            *self._points(problem, tile)[:5], formed, tile.query, d_query[tile.rows], *of_columns,
+        )  # fmt: skip
 
-    def _distances_pass(self, s: Tensor, points: distances.Points) -> None:
-        torch.ops.replearn_kernels.negative_distances_.default(s, *points)
-
-    def _chain_pass(self, w: Tensor, v: Tensor, points: distances.Points) -> distances.TileSums:
-        return distances.TileSums(*torch.ops.replearn_kernels.distance_chain_.default(w, v, *points))
+    def _native(self, sweep: str):
+        return getattr(torch.ops.replearn_kernels, f"{self.objective.family}_{sweep}_").default
 
     def _pairs(self, problem: Problem, tile: Tile) -> Pairs:
         pairs = super()._pairs(problem, tile)
