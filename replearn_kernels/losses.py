@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,6 +27,15 @@ class _Loss(nn.Module):
         validation.check_flag("normalize", options.get("normalize", False))
         validation.check_strategy(options.get("strategy", "auto"))
         self.options = options
+
+    def __deepcopy__(self, memo):
+        """A process group is a place in the world: a copy of the module shares it."""
+        if (group := self.options.get("group")) is not None:
+            memo[id(group)] = group
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def extra_repr(self) -> str:
         return _repr(self.options)

@@ -37,6 +37,7 @@ class LiftedStructureLoss(_Loss):
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of ``embeddings[N, d]`` with ``labels[N]``."""
         return F.lifted_structure_loss(embeddings, labels, **self.options)
 
 
@@ -53,6 +54,7 @@ class ContrastiveLoss(_Loss):
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         group=None,
+        strategy: str = "auto",
     ):
         super().__init__(
             margin=validation.check_margin(margin),
@@ -62,9 +64,11 @@ class ContrastiveLoss(_Loss):
             backend=backend,
             memory_budget=memory_budget,
             group=group,
+            strategy=strategy,
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of ``embeddings[N, d]`` with ``labels[N]``."""
         return F.contrastive_loss(embeddings, labels, **self.options)
 
 

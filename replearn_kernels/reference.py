@@ -150,8 +150,13 @@ def _triplet_distances(inputs: Inputs, distance: TripletDistance) -> tuple[Tenso
 
 
 def squared_distances(inputs: Inputs) -> Tensor:
-    """``|x_i - x_j|^2`` from differences, which cancel nothing, some rows at a time: N x N x d are not kept."""
+    """``|x_i - x_j|^2`` from differences, which cancel nothing, some rows at a time: N x N x d are not kept.
+
+    But within a torch.func transform, for which PyTorch's checkpoint has no rule.
+    """
     (x,) = _features(inputs)
+    if torch._C._are_functorch_transforms_active():
+        return _squares_between(x, x)
     rows = max(2**22 // max(x.numel(), 1), 1)
     blocks = [checkpoint(_squares_between, x[i : i + rows], x, use_reentrant=False) for i in range(0, len(x), rows)]
     return torch.cat(blocks) if blocks else x @ x.t()

@@ -9,7 +9,15 @@ import torch
 import torch.distributed as dist
 from processes import Ranks, needs_gloo
 
-from replearn_kernels import clip_loss, info_nce_loss, nt_xent_loss, siglip_loss, sup_con_loss
+from replearn_kernels import (
+    clip_loss,
+    info_nce_loss,
+    lifted_structure_loss,
+    nt_xent_loss,
+    siglip_loss,
+    sup_con_loss,
+    triplet_margin_loss,
+)
 
 pytestmark = needs_gloo
 
@@ -76,6 +84,22 @@ def frozen(odd):
     return in_group(clip_loss, features(), features().requires_grad_(not odd), 1.0)
 
 
+def labels():
+    return torch.arange(4) % 2
+
+
+def frozen_rows(odd):
+    return in_group(lifted_structure_loss, features().requires_grad_(not odd), labels(), margin=1.0)
+
+
+def normalize(odd):
+    return in_group(sup_con_loss, features(), labels(), normalize=odd)
+
+
+def distance(odd):
+    return in_group(triplet_margin_loss, features(), labels(), distance="cosine" if odd else "euclidean")
+
+
 def negatives(odd):
     return in_group(info_nce_loss, features(), features(), negatives=features(2).detach() if odd else None)
 
@@ -86,11 +110,14 @@ MISMATCHES = [
     (scale, "logit_scale must be the same .* got 1.0 on rank 0, 2 and 2.0 on rank 1"),
     (bias, "logit_bias must be the same .* got -1.0 on rank 0, 2 and None on rank 1"),
     (reduction, "reduction must be the same .* got mean on rank 0, 2 and sum on rank 1"),
-    (label_smoothing, "parameters must be the same .* on rank 0, 2 and .*0.1.* on rank 1"),
+    (label_smoothing, "label_smoothing must be the same .* on rank 0, 2 and .*0.1.* on rank 1"),
     (strategy, "strategy must be the same .* got gather on rank 0, 2 and ring on rank 1"),
     (another_loss, "loss must be the same .* got softmax on rank 0, 2 and sigmoid on rank 1"),
     (no_grad, "requires_grad must be the same .* on rank 0, 2 and .*False, False, False.* on rank 1"),
     (frozen, r"requires_grad must be the same .* on rank 0, 2 and \[True, False, False\] on rank 1"),
+    (frozen_rows, "requires_grad must be the same .* got True on rank 0, 2 and False on rank 1"),
+    (normalize, "normalize must be the same .* got False on rank 0, 2 and True on rank 1"),
+    (distance, "distance must be the same .* got euclidean on rank 0, 2 and cosine on rank 1"),
     (negatives, "negatives must be the same .* got None on rank 0, 2 and queue on rank 1"),
 ]
 

@@ -1,5 +1,6 @@
 """The modules: open_clip's signatures, and the functional forms behind them."""
 
+import copy
 import inspect
 
 import pytest
@@ -94,6 +95,18 @@ def test_modules_over_distances_are_their_functions(rng):
         assert torch.equal(module(x, labels), triplet_margin_loss(x, labels, margin=0.3, **options))
     triplets = (labels, labels + 3, labels + 1)
     assert torch.equal(module(x, triplets=triplets), triplet_margin_loss(x, triplets=triplets, margin=0.3, **options))
+
+
+def test_a_copy_shares_the_process_group():
+    class Group:
+        def __reduce__(self):
+            raise TypeError("a process group cannot be copied")
+
+    module = LiftedStructureLoss(0.7)
+    module.options["group"] = group = Group()
+    copied = copy.deepcopy(torch.nn.ModuleList([module]))[0]
+    assert copied is not module and copied.options is not module.options
+    assert copied.options["group"] is group and copied.options["margin"] == 0.7
 
 
 @pytest.mark.parametrize("module", [InfoNCELoss, ClipLoss, SigLipLoss, NPairLoss, NTXentLoss, SupConLoss])

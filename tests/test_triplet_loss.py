@@ -113,12 +113,22 @@ def test_mined_triplets_given_back_are_the_mined_loss(mining, backend, rng):
     assert_same(results(direct, x), results(listed, x), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cosines_of_half_precision_are_mined_and_compared_alike(dtype, backend, rng):
+    """Rows are normalised once, in fp32: at margin 0 no semi-hard triplet has a loss, and the two routes agree."""
+    x, labels = torch.randn(256, 64, generator=rng).to(dtype), torch.arange(256) // 2
+    direct = partial(triplet_margin_loss, labels=labels, distance="cosine", backend=backend)
+    assert direct(x, margin=0.0) == 0
+    listed = partial(triplet_margin_loss, triplets=mine_triplets(x, labels, distance="cosine"), distance="cosine")
+    assert_same(results(direct, x), results(partial(listed, backend=backend), x), rtol=1e-5, atol=1e-6)
+
+
 @EVERY
 @EVERY_DISTANCE
 @pytest.mark.parametrize("n, d, dtype", [(65, 100, torch.float32), (66, 1152, torch.float16), (64, 64, torch.bfloat16)])
 def test_no_further_from_the_definition_than_eager(mining, distance, n, d, dtype, backend, rng):
     """Against fp64 of the same inputs. Eager is backend="eager": differences of the rows, fp32 statistics, and for
-    cosines the rows normalised in fp32 and rounded to the inputs' dtype."""
+    cosines the rows normalised in fp32 and, but for semi_hard, rounded to the inputs' dtype."""
     x = scaled_rows(rng, n, d, dtype)
     if distance == "cosine":  # the rounding of the normalised rows is both's
         x = torch.nn.functional.normalize(x.double()).to(dtype)

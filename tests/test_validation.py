@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -234,6 +235,20 @@ def test_functional_transforms_of_losses_over_distances_are_refused(transform):
     for loss, _, options in OVER_DISTANCES:
         with pytest.raises(NotImplementedError, match="torch.func transforms.*backend='eager'"):
             transform(lambda x: loss(x, LABELS, **options))(Q)  # noqa: B023
+
+
+@pytest.mark.parametrize("mining", ["batch_hard", "semi_hard", "batch_all", None])
+def test_the_formulas_over_distances_have_functional_transforms(mining):
+    """As README promises of backend="eager": torch.func's gradient and Hessian are torch.autograd's."""
+    x, options = torch.randn(7, 2, dtype=torch.float64), dict(margin=3.0, backend="eager")
+    losses = [partial(triplet_margin_loss, mining=mining)] if mining else [lifted_structure_loss, contrastive_loss]
+    for loss in losses:
+        of_rows = partial(loss, labels=torch.arange(7) % 3, **options)
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(of_rows(leaf), leaf)
+        torch.testing.assert_close(torch.func.grad(of_rows)(x), gradient)
+        hessian = torch.autograd.functional.hessian(of_rows, x)
+        torch.testing.assert_close(torch.func.hessian(of_rows)(x), hessian)
 
 
 @pytest.mark.parametrize("backend", ["torch", "eager"])

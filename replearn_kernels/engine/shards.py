@@ -185,6 +185,7 @@ def meet(world: World, inputs: Inputs, objective, alike: dict, strategy: str) ->
     check_values(inputs._replace(target=None), objective)
     alike = {
         "loss": objective.name,
+        **world.keywords,
         "parameters": objective.parameters,
         "d": inputs.query.shape[1],
         "dtype": str(inputs.query.dtype),
@@ -212,7 +213,7 @@ def _check_alike(descriptions: list[dict]) -> None:
     for name in descriptions[0]:
         ranks: dict[str, list[int]] = {}
         for rank, description in enumerate(descriptions):
-            ranks.setdefault(str(description[name]), []).append(rank)
+            ranks.setdefault(str(description.get(name)), []).append(rank)
         if len(ranks) > 1:
             values = " and ".join(f"{value} on rank {', '.join(map(str, at))}" for value, at in ranks.items())
             raise ValueError(f"{name} must be the same on every rank of the group, got {values}")

@@ -16,6 +16,7 @@ class World:
 
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.keywords: dict = {}  # of the call, which must be the same on every rank
         self.has_met = False  # an error before all have met is told to the others, who would wait for this rank
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import NamedTuple
@@ -68,12 +69,25 @@ def in_group(function):
 @torch._disable_dynamo
 def _in_group(function, group, args, keywords):
     world = World.of(group)
+    if world is not None:
+        world.keywords = _plain_keywords(function, args, keywords)
     try:
         return function(*args, group=world, **keywords)
     except Exception as error:
         if world is not None and not world.has_met:
             world.meet({"error": f"{type(error).__name__}: {error}"})
         raise
+
+
+def _plain_keywords(function, args, keywords) -> dict:
+    """The call's options by the caller's names: all but tensors, and what each rank is free to choose."""
+    try:
+        bound = inspect.signature(function).bind(*args, group=None, **keywords)
+    except TypeError:  # the call itself will tell
+        return {}
+    bound.apply_defaults()
+    own = ("backend", "memory_budget", "group")
+    return {k: v for k, v in bound.arguments.items() if k not in own and isinstance(v, (bool, int, float, str))}
 
 
 def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[[], Tensor]) -> Tensor:

@@ -28,7 +28,8 @@ def gathered_loss(
         alike: options that must be the same on every rank.
         row_losses: of a batch, the loss of every row, ``[N]``, and what the mean is over, a 0-d tensor.
     """
-    layout = meet(world, inputs, objective, {"reduction": reduction, **alike}, "gather")
+    needs_grad = torch.is_grad_enabled() and inputs.query.requires_grad
+    layout = meet(world, inputs, objective, {"reduction": reduction, "requires_grad": needs_grad, **alike}, "gather")
     rows = _GatherRows.apply(inputs.query, world, layout.rows)
     labels = torch.cat(world.gather(inputs.row_group, layout.rows))
     losses, counted = row_losses(inputs._replace(query=rows, row_group=labels))

@@ -51,6 +51,8 @@ def lifted_structure_loss(
         memory_budget: bytes of distances that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
         group: a torch.distributed process group, each of whose ranks passes its shard of the batch. Every rank gathers
             the rows of all and does the whole batch's work. Default None: this process alone.
+            The value of rank r is R times its own rows' part of the mean over all ranks' pairs: DDP's average over the
+            R ranks, of values and of gradients, is that of the whole batch (docs/design.md, "Many ranks").
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). Without a positive pair 0, with zero gradients.
@@ -104,7 +106,10 @@ def contrastive_loss(
         margin: at least 0, in units of distance. Default 1.0.
         squared: squares of distance and hinge, as in the paper; False: both plain. Default True.
         reduction: "mean" over all pairs, "sum", or "none": ``[N]``, where each pair counts half for either row.
-        group, strategy: as in :func:`~replearn_kernels.info_nce_loss`; the rows are those of all ranks.
+        group: a torch.distributed process group, each of whose ranks passes its shard of the batch; the value of rank r
+            is R times its own rows' part of the mean over all ranks' pairs, as in :func:`lifted_structure_loss`.
+            Default None.
+        strategy: how shards meet: "ring", "gather", or "auto", as in :func:`~replearn_kernels.info_nce_loss`.
 
     The other arguments, the result and the exceptions are those of :func:`lifted_structure_loss`.
     """
@@ -123,15 +128,16 @@ def labelled_batch(
     memory_budget: int,
     group: World | None = None,
     strategy: str = "auto",
+    keep_wide: bool = False,
 ) -> tuple[Inputs, Options]:
-    """Labelled rows to be compared with each other, checked."""
+    """Labelled rows to be compared with each other, checked. ``keep_wide``: normalised rows stay in fp32."""
     validation.check_features("embeddings", embeddings)
     (embeddings,) = autocast(embeddings)
     if labels is not None:
         labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)
     options = Options.of(reduction, backend, memory_budget, embeddings, group, strategy)
     if validation.check_flag("normalize", normalize):
-        embeddings = unit_rows(embeddings)
+        embeddings = unit_rows(embeddings.to(statistics_dtype(embeddings.dtype)) if keep_wide else embeddings)
     scale = torch.ones((), dtype=statistics_dtype(embeddings.dtype), device=embeddings.device)
     return Inputs(embeddings, [], None, None, labels, None, scale, None), options
 

@@ -54,6 +54,11 @@ def triplet_margin_loss(
         distance="squared_euclidean"    D_ij = |x_i - x_j|^2
         distance="cosine"               D_ij = 1 - cos(x_i, x_j), of rows normalised here; 1 from a row of zeros
 
+    Half-precision rows that are normalised are rounded to their dtype again, as F.normalize's would be; semi_hard alone
+    keeps them in fp32, as mine_triplets does. Of equal distances the lower index is taken. The distances of chosen
+    triplets come from differences, without cancellation; batch_all's have the relative error of those of
+    :func:`~replearn_kernels.lifted_structure_loss`.
+
     Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", 2015 (arXiv:1503.03832);
     Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017 (arXiv:1703.07737).
 
@@ -70,11 +75,13 @@ def triplet_margin_loss(
             ``[T]``. Without a triplet the means are 0.
         normalize: L2-normalise the embeddings first. Default False; "cosine" always does.
         backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula. "triton" has
-            kernels for batch_hard only: semi_hard takes the CUDA kernels where they were built, and PyTorch elsewhere;
-            batch_all, which "auto" gives to "torch" on a GPU, refuses it.
+            kernels for batch_hard only, and the other modes refuse it: there "auto" takes, on a GPU, the CUDA miner
+            where it was built (semi_hard), and else "torch".
         memory_budget: bytes of distances that may be kept. No mode keeps any at present.
         group: a torch.distributed process group, each of whose ranks passes its shard of the batch: triplets are mined
             across ranks. Every rank gathers the rows of all and does the whole batch's work. Default None.
+            The value of rank r is R times its own rows' part of the mean over all ranks' triplets: DDP's average over
+            the R ranks, of values and of gradients, is that of the whole batch (docs/design.md, "Many ranks").
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). NaN if an embedding is not finite.
@@ -82,7 +89,8 @@ def triplet_margin_loss(
     Raises:
         TypeError: an argument is not of the type or dtype above.
         ValueError: wrong rank or shape, another device, triplets out of range, a margin that is negative or not finite,
-            an unknown mining, distance, reduction or backend; neither labels nor triplets; batch_all on "triton".
+            an unknown mining, distance, reduction or backend; neither labels nor triplets; semi_hard or batch_all on
+            "triton"; with a group: given triplets, or "mean_nonzero" of batch_all.
         RuntimeError: the backend asked for is not available here.
     """
     margin = validation.check_margin(margin)
@@ -93,7 +101,12 @@ def triplet_margin_loss(
     if labels is None and triplets is None:
         raise ValueError("labels are needed to mine triplets: give labels, or triplets")
     normalize = validation.check_flag("normalize", normalize) or measure.unit_rows
-    inputs, options = labelled_batch(embeddings, labels, "none", normalize, backend, memory_budget, group)
+    keep_wide = normalize and (triplets is not None or mining == "semi_hard")
+    inputs, options = labelled_batch(
+        embeddings, labels, "none", normalize, backend, memory_budget, group, keep_wide=keep_wide
+    )
+    if options.asked == "triton" and triplets is None and mining != "batch_hard":
+        raise ValueError(f"mining={mining!r} has no Triton kernel: use backend='auto'")
     if triplets is not None:
         if group is not None:
             raise ValueError("given triplets take no group: they are of the rows at hand")
@@ -142,8 +155,6 @@ def _gathered(
 
 def _batch_all(inputs: Inputs, objective: BatchAll, options: Options, reduction: str) -> Tensor:
     if options.backend == "triton":
-        if options.asked == "triton":
-            raise ValueError("mining='batch_all' has no Triton kernel: use backend='torch' on a GPU")
         options = options._replace(backend="torch")
     reduction = "mean" if reduction == "mean_nonzero" else reduction
     options = options._replace(reduction=reduction)
@@ -154,7 +165,7 @@ def _semi_hard(inputs: Inputs, margin: float, measure: TripletDistance, backend:
     if backend == "eager":
         return reference.semi_hard_triplets(inputs, measure)
     rows = inputs.query.detach()
-    name = "auto" if backend == "triton" else backend
+    name = "auto" if backend == "triton" else backend  # "auto" stands for it on a GPU; asked for by name it is refused
     return miner.mine(rows, inputs.row_group, "semi_hard", margin, measure.name, miner.resolve_miner(name, rows.device))
 
 
