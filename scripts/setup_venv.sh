@@ -21,6 +21,6 @@ fi
 "$venv/bin/python" -m pip install --quiet --no-build-isolation --no-deps -e .
 "$venv/bin/python" - <<'PY'
 import torch, replearn_kernels
-from replearn_kernels.engine.backends import native
+from replearn_kernels.engine import native
 print(f"torch {torch.__version__}, C++ kernels:", native.why_missing() or torch.ops.replearn_kernels.instruction_set())
 PY
