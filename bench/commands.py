@@ -67,7 +67,8 @@ def measure(
     rows = []
     for implementation in chosen:
         measured = timed.get(implementation.name, {})
-        if memory and implementation.kind != "products":  # their outputs are preallocated: nothing extra
+        # Outputs of products are preallocated: nothing extra. Other processes' memory is not this one's.
+        if memory and implementation.kind not in ("products", "processes"):
             measured |= measure_memory(case, point, implementation)
         row = make_row(date, case, implementation, point, measured) | measured_on
         rows.append(row)

@@ -38,6 +38,7 @@ class Case:
     chunked:  {name: loss(**inputs)}, low-memory formulas without a fused kernel
     products: {name: prepare(inputs) -> step}, the bare matrix products with preallocated outputs;
               the first is what `ours_budget_0` must do at least
+    processes: {name: prepare(inputs) -> step}, ours divided among processes, timed only
     backends: those that ours can run on
     sizes:    the N that are measured unless others are asked for
     training: a step is forward and backward of a loss. Otherwise it is a call, whose result has `item()`, the number by
@@ -51,6 +52,7 @@ class Case:
     dense: dict[str, Loss]
     chunked: dict[str, Loss] = field(default_factory=dict)
     products: dict[str, Callable[[Inputs], Step]] = field(default_factory=dict)
+    processes: dict[str, Callable[[Inputs], Step]] = field(default_factory=dict)
     backends: Sequence[str] = ("auto", "triton", "cpp", "torch", "eager")
     sizes: Sequence[int] = (1024, 2048, 4096, 8192)
     training: bool = True
@@ -114,8 +116,9 @@ def implementations(case: Case, backends: Sequence[str] = ("auto",), names: Sequ
             found.append(Implementation(f"compiled_{name}", "compiled", partial(compiled_training_step, loss)))
     for name, loss in case.chunked.items():
         found.append(Implementation(name, "chunked", partial(step, loss)))
-    for name, prepare in case.products.items():
-        found.append(Implementation(name, "products", prepare))
+    for kind in ("products", "processes"):
+        for name, prepare in getattr(case, kind).items():
+            found.append(Implementation(name, kind, prepare))
     if unknown := set(names) - {implementation.name for implementation in found}:
         known = ", ".join(implementation.name for implementation in found)
         raise ValueError(f"case {case.name} has no implementation {', '.join(sorted(unknown))}; it has {known}")

@@ -56,7 +56,7 @@ def origin(rows: Iterable[Row], key: GroupKey) -> str:
 def ratio_table(key: GroupKey, points: dict[int, Entries]) -> str:
     """How many times slower than ours: the best dense version, the common formula; and ours over its bare products."""
     case = CASES[key[1]]
-    common = f"eager_{next(iter(case.dense))}"
+    common = f"eager_{next(iter(case.dense), 'formula')}"
     floor = next(iter(case.products), None)
     header = ["N", "best dense", "best dense / ours", f"{common} / ours", f"ours_budget_0 / {floor or 'products'}"]
     lines = []

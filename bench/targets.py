@@ -98,6 +98,10 @@ TARGETS = (
     peak("batch_all", 4096, 128, "ours", at_most=128),
     peak("arcface", 1_000_000, 64, "ours", at_most=256 + 128),  # 256 MB are the weight's gradient
     peak("dino_head", 64, 256, "ours", at_most=256),
+    *(
+        ratio(f"{case}_ranks", 8192, 512, "ranks_ring", "ours", at_most=1.15)
+        for case in ("clip", "siglip", "sup_con")
+    ),
     ratio("mining", 4096, 128, f"eager_{MINER}", "ours", at_least=20, needs=MINER),
     peak("mining", 4096, 128, "ours", at_most=64),
 )

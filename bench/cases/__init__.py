@@ -8,6 +8,7 @@ from bench.cases.classes import ARCFACE, DINO_HEAD
 from bench.cases.contrastive import CLIP, INFO_NCE, SIGLIP
 from bench.cases.metric import CONTRASTIVE, LIFTED
 from bench.cases.mining import MINING
+from bench.cases.ranks import RANKS_CASES
 from bench.cases.triplets import BATCH_ALL, BATCH_HARD, SEMI_HARD
 
 CASES = {
@@ -18,5 +19,6 @@ CASES = {
         *(LIFTED, CONTRASTIVE, BATCH_HARD, SEMI_HARD, BATCH_ALL),
         *(ARCFACE, DINO_HEAD),
         MINING,
+        *RANKS_CASES,
     )
 }
