@@ -120,7 +120,7 @@ def semi_hard_triplets(inputs: Inputs, measure: TripletDistance) -> tuple[Tensor
 def triplet_losses(rows, anchor, positive, negative, margin: float, measure: TripletDistance) -> Tensor:
     """``[T]``."""
     x = rows.to(statistics_dtype(rows.dtype))
-    isolated = (x == 0).all(1).to(x.dtype) if measure.unit_rows else torch.zeros_like(x[:, 0])
+    isolated = (x == 0).all(1).to(x.dtype) if measure.unit_rows else x.new_zeros(len(x))
 
     def distance(others: Tensor) -> Tensor:
         square = (x[anchor] - x[others]).square().sum(1) + isolated[anchor] + isolated[others]

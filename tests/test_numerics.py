@@ -97,6 +97,24 @@ def test_half_gradients_survive_a_loss_scaler(backend, rng):
     assert error < 2**-10
 
 
+@pytest.mark.parametrize("weight", [1e-18, 1e-25, 1e-30])
+def test_rows_of_tiny_weight_keep_the_direction_of_their_gradient(weight, backend, rng):
+    """Two blocks that do not meet, one with a tiny upstream gradient: relative to itself as exact as the other's."""
+    x, y = torch.zeros(2, 64, 8).unbind()
+    for t in (x, y):
+        t[:32, :4], t[32:, 4:] = torch.randn(2, 32, 4, generator=rng) * 0.3
+        t[:32, 3], t[32:, 7] = 6, 6
+
+    def gradient(x, name):
+        x = x.clone().requires_grad_()
+        loss = clip_loss(x, y.to(x.dtype), 1.0, reduction="none", backend=name)
+        loss.backward(torch.where(torch.arange(64) < 32, weight, 1.0).to(loss.dtype))
+        return x.grad[:32, :4].double()
+
+    exact = gradient(x.double(), "eager")
+    assert (gradient(x, backend) - exact).norm() <= 1e-5 * exact.norm()
+
+
 def test_tiny_and_mixed_upstream_gradients(backend, rng):
     """reduction="none" under upstream gradients of 1e-30, 0 and 1e30, and under all zeros."""
     x, y = unit_rows(rng, 6, 4, dtype=torch.float64), unit_rows(rng, 6, 4, dtype=torch.float64)

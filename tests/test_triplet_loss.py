@@ -124,6 +124,22 @@ def test_cosines_of_half_precision_are_mined_and_compared_alike(dtype, backend, 
 
 
 @EVERY
+def test_cosines_do_not_depend_on_lengths(mining, backend, rng):
+    x, labels = torch.randn(40, 8, generator=rng), torch.arange(40) // 4
+    length = torch.tensor([1.0, 1e-18, 1e18, 1e-12]).repeat(10).unsqueeze(1)
+    loss = partial(triplet_margin_loss, labels=labels, mining=mining, distance="cosine", backend=backend)
+    torch.testing.assert_close(loss(x * length), loss(x))
+
+
+def test_no_features_are_all_equal(backend):
+    """d = 0: every distance is 0, and every loss the margin."""
+    x, labels = torch.zeros(4, 0), torch.tensor([0, 0, 1, 1])
+    for mining in ("batch_hard", "semi_hard", "batch_all"):
+        for name in (backend, "eager"):
+            assert triplet_margin_loss(x, labels, mining=mining, backend=name).item() == pytest.approx(0.2)
+
+
+@EVERY
 @EVERY_DISTANCE
 @pytest.mark.parametrize("n, d, dtype", [(65, 100, torch.float32), (66, 1152, torch.float16), (64, 64, torch.bfloat16)])
 def test_no_further_from_the_definition_than_eager(mining, distance, n, d, dtype, backend, rng):

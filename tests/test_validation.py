@@ -102,6 +102,9 @@ FAMILY = [
     (lambda **k: nt_xent_loss(Q.long(), Q, **k), T, "z_i must be fp16, bf16, fp32 or fp64, got torch.int64"),
     (lambda **k: sup_con_loss(Q, **k), V, "labels are needed for features"),
     (lambda **k: sup_con_loss(Q, LABELS.float(), **k), T, "labels must be integers, got torch.float32"),
+    (lambda **k: sup_con_loss(Q, LABELS.to_sparse(), **k), T, r"labels must be a dense \(strided\) tensor, got layout"),
+    (lambda **k: lifted_structure_loss(Q, None, **k), T, "labels must be a torch.Tensor, got NoneType"),
+    (lambda **k: contrastive_loss(Q, None, **k), T, "labels must be a torch.Tensor, got NoneType"),
     (lambda **k: sup_con_loss(Q, LABELS > 0, **k), T, "labels must be integers, got torch.bool"),
     (lambda **k: sup_con_loss(Q, LABELS[:3], **k), V, r"labels must have shape \(4,\), one per row, got \(3,\)"),
     (lambda **k: sup_con_loss(Q, LABELS.to("meta"), **k), V, "labels must be on the features' device cpu, got meta"),
@@ -249,6 +252,14 @@ def test_the_formulas_over_distances_have_functional_transforms(mining):
         torch.testing.assert_close(torch.func.grad(of_rows)(x), gradient)
         hessian = torch.autograd.functional.hessian(of_rows, x)
         torch.testing.assert_close(torch.func.hessian(of_rows)(x), hessian)
+
+
+def test_forward_mode_is_refused_not_dropped():
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(Q, torch.ones_like(Q))
+        for options in (dict(), dict(mining="batch_hard"), dict(triplets=(LABELS[:2], LABELS[1:3], LABELS[2:]))):
+            with pytest.raises(NotImplementedError, match="forward|jvp"):
+                triplet_margin_loss(x, LABELS, **options)
 
 
 @pytest.mark.parametrize("backend", ["torch", "eager"])

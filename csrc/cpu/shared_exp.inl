@@ -6,17 +6,17 @@
 // no accuracy there: 2^-c is exact, and the exponent's fraction is formed by fused multiply-adds, from v itself, so that
 // it carries no rounding of a difference. What lies below the window is 0.
 
-// In powers of two: how far apart the maxima may lie, and where the largest is put. fp32: from 2^60, which leaves room
-// for sums of 2^60 entries, down to 2^-60, where entries count down to 2^-65 of the maximum.
+// In powers of two: how far apart the maxima may lie. Their middle is put at 1: in fp32 they are at most 2^60, which leaves
+// room for sums of 2^60 entries, and at least 2^-60, where entries count down to 2^-65 of the maximum.
 template <typename T>
 struct Window;
 template <>
 struct Window<float> {
-  static constexpr float spread = 120, top = 60;
+  static constexpr float spread = 120;
 };
 template <>
 struct Window<double> {
-  static constexpr double spread = 1000, top = 500;
+  static constexpr double spread = 1000;
 };
 
 // The smallest and the largest of some maxima.
@@ -50,7 +50,8 @@ class SharedExp {
   static bool serves(const Tile<T>& tile, Range<T> range) {
 #if defined(REPLEARN_INTRINSIC) || defined(__aarch64__)
     const T bits = tile.steepness * C::log2e, largest = range.high * bits;
-    return tile.rows * tile.columns >= kLeastEntries && (range.high - range.low) * bits <= Window<T>::spread && largest <= kMostBits && largest >= -kMostBits;
+    return tile.rows * tile.columns >= kLeastEntries && (range.high - range.low) * bits <= Window<T>::spread &&
+           largest <= kMostBits && largest >= -kMostBits;
 #else
     return false;
 #endif
@@ -58,7 +59,7 @@ class SharedExp {
 
   SharedExp(Range<T> range, T steepness)
       : bits_(steepness * C::log2e), rest_(steepness * C::log2e_rest + __builtin_fma(steepness, C::log2e, -bits_)) {
-    const T c = (range.high * bits_ + kRound - kRound) - Window<T>::top;
+    const T c = (range.high + range.low) * T(0.5) * bits_ + kRound - kRound;  // a whole number
     round_ = kRound + kBias - c;
     lowest_ = (c - kBias - T(0.25)) / bits_;  // whose power of two is exactly 0
   }

@@ -72,7 +72,7 @@ Tile<T> tile_of(const Tensor& s, const Pairs& pairs) {
   STD_TORCH_CHECK(!pairs.diagonal || rows == columns, "a tile on the diagonal must be square");
   STD_TORCH_CHECK(pairs.row_group.has_value() == pairs.column_group.has_value(), "groups of rows and columns go together");
   // A scale of 0 would turn a masked similarity, which is infinite, into NaN; 1e-30 changes no logit.
-  const double scale = pairs.scale == 0 ? 1e-30 : pairs.scale, sign = scale < 0 ? -1 : 1;
+  const double scale = static_cast<T>(pairs.scale) == 0 ? 1e-30 : pairs.scale, sign = scale < 0 ? -1 : 1;
   return {static_cast<T*>(s.mutable_data_ptr()), s.stride(0), rows, columns,
           static_cast<T>(scale), static_cast<T>(pairs.bias), static_cast<T>(sign), static_cast<T>(scale * sign),
           vector_of<int64_t>(pairs.target, "target", "row", rows), pairs.first_column,

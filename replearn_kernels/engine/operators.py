@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import distributed, schedules
 from .problem import Inputs
@@ -69,6 +70,14 @@ def refuse_transforms() -> None:
         raise NotImplementedError(
             "replearn_kernels losses have no rule for torch.func transforms (grad, vmap, jvp, ...); "
             "use torch.autograd, or backend='eager'."
+        )
+
+
+def refuse_forward_mode(rows: Tensor) -> None:
+    """For operators whose autograd rule is registered: PyTorch would drop the tangent without a word."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None:
+        raise NotImplementedError(
+            "replearn_kernels losses have no rule for forward-mode differentiation; use backend='eager'."
         )
 
 

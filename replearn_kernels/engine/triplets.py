@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import native, validation
 from .listed_pairs import add_differences_, pair_squares
-from .operators import refuse_second_derivative, refuse_transforms
+from .operators import refuse_forward_mode, refuse_second_derivative, refuse_transforms
 from .problem import statistics_dtype
 from .schedules import on_device_of
 
@@ -38,10 +38,11 @@ def triplet_loss_at(
         backend: "cpp" (CPU), "torch" (any device), or "auto".
 
     Raises:
-        NotImplementedError: inside a torch.func transform; in backward: differentiated twice.
+        NotImplementedError: inside a torch.func transform, in forward mode; in backward: differentiated twice.
         ValueError: an index out of range.
     """
     refuse_transforms()
+    refuse_forward_mode(embeddings)
     rows = embeddings.to(statistics_dtype(embeddings.dtype)).contiguous()
     if backend == "auto":
         backend = "cpp" if rows.device.type == "cpu" and native.available() else "torch"

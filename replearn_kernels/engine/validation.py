@@ -25,14 +25,18 @@ def check_features(name: str, features: Tensor, ndim: int = 2, shape: str | None
     """A floating-point tensor of ``ndim`` dimensions; ``shape``: what to call it where it is wrong."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-    if features.is_nested or features.layout is not torch.strided:
-        kind = "a nested tensor" if features.is_nested else f"layout {features.layout}"
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
+    check_dense(name, features)
     if features.ndim != ndim:
         wanted = shape or f"{ndim} dimensions {SHAPES[ndim]}"
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(features.shape)}")
     if features.dtype not in FEATURE_DTYPES:
         raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {features.dtype}")
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
 
 
 def check_alike(name: str, features: Tensor, other_name: str, other: Tensor) -> None:
@@ -101,6 +105,7 @@ def check_target(
         return
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(target).__name__}")
+    check_dense(name, target)
     if target.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {target.dtype}")
     if target.shape != (rows,):
@@ -113,6 +118,7 @@ def check_labels(name: str, labels: Tensor, rows: int, features: Tensor) -> Tens
     """Integers ``[rows]`` on the features' device, as int64."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
+    check_dense(name, labels)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
     if labels.shape != (rows,):

@@ -109,11 +109,13 @@ def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[
 def unit_rows(features: Tensor) -> Tensor:
     """F.normalize in fp32 (fp64), in which a norm does not overflow; a row of zeros has the gradient 0.
 
-    F.normalize divides such a row by 1e-12: in fp16 0 / 0, and elsewhere a gradient 1e12 times the others.
+    F.normalize divides such a row by 1e-12: in fp16 0 / 0, and elsewhere a gradient 1e12 times the others. Rows are
+    normalised as far as their squares are in range: in fp32 from 1e-19 to 1e19.
     """
     rows = features.to(statistics_dtype(features.dtype))
     zero = (rows == 0).all(-1, keepdim=True)
-    return F.normalize(rows.masked_fill(zero, 1.0), dim=-1).masked_fill(zero, 0.0).to(features.dtype)
+    shortest = torch.finfo(rows.dtype).tiny ** 0.5
+    return F.normalize(rows.masked_fill(zero, 1.0), dim=-1, eps=shortest).masked_fill(zero, 0.0).to(features.dtype)
 
 
 def autocast(*features: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -129,11 +129,12 @@ def labelled_batch(
     group: World | None = None,
     strategy: str = "auto",
     keep_wide: bool = False,
+    needs_labels: bool = True,
 ) -> tuple[Inputs, Options]:
     """Labelled rows to be compared with each other, checked. ``keep_wide``: normalised rows stay in fp32."""
     validation.check_features("embeddings", embeddings)
     (embeddings,) = autocast(embeddings)
-    if labels is not None:
+    if labels is not None or needs_labels:
         labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)
     options = Options.of(reduction, backend, memory_budget, embeddings, group, strategy)
     if validation.check_flag("normalize", normalize):

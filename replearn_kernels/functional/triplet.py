@@ -57,7 +57,7 @@ def triplet_margin_loss(
     Half-precision rows that are normalised are rounded to their dtype again, as F.normalize's would be; semi_hard alone
     keeps them in fp32, as mine_triplets does. Of equal distances the lower index is taken. The distances of chosen
     triplets come from differences, without cancellation; batch_all's have the relative error of those of
-    :func:`~replearn_kernels.lifted_structure_loss`.
+    :func:`~replearn_kernels.lifted_structure_loss`, within which ties and margins count as violated or as not.
 
     Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", 2015 (arXiv:1503.03832);
     Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017 (arXiv:1703.07737).
@@ -103,8 +103,9 @@ def triplet_margin_loss(
     normalize = validation.check_flag("normalize", normalize) or measure.unit_rows
     keep_wide = normalize and (triplets is not None or mining == "semi_hard")
     inputs, options = labelled_batch(
-        embeddings, labels, "none", normalize, backend, memory_budget, group, keep_wide=keep_wide
-    )
+        embeddings, labels, "none", normalize, backend, memory_budget, group,
+        keep_wide=keep_wide, needs_labels=triplets is None,
+    )  # fmt: skip
     if options.asked == "triton" and triplets is None and mining != "batch_hard":
         raise ValueError(f"mining={mining!r} has no Triton kernel: use backend='auto'")
     if triplets is not None:
