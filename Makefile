@@ -6,6 +6,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
+# Two files of tests at a time; threads that wait leave the cores to the others.
+WORKERS ?= 2
+TESTS    = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 .PHONY: demo test test-gpu bench install clean
 
 install: $(VENV)/.installed
@@ -18,8 +22,8 @@ demo: install
 	$(BIN)/python examples/digits_clip.py
 
 test: install
-	$(BIN)/python -m pytest -m "not interpreter and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter
+	$(TESTS) -m "not interpreter and not gpu"
+	TRITON_INTERPRET=1 $(TESTS) -m interpreter
 	$(BIN)/python -m pytest bench/regression.py --benchmark-disable
 	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry --no-install --output build/gpu_dry
 

@@ -2,6 +2,7 @@
 
 from .dino import DINOHeadLoss, DINOLoss
 from .engine.counters import count_work
+from .engine.workspace import empty_cache
 from .functional import (
     arcface_loss,
     clip_loss,
@@ -58,6 +59,7 @@ __all__ = [
     "dino_head_loss",
     "dino_loss",
     "count_work",
+    "empty_cache",
     "info_nce_loss",
     "lifted_structure_loss",
     "mine_triplets",

@@ -9,6 +9,7 @@ from .. import distances
 from ..columns import Tile
 from ..counters import count_product
 from ..problem import Pairs, Problem, statistics_dtype
+from ..workspace import kept_buffer
 from .base import Backend, coefficients_of, statistics_of
 
 # Rows a power of two apart fall into the same few cache sets, and W.T @ X reads W down its columns: at 1024 x 1024 and
@@ -154,9 +155,7 @@ class CppBackend(TorchBackend):
         return pairs._replace(row_group=rows[tile.rows], column_group=columns[tile.columns])
 
     def new_kept(self, problem: Problem, elements: int) -> Tensor:
-        buffer = super().new_kept(problem, elements)
-        torch.ops.replearn_kernels.advise_huge_pages_.default(buffer)
-        return buffer
+        return kept_buffer(elements, problem.statistics_dtype)
 
     def one_tile(self, problem: Problem, share: float, needs_query: bool) -> tuple[Tensor, list[Tensor]] | None:
         source, *others = problem.sources

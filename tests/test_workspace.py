@@ -1,0 +1,77 @@
+"""The held buffer of kept similarities: one at a time has it, and nobody's numbers depend on it."""
+
+import threading
+
+import pytest
+import torch
+from accuracy import unit_rows
+
+from replearn_kernels import clip_loss, empty_cache
+from replearn_kernels.engine import native, workspace
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
+ELEMENTS = 2**23  # 32 MiB in fp32
+
+
+@pytest.fixture(autouse=True)
+def nothing_held():
+    empty_cache()
+    yield
+    empty_cache()
+
+
+def test_a_free_buffer_is_taken_again_and_one_in_use_is_not():
+    first = workspace.kept_buffer(ELEMENTS, torch.float32)
+    second = workspace.kept_buffer(ELEMENTS, torch.float32)
+    assert first.data_ptr() != second.data_ptr()
+    place = first.data_ptr()
+    view = first[5:]
+    del first
+    assert workspace.kept_buffer(ELEMENTS, torch.float32).data_ptr() != place  # a view is a use
+    del view
+    smaller = workspace.kept_buffer(ELEMENTS // 2, torch.float64)
+    assert smaller.data_ptr() == place and smaller.dtype == torch.float64 and smaller.shape == (ELEMENTS // 2,)
+    del smaller
+    assert workspace.kept_buffer(2 * ELEMENTS, torch.float32).shape == (2 * ELEMENTS,)  # replaced by a larger one
+    assert workspace.kept_buffer(8, torch.float32).untyped_storage().nbytes() == 32  # small ones are nobody's
+
+
+def test_what_is_held_can_be_given_back():
+    buffer = workspace.kept_buffer(ELEMENTS, torch.float32)
+    buffer.fill_(3)
+    empty_cache()
+    assert workspace._held is None and (buffer == 3).all()
+
+
+def test_steps_that_overlap_do_not_disturb_each_other(rng):
+    """Two losses wait for their backward passes at once, each with 36 MiB of kept similarities."""
+    inputs = [unit_rows(rng, 3072, 8) for _ in range(3)]
+
+    def loss(k):
+        x = inputs[k].clone().requires_grad_()
+        return x, clip_loss(x, inputs[k - 1], 10.0, backend="cpp")
+
+    def gradient(x, value):
+        return torch.autograd.grad(value, x)[0]
+
+    alone = [gradient(*loss(k)) for k in range(3)]
+    together = [loss(k) for k in range(3)]
+    for expected, pair in zip(alone, together):
+        assert torch.equal(gradient(*pair), expected)
+
+
+def test_threads_never_share_a_buffer():
+    places, barrier = [], threading.Barrier(8)
+
+    def take():
+        barrier.wait()
+        buffer = workspace.kept_buffer(ELEMENTS, torch.float32)
+        barrier.wait()
+        places.append(buffer.data_ptr())
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(places)) == 8
