@@ -47,19 +47,21 @@ def add_differences_(gradient: Tensor, x: Tensor, i: Tensor, j: Tensor, a: Tenso
 def positive_pairs(group: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Every unordered pair of rows of one group, once, as indices ``(i, j)``: some at a time, for rows of ``width``.
 
-    Reads the number of pairs back, which makes a GPU wait once.
+    Those of a few rows at a time. Reads numbers of pairs back, for which a GPU waits.
     """
     order = group.argsort(stable=True)
     ordered = group[order]
     position = torch.arange(len(group), device=group.device)
     partners = torch.searchsorted(ordered, ordered, right=True) - position - 1  # later rows of the row's group
     last = partners.cumsum(0)
+    before = last - partners
     total = int(last[-1]) if len(group) else 0
-    for block in blocks(total, max(_BLOCK_ELEMENTS // max(width, 1), 1)):
-        pair = torch.arange(block.start, block.stop, device=group.device)
-        first = torch.searchsorted(last, pair, right=True)
-        second = first + 1 + pair - (last[first] - partners[first])
-        yield order[first], order[second]
+    cuts = torch.arange(0, total, max(_BLOCK_ELEMENTS // max(width, 1), 1), device=group.device)
+    rows = [*torch.searchsorted(last, cuts, right=True).tolist(), len(group)]
+    for begin, end in zip(rows, rows[1:]):
+        first = torch.repeat_interleave(position[begin:end], partners[begin:end])
+        pair = torch.arange(len(first), device=group.device) + before[begin:end][:1]
+        yield order[first], order[first + 1 + pair - before[first]]
 
 
 def sorted_positives(x: Tensor, group: Tensor, isolated: Tensor | None) -> tuple[Tensor, Tensor]:
