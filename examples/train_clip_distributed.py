@@ -2,9 +2,11 @@
 
     torchrun --nproc_per_node 2 --max-restarts 3 examples/train_clip_distributed.py
     torchrun --nproc_per_node 2 --max-restarts 3 examples/train_clip_distributed.py --fail-in-epoch 3
+    torchrun --nproc_per_node 2 examples/train_clip_distributed.py --chunk 60
 
 The second command kills one rank in its fourth epoch. torchrun starts all ranks again, they go on from the checkpoint,
-and end with the same weights: epochs draw their images and captions from seeds of their own.
+and end with the same weights: epochs draw their images and captions from seeds of their own. The third holds the
+encoders' activations of 60 images at a time (gradient_cache.py), with the gradients of the whole batch.
 """
 
 import datetime
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 import typer
 from digits import CHANCE, Digits, DualEncoder, draw_captions, load_split
+from gradient_cache import cached_backward
 from torch import nn
 from training import Epochs, Seed
 from zero_shot import evaluate
@@ -49,7 +52,7 @@ class Run:
         dist.barrier()  # nobody is an epoch ahead of what a restart would find
 
 
-def train_epoch(run: Run, parallel: nn.Module, loss: ClipLoss, data: Digits, seed: int) -> float:
+def train_epoch(run: Run, parallel: nn.Module, loss: ClipLoss, data: Digits, seed: int, chunk: int) -> float:
     """One pass; the mean loss of this rank. All ranks draw one order and take every R-th image of each batch."""
     rank, world = dist.get_rank(), dist.get_world_size()
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed + run.epochs_done))
@@ -57,15 +60,17 @@ def train_epoch(run: Run, parallel: nn.Module, loss: ClipLoss, data: Digits, see
     losses = []
     for batch in order.split(BATCH_SIZE):
         own = data[batch[rank::world]]
-        value = loss(*parallel(own.images, draw_captions(own.labels)))
+        images, captions = own.images, draw_captions(own.labels)
         run.optimizer.zero_grad()
-        value.backward()
+        value = cached_backward(parallel, loss, list(zip(images.split(chunk), captions.split(chunk))))
         run.optimizer.step()
         losses.append(value.item())
     return sum(losses) / len(losses)
 
 
-def train(epochs: int, checkpoint: Path, seed: int, device: torch.device, fail_in_epoch: int = -1) -> float | None:
+def train(
+    epochs: int, checkpoint: Path, seed: int, device: torch.device, fail_in_epoch: int = -1, chunk: int = BATCH_SIZE
+) -> float | None:
     """Up to ``epochs`` in all, from the checkpoint if there is one. On rank 0 the zero-shot accuracy."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(seed)
@@ -78,7 +83,7 @@ def train(epochs: int, checkpoint: Path, seed: int, device: torch.device, fail_i
     while run.epochs_done < epochs:
         if run.epochs_done == fail_in_epoch and rank == world - 1:
             os._exit(1)
-        mean = train_epoch(run, parallel, loss, train_data, seed)
+        mean = train_epoch(run, parallel, loss, train_data, seed, chunk)
         run.save()
         if rank == 0:
             print(f"epoch {run.epochs_done}: loss {mean:.3f}", flush=True)
@@ -91,6 +96,7 @@ def main(
     seed: Seed = 0,
     timeout: Annotated[int, typer.Option(help="Seconds that a rank waits for the others.", min=1)] = 60,
     fail_in_epoch: Annotated[int, typer.Option(help="The last rank dies in this epoch, the first time.")] = -1,
+    chunk: Annotated[int, typer.Option(help="Images whose activations are held at a time.", min=1)] = BATCH_SIZE,
 ) -> None:
     """Train CLIP on handwritten digits on all ranks that torchrun starts, and name held-out digits zero-shot."""
     on_gpu = torch.cuda.is_available()
@@ -99,7 +105,7 @@ def main(
     # The timeout bounds what a lost rank costs: the others fail, and torchrun starts all again.
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout))
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    accuracy = train(epochs, checkpoint, seed, device, fail_in_epoch if first_start else -1)
+    accuracy = train(epochs, checkpoint, seed, device, fail_in_epoch if first_start else -1, chunk)
     if accuracy is not None:
         print(f"zero-shot accuracy {accuracy:.1%} (chance {CHANCE:.0%})", flush=True)
     dist.destroy_process_group()

@@ -7,6 +7,10 @@ import torch.distributed as dist
 from distributed_cases import LOSSES, SPREAD, Batch, in_one_process, on_one_rank
 from processes import Ranks, needs_gloo
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from replearn_kernels import ClipLoss, SigLipLoss, clip_loss, siglip_loss, sup_con_loss
 
@@ -183,6 +187,47 @@ def in_distributed_data_parallel(rank, index, sizes, steps):
         with model.no_sync() if step < steps - 1 else torch.enable_grad():
             (model(image[own] + step, text[own]) / steps).backward()
     return [parameter.grad.numpy() for parameter in towers.parameters()]
+
+
+def fully_sharded(rank, index, sizes):
+    """The same under FSDP2, which shards every parameter over the ranks and averages their gradients too."""
+    loss = TOWER_LOSSES[index]
+    towers = Towers(lambda *features: loss(*features, group=dist.group.WORLD))
+    scalars = {towers.log_scale, towers.bias}  # 0-d: FSDP shards along a dimension
+    fully_shard(towers, mesh=init_device_mesh("cpu", (len(sizes),)), ignored_params=scalars)
+    image, text = tower_inputs(sum(sizes))
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    towers(image[own], text[own]).backward()
+    gradients = []
+    for parameter in towers.parameters():
+        gradient = parameter.grad
+        if parameter in scalars:
+            dist.all_reduce(gradient.div_(len(sizes)))
+        gradients.append(gradient.full_tensor().numpy() if isinstance(gradient, DTensor) else gradient.numpy())
+    return gradients
+
+
+def with_activation_checkpoint(rank, index, sizes):
+    """The towers and the loss are run again in the backward pass, on all ranks alike."""
+    loss = TOWER_LOSSES[index]
+    towers = Towers(lambda *features: loss(*features, group=dist.group.WORLD))
+    image, text = tower_inputs(sum(sizes))
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    checkpoint(towers, image[own], text[own], use_reentrant=False).backward()
+    for parameter in towers.parameters():
+        dist.all_reduce(parameter.grad.div_(len(sizes)))
+    return [parameter.grad.numpy() for parameter in towers.parameters()]
+
+
+@pytest.mark.parametrize("how", [fully_sharded, with_activation_checkpoint], ids=lambda how: how.__name__)
+@pytest.mark.parametrize("index", range(len(TOWER_LOSSES)), ids=lambda i: TOWER_LOSSES[i].__name__)
+def test_composes(ranks, index, how):
+    for sizes in SIZES[ranks.world_size][:2]:
+        towers = Towers(lambda *features: TOWER_LOSSES[index](*features, backend="eager"))
+        towers(*tower_inputs(sum(sizes))).backward()
+        for gradients in ranks.run(how, index, sizes):
+            for gradient, parameter in zip(gradients, towers.parameters(), strict=True):
+                torch.testing.assert_close(torch.from_numpy(np.asarray(gradient)), parameter.grad, **EXACT)
 
 
 def tower_inputs(rows):
