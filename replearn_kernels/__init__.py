@@ -1,5 +1,6 @@
 """Fused losses for representation learning: all pairs of a batch, tile by tile, never the N x N matrix."""
 
+from .classifiers import ArcFaceLoss, CosFaceLoss
 from .dino import DINOHeadLoss, DINOLoss
 from .engine.counters import count_work
 from .engine.workspace import empty_cache
@@ -20,9 +21,7 @@ from .functional import (
     triplet_margin_loss,
 )
 from .losses import (
-    ArcFaceLoss,
     ClipLoss,
-    CosFaceLoss,
     CosineSimilarityLoss,
     InfoNCELoss,
     NPairLoss,

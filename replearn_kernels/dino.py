@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .engine import validation
+from .engine.world import SharesGroup
 from .functional.distillation import check_dino_options, check_dino_temperature
 
 _SUM_ROWS = 4096  # prototypes whose mean logits are formed at once
 
 
-class DINOLoss(nn.Module):
+class DINOLoss(SharesGroup, nn.Module):
     """:func:`~replearn_kernels.dino_loss` with a center that follows the teacher, and a warm-up of its temperature.
 
     In training mode every call, after its loss, moves the center to
     ``center_momentum * center + (1 - center_momentum) * mean``, with the mean of the teacher's logits over views and
-    batch, over all processes where torch.distributed is initialised. The center is a buffer, which stays fp32 when the
-    module is moved to half precision.
+    batch, over all processes of ``group`` where torch.distributed is initialised. The center is a buffer, which stays
+    fp32 when the module is moved to half precision.
 
     Centering keeps the teacher from one prototype, its low temperature from the uniform distribution. A loss that rises
     to log K and stays has collapsed to the latter: the head's outputs share too large a mean for the temperature.
@@ -36,6 +37,7 @@ class DINOLoss(nn.Module):
         warmup_teacher_temp: the teacher's temperature in epoch 0.
         warmup_teacher_temp_epochs: E; 0 for no warm-up.
         center_momentum: in [0, 1].
+        group: a torch.distributed process group. Default None: the default group, if there is one.
 
     Raises:
         TypeError, ValueError: as :func:`dino_loss`, or an argument is not of the type or range above.
@@ -52,6 +54,7 @@ class DINOLoss(nn.Module):
         center_momentum: float = 0.9,
         reduction: str = "mean",
         backend: str = "auto",
+        group=None,
     ):
         super().__init__()
         out_dim = validation.check_count("out_dim", out_dim, 1)
@@ -62,7 +65,7 @@ class DINOLoss(nn.Module):
         self.student_temp, self.teacher_temp, _ = check_dino_options(
             student_temp, teacher_temp, reduction, backend, torch.float32
         )
-        self.reduction, self.backend = reduction, backend
+        self.reduction, self.backend, self.group = reduction, backend, group
         self.register_buffer("center", torch.zeros(out_dim, dtype=torch.float32))
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, epoch: float = 0) -> Tensor:
@@ -72,7 +75,7 @@ class DINOLoss(nn.Module):
         if self.training:
             with torch.no_grad():
                 total = teacher_logits.sum((0, 1), dtype=self.center.dtype)
-                self._update_center(total, teacher_logits.shape[:2].numel())
+                self._move_center(*self._over_ranks(total, teacher_logits.shape[:2].numel()))
         return loss
 
     def teacher_temp_at(self, epoch: float) -> float:
@@ -99,13 +102,16 @@ class DINOLoss(nn.Module):
             backend=self.backend,
         )
 
-    def _update_center(self, total: Tensor, rows: int) -> None:
-        """Move the center to the mean of ``rows`` rows of logits, which sum to ``total``. No rows: it stays."""
+    def _over_ranks(self, total: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The mean of rows that sum to ``total``, and their number; over all processes, as all ranks have them."""
         total = torch.cat([total.to(self.center.dtype), self.center.new_full((1,), rows)])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(total)
-        mean, count = total[:-1] / total[-1].clamp(min=1), total[-1]
-        self.center.lerp_(torch.where(count > 0, mean, self.center), 1 - self.center_momentum)
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
+            dist.all_reduce(total, group=self.group)
+        return total[:-1] / total[-1].clamp(min=1), total[-1]
+
+    def _move_center(self, mean: Tensor, count: Tensor) -> None:
+        """Towards the mean of ``count`` rows of logits. No rows: it stays."""
+        self.center.lerp_(torch.where(count > 0, mean.to(self.center.dtype), self.center), 1 - self.center_momentum)
 
     def _apply(self, fn, recurse=True):
         """To another device, but not to half precision: the steps of a running mean would be rounded away."""
@@ -128,7 +134,17 @@ class DINOHeadLoss(DINOLoss):
         loss = dino(student, teacher, prototypes.weight, teacher_prototypes.weight, epoch)
 
     The mean of the teacher's logits is ``mean(teacher_features) @ teacher_weight.T``: O(K d), without logits.
+
+    Args:
+        group: of :func:`~replearn_kernels.dino_head_loss` too. Default None: the loss is that of this process, and the
+            center's mean is over the default group, whose ranks have the same teacher.
+        shard_prototypes: with a group, the weights are this rank's part of the prototypes; ``out_dim`` is their number.
+            Default True.
     """
+
+    def __init__(self, out_dim: int, *, shard_prototypes: bool = True, **options):
+        super().__init__(out_dim, **options)
+        self.shard_prototypes = validation.check_flag("shard_prototypes", shard_prototypes)
 
     def forward(
         self,
@@ -141,12 +157,14 @@ class DINOHeadLoss(DINOLoss):
         """The loss of ``[V, B, d]`` and ``[U, B, d]`` under each side's ``[K, d]`` in this epoch, counted from 0."""
         center = self.center.clone()  # the backward pass needs it as it was
         loss = F.dino_head_loss(
-            student_features, teacher_features, student_weight, teacher_weight, center, **self._options(epoch)
-        )
+            student_features, teacher_features, student_weight, teacher_weight, center,
+            group=self.group, shard_prototypes=self.shard_prototypes, **self._options(epoch),
+        )  # fmt: skip
         if self.training:
             with torch.no_grad():
-                features = teacher_features.sum((0, 1), dtype=self.center.dtype)
+                total = teacher_features.sum((0, 1), dtype=self.center.dtype)
+                mean, count = self._over_ranks(total, teacher_features.shape[:2].numel())
                 # Not a matrix product, which autocast would round; a tile, which keeps half weights from a whole copy.
-                totals = [(weight * features).sum(1) for weight in teacher_weight.split(_SUM_ROWS)]
-                self._update_center(torch.cat(totals), teacher_features.shape[:2].numel())
+                means = [(weight * mean).sum(1) for weight in teacher_weight.split(_SUM_ROWS)]
+                self._move_center(torch.cat(means), count)
         return loss

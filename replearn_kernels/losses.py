@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional as F
 from .engine import validation
 from .engine.plan import DEFAULT_MEMORY_BUDGET
-from .functional.classification import CLASSIFIER_BUDGET, LARGEST_ARCFACE_MARGIN, LARGEST_COSFACE_MARGIN
+from .engine.world import SharesGroup
 
 
-class _Loss(nn.Module):
+class _Loss(SharesGroup, nn.Module):
     """A loss function with its keywords set: ``self.options``, shown by repr."""
 
     reductions = validation.REDUCTIONS
@@ -27,15 +24,6 @@ class _Loss(nn.Module):
         validation.check_flag("normalize", options.get("normalize", False))
         validation.check_strategy(options.get("strategy", "auto"))
         self.options = options
-
-    def __deepcopy__(self, memo):
-        """A process group is a place in the world: a copy of the module shares it."""
-        if (group := self.options.get("group")) is not None:
-            memo[id(group)] = group
-        copied = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return copied
 
     def extra_repr(self) -> str:
         return _repr(self.options)
@@ -284,82 +272,6 @@ class CosineSimilarityLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return _repr(self.options)
-
-
-class _MarginLoss(_Loss):
-    """A classifier with a margin: it owns the class centres, ``weight[classes, dim]``, a parameter."""
-
-    def __init__(
-        self, dim: int, classes: int, margin: float, scale: float, reduction: str, backend: str, memory_budget: int
-    ):
-        validation.check_count("dim", dim, 1)
-        validation.check_count("classes", classes, 1)
-        super().__init__(
-            margin=margin,
-            scale=validation.check_positive("scale", scale),
-            reduction=reduction,
-            backend=backend,
-            memory_budget=memory_budget,
-        )
-        self.weight = nn.Parameter(torch.empty(classes, dim))
-        nn.init.xavier_normal_(self.weight)
-
-    def logits(self, embeddings: Tensor) -> Tensor:
-        """``scale * cos``, ``[B, C]`` and without the margin: for inference, where C x B does fit."""
-        centres = nn.functional.normalize(self.weight, dim=1)
-        return self.options["scale"] * nn.functional.normalize(embeddings, dim=1) @ centres.t()
-
-    def extra_repr(self) -> str:
-        classes, dim = self.weight.shape
-        return f"dim={dim}, classes={classes}, {super().extra_repr()}"
-
-
-class ArcFaceLoss(_MarginLoss):
-    """:func:`~replearn_kernels.arcface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
-
-    Its parameter belongs in the optimizer, beside the encoder's.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        classes: int,
-        *,
-        margin: float = 0.5,
-        scale: float = 64.0,
-        reduction: str = "mean",
-        backend: str = "auto",
-        memory_budget: int = CLASSIFIER_BUDGET,
-    ):
-        margin = validation.check_margin(margin, LARGEST_ARCFACE_MARGIN)
-        super().__init__(dim, classes, margin, scale, reduction, backend, memory_budget)
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return F.arcface_loss(embeddings, self.weight, labels, **self.options)
-
-
-class CosFaceLoss(_MarginLoss):
-    """:func:`~replearn_kernels.cosface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
-
-    Its parameter belongs in the optimizer, beside the encoder's.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        classes: int,
-        *,
-        margin: float = 0.35,
-        scale: float = 64.0,
-        reduction: str = "mean",
-        backend: str = "auto",
-        memory_budget: int = CLASSIFIER_BUDGET,
-    ):
-        margin = validation.check_margin(margin, LARGEST_COSFACE_MARGIN)
-        super().__init__(dim, classes, margin, scale, reduction, backend, memory_budget)
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return F.cosface_loss(embeddings, self.weight, labels, **self.options)
 
 
 def _group_of(loss: ClipLoss | SigLipLoss):

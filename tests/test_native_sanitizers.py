@@ -27,9 +27,9 @@ def sanitizer(compiler: str, name: str) -> str:
 
 
 def build(compiler: str, folder: Path, library: Path) -> None:
-    """The whole library with sanitizers, two files at a time, at -O1: that is most of this test's time."""
+    """The whole library with sanitizers, two files at a time: most of this test's time, at -O1 2.5 times as much."""
     includes = [f"-I{path}" for path in (ROOT / "csrc", *include_paths())]
-    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-w", *SANITIZE, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags = ["-std=c++17", "-O0", "-g1", "-fPIC", "-w", *SANITIZE, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
     def compile(source: Path) -> str:
         target = str(folder / f"{source.stem}.o")

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import distributed, schedules
+from . import schedules
 from .problem import Inputs
 from .schedules import Config
-from .shards import Layout
 
 _INPUTS = (
     "Tensor query, Tensor[] keys, Tensor? own, Tensor? target, Tensor? row_group, Tensor? column_group, "
@@ -49,17 +48,18 @@ torch.library.register_fake("replearn_kernels::pair_loss", _forward_with(schedul
 torch.library.register_fake("replearn_kernels::pair_loss_backward", _backward_with(schedules.fake_backward))
 
 
-def pair_loss(inputs: Inputs, config: Config, layout: Layout | None = None) -> Tensor:
-    """The loss of every row against its columns, differentiable once; with a ``layout``, those of all ranks.
+def pair_loss(inputs: Inputs, config: Config, of_group=None) -> Tensor:
+    """The loss of every row against its columns, differentiable once.
+
+    ``of_group``: what takes the place of :mod:`.schedules` where the batch is that of several ranks.
 
     Raises:
-        NotImplementedError: inside a torch.func transform; a layout with tensors that are traced or wrapped.
+        NotImplementedError: inside a torch.func transform; in a group, with tensors that are traced or wrapped.
     """
     refuse_transforms()
-    if layout is not None:
-        if needs_dispatcher(*inputs.differentiable):
-            raise NotImplementedError("a loss with group= takes plain tensors: their data goes to other ranks")
-        return _PairLoss.apply(distributed.Schedules(layout), config, len(inputs.keys), *_flat(inputs))
+    if of_group is not None:
+        refuse_wrapped(*inputs.differentiable)
+        return _PairLoss.apply(of_group, config, len(inputs.keys), *_flat(inputs))
     if needs_dispatcher(*inputs.differentiable):
         return torch.ops.replearn_kernels.pair_loss(*inputs, *config)[0]
     return _PairLoss.apply(schedules, config, len(inputs.keys), *_flat(inputs))
@@ -71,6 +71,12 @@ def refuse_transforms() -> None:
             "replearn_kernels losses have no rule for torch.func transforms (grad, vmap, jvp, ...); "
             "use torch.autograd, or backend='eager'."
         )
+
+
+def refuse_wrapped(*tensors: Tensor) -> None:
+    """With a group."""
+    if needs_dispatcher(*tensors):
+        raise NotImplementedError("a loss with group= takes plain tensors: their data goes to other ranks")
 
 
 def refuse_forward_mode(rows: Tensor) -> None:

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..objectives.dino import Dino
+from ..objectives.dino import Dino, Statistics
 from .columns import blocks
 from .counters import count_product
 from .operators import refuse_second_derivative, refuse_transforms
@@ -121,14 +121,17 @@ def forward(source_type, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, student_temp, teacher_temp, reduction = arguments
     with on_device_of(tensors[0]):
         source, objective = source_type(*tensors), Dino(student_temp, teacher_temp)
-        views, teacher_views, batch = _shape(source_type, tensors)
-        like = tensors[0].new_empty((), dtype=source.dtype)
-        statistics = objective.new_statistics(batch, views, teacher_views, like)
-        for rows, _, student, teacher in source.tiles():
-            objective.update_statistics(student, teacher, statistics.of_rows(rows))
+        statistics = sweep_statistics(source, objective, *_shape(source_type, tensors))
         losses = objective.losses(statistics)
-        loss = losses if reduction == "none" else losses.sum() * _share(batch, reduction)
+        loss = losses if reduction == "none" else losses.sum() * _share(len(losses), reduction)
         return loss, statistics.student, statistics.teacher
+
+
+def sweep_statistics(source: Logits | Heads, objective: Dino, views: int, teacher_views: int, batch: int) -> Statistics:
+    statistics = objective.new_statistics(batch, views, teacher_views, source.center.new_empty((), dtype=source.dtype))
+    for rows, _, student, teacher in source.tiles():
+        objective.update_statistics(student, teacher, statistics.of_rows(rows))
+    return statistics
 
 
 def backward(source_type, grad_loss, student_table, teacher_table, *arguments) -> list[Tensor]:

@@ -228,10 +228,15 @@ def _row_weights(grad_loss: Tensor, run: _Run) -> tuple[Tensor, Tensor]:
     rows = run.problem.rows
     if run.config.reduction != "none":
         return torch.ones((), dtype=grad_loss.dtype, device=grad_loss.device).expand(rows), grad_loss
-    largest = grad_loss.abs().amax() if rows else grad_loss.new_ones(())
+    return of_order_one(grad_loss)
+
+
+def of_order_one(grad_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(weights, factor): the same, of which the largest weight has the magnitude 1 where it can."""
+    largest = grad_rows.abs().amax() if len(grad_rows) else grad_rows.new_ones(())
     usable = (largest > 0) & largest.isfinite()  # an infinite one must not make NaN of the other rows
     factor = torch.where(usable, largest, 1)
-    return grad_loss / factor, factor
+    return grad_rows / factor, factor
 
 
 def plan_of(inputs: Inputs, config: Config, make=None) -> Plan:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objectives import Objective
 from .columns import BatchColumns, SharedColumns, VisitingRows
 from .problem import Inputs, Problem, centred, statistics_dtype, sum_at
-from .validation import check_values
+from .validation import check_inside, check_values
 from .world import World
 
 # Up to so many bytes of features and gradients of all ranks, "auto" gathers them: two exchanges, not one per rank.
@@ -185,7 +185,6 @@ def meet(world: World, inputs: Inputs, objective, alike: dict, strategy: str) ->
     check_values(inputs._replace(target=None), objective)
     alike = {
         "loss": objective.name,
-        **world.keywords,
         "parameters": objective.parameters,
         "d": inputs.query.shape[1],
         "dtype": str(inputs.query.dtype),
@@ -197,16 +196,29 @@ def meet(world: World, inputs: Inputs, objective, alike: dict, strategy: str) ->
         "strategy": strategy,
         **alike,
     }
-    told = {"alike": alike, "rows": inputs.query.shape[0], "columns": inputs.widths[0], "target": _range(inputs.target)}
-    descriptions = world.meet(told)
-    _check_alike([description["alike"] for description in descriptions])
+    told = {"rows": inputs.query.shape[0], "columns": inputs.widths[0], "target": _range(inputs.target)}
+    descriptions = agree(world, alike, told)
     columns = [description["columns"] for description in descriptions]
-    _check_targets([description["target"] for description in descriptions], sum(columns))
+    name = objective.target_name
+    _check_targets(name, [description["target"] for description in descriptions], sum(columns))
+    if inputs.target is not None and inputs.target.device.type != "cpu":
+        check_inside(name, inputs.target, sum(columns))
     if strategy == "auto":
         itemsize = inputs.query.dtype.itemsize + statistics_dtype(inputs.query.dtype).itemsize
         small = sum(columns) * inputs.query.shape[1] * itemsize <= _GATHERED_BYTES
         strategy = "gather" if small else "ring"
     return Layout(world, [description["rows"] for description in descriptions], columns, inputs.is_batch, strategy)
+
+
+def agree(world: World, alike: dict, told: dict) -> list[dict]:
+    """What every rank has ``told``, once all have said that they are ``alike``, and the call's options with them.
+
+    Raises:
+        ValueError: they are not, on every rank; or the call failed on another rank, before it came here.
+    """
+    descriptions = world.meet({"alike": {"loss": alike["loss"], **world.keywords, **alike}, **told})
+    _check_alike([description["alike"] for description in descriptions])
+    return descriptions
 
 
 def _check_alike(descriptions: list[dict]) -> None:
@@ -219,11 +231,11 @@ def _check_alike(descriptions: list[dict]) -> None:
             raise ValueError(f"{name} must be the same on every rank of the group, got {values}")
 
 
-def _check_targets(ranges: list[tuple[int, int] | None], columns: int) -> None:
+def _check_targets(name: str, ranges: list[tuple[int, int] | None], columns: int) -> None:
     for rank, bounds in enumerate(ranges):
         if bounds is not None and not 0 <= bounds[0] <= bounds[1] < columns:
             wrong = bounds[0] if bounds[0] < 0 else bounds[1]
-            raise ValueError(f"target must be in [0, {columns}), the keys of all ranks, got {wrong} on rank {rank}")
+            raise ValueError(f"{name} must be in [0, {columns}), over all ranks, got {wrong} on rank {rank}")
 
 
 def _range(target: Tensor | None) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import torch
@@ -80,6 +81,19 @@ class World:
 
     def _operation(self, kind, rank: int, tensor: Tensor) -> dist.P2POp:
         return dist.P2POp(kind, tensor, group=self.group, group_peer=rank)
+
+
+class SharesGroup:
+    """For modules with a process group, as attribute or option: a copy shares it, as it is a place in the world."""
+
+    def __deepcopy__(self, memo):
+        for group in (getattr(self, "group", None), getattr(self, "options", {}).get("group")):
+            if group is not None:
+                memo[id(group)] = group
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
 
 def wait(pending: list[dist.Work]) -> None:

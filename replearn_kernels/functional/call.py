@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine import validation
+from ..engine import distributed, validation
 from ..engine.backends import resolve_backend
 from ..engine.operators import pair_loss
 from ..engine.problem import Inputs, statistics_dtype
@@ -45,9 +45,15 @@ class Options(NamedTuple):
         validation.check_memory_budget(memory_budget)
         validation.check_strategy(strategy)
         name = resolve_backend(backend, features.device, features.dtype)
-        if world is not None and name == "eager":
-            raise ValueError("backend='eager' is the formula for the batch of one process: it takes no group")
+        if world is not None:
+            refuse_eager(name)
         return cls(reduction, name, memory_budget, world, strategy, backend)
+
+
+def refuse_eager(backend: str) -> None:
+    """With a group."""
+    if backend == "eager":
+        raise ValueError("backend='eager' is the formula for the batch of one process: it takes no group")
 
 
 def in_group(function):
@@ -96,14 +102,19 @@ def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[
         validation.check_values(inputs, objective)
         with on_device_of(inputs.query):
             return eager()
+    config = config_of(inputs, objective, options)
+    if options.world is None:
+        return pair_loss(inputs, config)
+    alike = {"reduction": options.reduction, "requires_grad": config.needs_grad}
+    layout = meet(options.world, inputs, objective, alike, options.strategy)
+    return pair_loss(inputs, config, distributed.Schedules(layout))
+
+
+def config_of(inputs: Inputs, objective: Objective, options: Options) -> Config:
     enabled = torch.is_grad_enabled()
     needs_grad = [enabled and tensor.requires_grad for tensor in inputs.differentiable]
     how = options.reduction, options.backend, options.memory_budget
-    config = Config(objective.name, objective.parameters, *how, needs_grad)
-    if options.world is None:
-        return pair_loss(inputs, config)
-    alike = {"reduction": options.reduction, "requires_grad": needs_grad}
-    return pair_loss(inputs, config, meet(options.world, inputs, objective, alike, options.strategy))
+    return Config(objective.name, objective.parameters, *how, needs_grad)
 
 
 def unit_rows(features: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from torch import Tensor
 from .. import reference
 from ..engine import validation
 from ..engine.problem import Inputs
+from ..engine.world import World
 from ..objectives import MarginSoftmax
-from .call import Options, check_pair, run, unit_rows
+from .call import Options, check_pair, in_group, run, unit_rows
+from .gathered import loss_of_every_rank, loss_over_class_shards
 
 CLASSIFIER_BUDGET = 32 * 2**20
 """Bytes of cosines kept: with a million classes the weight is what fills the memory, and the loss should add little."""
@@ -19,6 +21,7 @@ LARGEST_ARCFACE_MARGIN = math.pi
 LARGEST_COSFACE_MARGIN = 2.0
 
 
+@in_group
 def arcface_loss(
     embeddings: Tensor,
     weight: Tensor,
@@ -29,6 +32,8 @@ def arcface_loss(
     reduction: str = "mean",
     backend: str = "auto",
     memory_budget: int = CLASSIFIER_BUDGET,
+    group=None,
+    shard_classes: bool = True,
 ) -> Tensor:
     r"""Cross entropy over cosines to C class centres, with a margin added to the angle to the true one.
 
@@ -43,13 +48,21 @@ def arcface_loss(
 
     Args:
         embeddings: ``[B, d]``, fp16, bf16, fp32 or fp64, any strides and lengths.
-        weight: ``[C, d]``, the class centres, of any lengths, the same dtype and device; gets a gradient.
-        labels: int64 ``[B]``, in ``[0, C)``.
+        weight: ``[C, d]``, the class centres, of any lengths, the same dtype and device; gets a gradient. With a group,
+            this rank's classes, unless ``shard_classes=False``.
+        labels: int64 ``[B]``, in ``[0, C)``; with a group, numbered through the classes of all ranks, in their order.
         margin: in radians, in [0, pi].
         scale: multiplies the cosines; positive.
         reduction: "mean" over the rows, "sum", or "none": ``[B]``.
         backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of cosines that may be kept for the backward pass. Default 32 MiB; 0 keeps none.
+        group: a torch.distributed process group, each of whose ranks passes its shard of the batch, of any size, and
+            calls backward. Default None: this process alone. The value of rank r is R times its own rows' part of the
+            mean over all ranks' rows (docs/design.md, "Many ranks").
+        shard_classes: with a group, every rank has classes of its own ("partial FC"): the rows are gathered, and the
+            weight stays where it is. Its gradient is that of the mean of the ranks' values: nothing has to be averaged,
+            so keep the weight out of DistributedDataParallel. False: every rank has the whole weight, as a parameter
+            whose gradients DistributedDataParallel averages. Default True.
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). Without rows 0, with zero gradients.
@@ -57,13 +70,16 @@ def arcface_loss(
     Raises:
         TypeError: an argument is not of the type or dtype above, or the features differ in dtype.
         ValueError: wrong rank or shape, different widths or devices, a label out of range, a margin out of range, a
-            scale that is not positive and finite, an unknown reduction or backend, a negative budget.
+            scale that is not positive and finite, an unknown reduction or backend, a negative budget; with a group,
+            options that differ between its ranks.
         RuntimeError: the backend asked for is not available here.
     """
     objective = MarginSoftmax(validation.check_margin(margin, LARGEST_ARCFACE_MARGIN), angular=True)
-    return _margin_loss(objective, embeddings, weight, labels, scale, reduction, backend, memory_budget)
+    options = reduction, backend, memory_budget, group, shard_classes
+    return _margin_loss(objective, embeddings, weight, labels, scale, *options)
 
 
+@in_group
 def cosface_loss(
     embeddings: Tensor,
     weight: Tensor,
@@ -74,6 +90,8 @@ def cosface_loss(
     reduction: str = "mean",
     backend: str = "auto",
     memory_budget: int = CLASSIFIER_BUDGET,
+    group=None,
+    shard_classes: bool = True,
 ) -> Tensor:
     r"""Cross entropy over cosines to C class centres, with a margin taken from the cosine to the true one.
 
@@ -84,7 +102,8 @@ def cosface_loss(
     Args, result and exceptions are those of :func:`arcface_loss`, but that ``margin`` is a cosine, in [0, 2].
     """
     objective = MarginSoftmax(validation.check_margin(margin, LARGEST_COSFACE_MARGIN), angular=False)
-    return _margin_loss(objective, embeddings, weight, labels, scale, reduction, backend, memory_budget)
+    options = reduction, backend, memory_budget, group, shard_classes
+    return _margin_loss(objective, embeddings, weight, labels, scale, *options)
 
 
 def _margin_loss(
@@ -96,10 +115,16 @@ def _margin_loss(
     reduction: str,
     backend: str,
     memory_budget: int,
+    world: World | None,
+    shard_classes: bool,
 ) -> Tensor:
+    shard_classes = validation.check_flag("shard_classes", shard_classes) and world is not None
     embeddings, weight = check_pair({"embeddings": embeddings, "weight": weight})
     validation.check_target(labels, len(embeddings), len(weight), embeddings, name="labels", required=True)
     logit_scale = validation.check_scale("scale", validation.check_positive("scale", scale), embeddings)
-    options = Options.of(reduction, backend, memory_budget, embeddings)
+    options = Options.of(reduction, backend, memory_budget, embeddings, world)
     inputs = Inputs(unit_rows(embeddings), [weight], None, labels, None, None, logit_scale, None)
+    if world is not None:
+        over_ranks = loss_over_class_shards if shard_classes else loss_of_every_rank
+        return over_ranks(inputs, objective, options)
     return run(inputs, objective, options, lambda: reference.margin_loss(inputs, objective, reduction))

@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import reference
 from ..engine import prototypes, validation
 from ..engine.problem import statistics_dtype
-from .call import autocast
+from .call import autocast, in_group
+from .gathered import dino_head_loss_in_group
 
 DINO_BACKENDS = ("auto", "eager")
 
@@ -71,6 +72,7 @@ def dino_loss(
     return prototypes.dino_loss(*tensors, *config)
 
 
+@in_group
 def dino_head_loss(
     student_features: Tensor,
     teacher_features: Tensor,
@@ -82,6 +84,8 @@ def dino_head_loss(
     teacher_temp: float = 0.04,
     reduction: str = "mean",
     backend: str = "auto",
+    group=None,
+    shard_prototypes: bool = True,
 ) -> Tensor:
     r"""The DINO loss from features and prototypes: :func:`dino_loss` of ``features @ weight.T``, of which only a tile
     of some prototypes is ever formed.
@@ -96,6 +100,13 @@ def dino_head_loss(
         student_weight: ``[K, d]``, the last layer's prototypes, of the same dtype and device.
         teacher_weight: ``[K, d]``, of the same dtype and device. Gets no gradient.
         center: ``[K]``, floating-point, on the same device. Gets no gradient.
+        group: a torch.distributed process group, each of whose ranks passes its shard of the samples, of any size, and
+            calls backward. Default None: this process alone. The value of rank r is R times its own samples' part of
+            the mean over all ranks' samples (docs/design.md, "Many ranks").
+        shard_prototypes: with a group, the K weights and centers of a rank are its own part of the prototypes: the
+            features are gathered, and the weights stay where they are. ``student_weight`` gets the gradient of the mean
+            of the ranks' values: nothing has to be averaged, so keep it out of DistributedDataParallel. False: every
+            rank has them all, whose gradients DistributedDataParallel averages. Default True.
 
     Under autocast features and weights enter the products in its dtype, while logits stay fp32. The other arguments,
     the result and the exceptions are those of :func:`dino_loss`.
@@ -115,6 +126,9 @@ def dino_head_loss(
     center = _check_center(center, student, len(student_weight))
     config = check_dino_options(student_temp, teacher_temp, reduction, backend, student.dtype)
     tensors = student, student_weight, teacher.detach(), teacher_weight.detach(), center
+    validation.check_flag("shard_prototypes", shard_prototypes)
+    if group is not None:
+        return dino_head_loss_in_group(group, tensors, *config, backend, shard_prototypes)
     if backend == "eager":
         return reference.dino_head_loss(*tensors, *config)
     return prototypes.dino_head_loss(*tensors, *config)

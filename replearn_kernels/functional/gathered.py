@@ -1,7 +1,7 @@
 """Losses over a process group whose pairs do not meet block by block: every rank gathers the rows of all.
 
-Each rank does the whole batch's work, in O(global N d) memory, and takes the losses of its own rows. Value and
-gradients follow the convention of :mod:`..engine.distributed`.
+In O(global N d) memory each rank does the whole batch's work, or, where classes are spread over the ranks, that of its
+own classes, and takes the losses of its own rows. Values and gradients are those of :mod:`..engine.distributed`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..engine import prototypes
+from ..engine.class_shards import ClassShards
+from ..engine.operators import pair_loss, refuse_wrapped
 from ..engine.problem import Inputs
-from ..engine.shards import meet
+from ..engine.prototype_shards import dino_head_losses
+from ..engine.shards import Layout, agree, meet
+from ..engine.validation import check_inside
 from ..engine.world import World
 from ..objectives import Objective
+from .call import Options, config_of, refuse_eager, run
 
 RowLosses = Callable[[Inputs], tuple[Tensor, Tensor]]
 
@@ -28,17 +34,102 @@ def gathered_loss(
         alike: options that must be the same on every rank.
         row_losses: of a batch, the loss of every row, ``[N]``, and what the mean is over, a 0-d tensor.
     """
-    needs_grad = torch.is_grad_enabled() and inputs.query.requires_grad
-    layout = meet(world, inputs, objective, {"reduction": reduction, "requires_grad": needs_grad, **alike}, "gather")
-    rows = _GatherRows.apply(inputs.query, world, layout.rows)
-    labels = torch.cat(world.gather(inputs.row_group, layout.rows))
-    losses, counted = row_losses(inputs._replace(query=rows, row_group=labels))
-    own = losses[sum(layout.rows[: world.rank]) :][: layout.rows[world.rank]]
+    layout = _meet(world, inputs, objective, {"reduction": reduction, **alike})
+    batch = inputs._replace(
+        query=gather_rows(inputs.query, world, layout.rows),
+        row_group=torch.cat(world.gather(inputs.row_group, layout.rows)),
+    )
+    losses, counted = row_losses(batch)
+    return _reduced(losses.split(layout.rows)[world.rank], counted, reduction, world)
+
+
+def loss_over_class_shards(inputs: Inputs, objective: Objective, options: Options) -> Tensor:
+    """The loss of the own rows against the classes of all ranks; ``inputs`` has the own ones, and targets in all."""
+    world = options.world
+    layout = _meet(world, inputs, objective, {"reduction": options.reduction})
+    target = torch.cat(world.gather(inputs.target, layout.rows))
+    batch = inputs._replace(
+        query=gather_rows(inputs.query, world, layout.rows), target=target - layout.first_column(world.rank)
+    )
+    config = config_of(batch, objective, options._replace(reduction="none"))
+    losses = pair_loss(batch, config, ClassShards(layout))
+    return _reduced(losses.split(layout.rows)[world.rank], len(target), options.reduction, world)
+
+
+def loss_of_every_rank(inputs: Inputs, objective: Objective, options: Options) -> Tensor:
+    """The loss of the own rows, where every rank has all that they are compared with."""
+    world = options.world
+    columns = inputs.widths[0]
+    check_inside(objective.target_name, inputs.target, columns)
+    alike = {"reduction": options.reduction, "classes": columns}
+    layout = _meet(world, inputs._replace(target=None), objective, alike)
+    losses = run(inputs, objective, options._replace(world=None, reduction="none"), None)
+    return _reduced(losses, sum(layout.rows), options.reduction, world)
+
+
+def dino_head_loss_in_group(
+    world: World,
+    tensors: tuple[Tensor, ...],
+    student_temp: float,
+    teacher_temp: float,
+    reduction: str,
+    backend: str,
+    shard_prototypes: bool,
+) -> Tensor:
+    """The loss of the own samples, under the prototypes of all ranks, or under all of them on every rank.
+
+    Args:
+        tensors: features and weight of the student and of the teacher, and the center, checked.
+    """
+    refuse_eager(backend)
+    refuse_wrapped(*tensors)
+    student, student_weight, teacher, *rest = tensors
+    enabled = torch.is_grad_enabled()
+    alike = {
+        "loss": "dino_head",
+        "views": (len(student), len(teacher)),
+        "d": student.shape[2],
+        "dtype": str(student.dtype),
+        "device": student.device.type,
+        "requires_grad": [enabled and tensor.requires_grad for tensor in (student, student_weight)],
+        "prototypes": None if shard_prototypes else len(student_weight),
+    }
+    counts = [told["samples"] for told in agree(world, alike, {"samples": student.shape[1]})]
+    if shard_prototypes:
+        student, teacher = (_gather_samples(features, world, counts) for features in (student, teacher))
+        temperatures = student_temp, teacher_temp
+        losses = dino_head_losses(world, counts, temperatures, student, student_weight, teacher, *rest)
+        losses = losses.split(counts)[world.rank]
+    else:
+        losses = prototypes.dino_head_loss(*tensors, student_temp, teacher_temp, "none")
+    return _reduced(losses, sum(counts), reduction, world)
+
+
+def _gather_samples(features: Tensor, world: World, counts: list[int]) -> Tensor:
+    """``[V, B, d]``, of the samples of all ranks."""
+    views, _, width = features.shape
+    rows = gather_rows(features.transpose(0, 1).flatten(1), world, counts)
+    return rows.unflatten(1, (views, width)).transpose(0, 1)
+
+
+def gather_rows(rows: Tensor, world: World, counts: list[int]) -> Tensor:
+    """The rows of all ranks, in their order, differentiable: all ranks must call backward."""
+    return _GatherRows.apply(rows, world, counts)
+
+
+def _meet(world: World, inputs: Inputs, objective: Objective, alike: dict) -> Layout:
+    enabled = torch.is_grad_enabled()
+    needs_grad = [enabled and features.requires_grad for features in inputs.features]
+    return meet(world, inputs, objective, {"requires_grad": needs_grad, **alike}, "gather")
+
+
+def _reduced(own: Tensor, counted: Tensor | int, reduction: str, world: World) -> Tensor:
     if reduction == "none":
         return own
     if reduction == "sum":
         return own.sum()
-    return own.sum() * (world.size / counted.to(own.dtype).clamp(min=1))
+    counted = torch.as_tensor(counted, device=own.device, dtype=own.dtype)
+    return own.sum() * (world.size / counted.clamp(min=1))
 
 
 class _GatherRows(torch.autograd.Function):

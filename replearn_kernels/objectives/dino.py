@@ -53,13 +53,33 @@ class Dino:
     def update_statistics(self, student: Tensor, teacher: Tensor, statistics: Statistics) -> None:
         """Fold a tile of logits, ``student[B, V, C]`` and ``teacher[B, U, C]``, into the statistics."""
         (student_max, student_sum), (teacher_max, teacher_sum), cross = statistics
-        below, rise = _raise_maximum(student_max, student)
-        student_sum.mul_(_exp(-rise, self.student_temp)).add_(_exp(below, self.student_temp).sum(-1))
-        cross.sub_(teacher_sum.unsqueeze(2) * rise.unsqueeze(1))
-        teacher_below, rise = _raise_maximum(teacher_max, teacher)
-        weights, shrink = _exp(teacher_below, self.teacher_temp), _exp(-rise, self.teacher_temp)
-        cross.mul_(shrink.unsqueeze(2)).baddbmm_(weights, below.transpose(1, 2))
-        teacher_sum.mul_(shrink).add_(weights.sum(-1))
+        self._raise_maxima(
+            statistics, torch.maximum(student_max, student.amax(-1)), torch.maximum(teacher_max, teacher.amax(-1))
+        )
+        below = student - student_max.unsqueeze(-1)
+        weights = _exp(teacher - teacher_max.unsqueeze(-1), self.teacher_temp)
+        student_sum.add_(_exp(below, self.student_temp).sum(-1))
+        teacher_sum.add_(weights.sum(-1))
+        cross.baddbmm_(weights, below.transpose(1, 2))
+
+    def merge_statistics(self, statistics: Statistics, other: Statistics) -> None:
+        """Fold in those of the same samples over other prototypes; ``other`` is used up."""
+        maxima = [torch.maximum(mine[0], theirs[0]) for mine, theirs in zip(statistics[:2], other[:2])]
+        for part in (statistics, other):
+            self._raise_maxima(part, *maxima)
+        statistics.student[1].add_(other.student[1])
+        statistics.teacher[1].add_(other.teacher[1])
+        statistics.cross.add_(other.cross)
+
+    def _raise_maxima(self, statistics: Statistics, student_max: Tensor, teacher_max: Tensor) -> None:
+        """Express the statistics by higher maxima, in place."""
+        (old_student, student_sum), (old_teacher, teacher_sum), cross = statistics
+        rise, shrink = student_max - old_student, _exp(old_teacher - teacher_max, self.teacher_temp)
+        student_sum.mul_(_exp(-rise, self.student_temp))
+        cross.sub_(teacher_sum.unsqueeze(2) * rise.unsqueeze(1)).mul_(shrink.unsqueeze(2))
+        teacher_sum.mul_(shrink)
+        old_student.copy_(student_max)
+        old_teacher.copy_(teacher_max)
 
     def losses(self, statistics: Statistics) -> Tensor:
         """Every sample's mean over its pairs of views, ``[B]``; 0 where there is no pair."""
@@ -89,14 +109,6 @@ class Dino:
 def count_pairs(teacher_views: int, student_views: int) -> int:
     """Pairs (u, v) with u != v."""
     return teacher_views * student_views - min(teacher_views, student_views)
-
-
-def _raise_maximum(maximum: Tensor, tile: Tensor) -> tuple[Tensor, Tensor]:
-    """Update ``maximum[B, V]`` by ``tile[B, V, C]``. Returns the tile less its maximum, and by how much that rose."""
-    new = torch.maximum(maximum, tile.amax(-1))
-    rise = new - maximum
-    maximum.copy_(new)
-    return tile - new.unsqueeze(-1), rise
 
 
 def _exp(x: Tensor, temp: float) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..engine.problem import Pairs, Problem
 from .base import Objective, empty_table
-from .softmax import fold_sum_exp, pick_targets, probabilities
+from .softmax import fold_sum_exp, merge_sum_exp, pick_targets, probabilities
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class MarginSoftmax(Objective):
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         pick_targets(s, pairs, row_table[2])
         fold_sum_exp(_without_target(s, pairs), pairs.scale, 1, row_table)
+
+    def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
+        """Of the same rows, over other classes: the true class's cosine is in one table, and 0 in the others."""
+        merge_sum_exp(table, other, scale)
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         phi, _, top, others, total = self._joined(problem, row_table)

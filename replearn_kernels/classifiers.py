@@ -1,0 +1,120 @@
+"""Losses that own a classifier's weight, as modules: ArcFace, CosFace."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from .engine import validation
+from .engine.class_shards import own_classes
+from .engine.world import World
+from .functional.classification import CLASSIFIER_BUDGET, LARGEST_ARCFACE_MARGIN, LARGEST_COSFACE_MARGIN
+from .losses import _Loss
+
+
+class _MarginLoss(_Loss):
+    """A classifier with a margin: it owns the class centres, ``weight[classes, dim]``, a parameter.
+
+    With a ``group`` and ``shard_classes`` those of this rank, about ``classes / R``: the first ranks have one more each
+    where R does not divide ``classes``. ``classes`` and labels are those of all ranks, and ``first_class`` is the label
+    of ``weight[0]``.
+    """
+
+    def __init__(self, dim: int, classes: int, *, scale: float, group, shard_classes: bool, **options):
+        validation.check_count("dim", dim, 1)
+        validation.check_count("classes", classes, 1)
+        validation.check_flag("shard_classes", shard_classes)
+        super().__init__(
+            scale=validation.check_positive("scale", scale), group=group, shard_classes=shard_classes, **options
+        )
+        world = World.of(group) if shard_classes else None
+        own = range(classes) if world is None else own_classes(classes, world)
+        self.classes, self.first_class = classes, own.start
+        self.weight = nn.Parameter(torch.empty(len(own), dim))
+        generator = None
+        if world is not None:  # ranks that were seeded alike must not have the same centres, nor another state after it
+            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + world.rank)
+        nn.init.normal_(self.weight, std=(2 / (classes + dim)) ** 0.5, generator=generator)  # Glorot, of all classes
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """``scale * cos`` to the own classes, ``[B, C]``, without the margin: for inference, where C x B does fit."""
+        centres = nn.functional.normalize(self.weight, dim=1)
+        return self.options["scale"] * nn.functional.normalize(embeddings, dim=1) @ centres.t()
+
+    def extra_repr(self) -> str:
+        return f"dim={self.weight.shape[1]}, classes={self.classes}, {super().extra_repr()}"
+
+
+class ArcFaceLoss(_MarginLoss):
+    """:func:`~replearn_kernels.arcface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
+
+    Its parameter belongs in the optimizer, beside the encoder's. With a ``group`` each rank owns a part of the classes:
+    keep the module out of DistributedDataParallel, and let every rank save its own. ``shard_classes=False``: every rank
+    has all of them, as a part of the model that DistributedDataParallel wraps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        margin: float = 0.5,
+        scale: float = 64.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+        memory_budget: int = CLASSIFIER_BUDGET,
+        group=None,
+        shard_classes: bool = True,
+    ):
+        super().__init__(
+            dim,
+            classes,
+            margin=validation.check_margin(margin, LARGEST_ARCFACE_MARGIN),
+            scale=scale,
+            reduction=reduction,
+            backend=backend,
+            memory_budget=memory_budget,
+            group=group,
+            shard_classes=shard_classes,
+        )
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return F.arcface_loss(embeddings, self.weight, labels, **self.options)
+
+
+class CosFaceLoss(_MarginLoss):
+    """:func:`~replearn_kernels.cosface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
+
+    Its parameter belongs in the optimizer, beside the encoder's. With a ``group`` each rank owns a part of the classes:
+    keep the module out of DistributedDataParallel, and let every rank save its own. ``shard_classes=False``: every rank
+    has all of them, as a part of the model that DistributedDataParallel wraps.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        margin: float = 0.35,
+        scale: float = 64.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+        memory_budget: int = CLASSIFIER_BUDGET,
+        group=None,
+        shard_classes: bool = True,
+    ):
+        super().__init__(
+            dim,
+            classes,
+            margin=validation.check_margin(margin, LARGEST_COSFACE_MARGIN),
+            scale=scale,
+            reduction=reduction,
+            backend=backend,
+            memory_budget=memory_budget,
+            group=group,
+            shard_classes=shard_classes,
+        )
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return F.cosface_loss(embeddings, self.weight, labels, **self.options)
