@@ -124,9 +124,10 @@ def unit_rows(features: Tensor) -> Tensor:
     normalised as far as their squares are in range: in fp32 from 1e-19 to 1e19.
     """
     rows = features.to(statistics_dtype(features.dtype))
-    zero = (rows == 0).all(-1, keepdim=True)
-    shortest = torch.finfo(rows.dtype).tiny ** 0.5
-    return F.normalize(rows.masked_fill(zero, 1.0), dim=-1, eps=shortest).masked_fill(zero, 0.0).to(features.dtype)
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    # By infinity, a row of zeros and its gradient become 0 without another pass over all rows.
+    lengths = torch.where(norms == 0, torch.inf, norms.clamp(min=torch.finfo(rows.dtype).tiny ** 0.5))
+    return (rows / lengths).to(features.dtype)
 
 
 def autocast(*features: Tensor | None) -> tuple[Tensor | None, ...]:
