@@ -8,7 +8,6 @@ from functools import wraps
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine import distributed, validation
