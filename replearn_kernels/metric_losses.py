@@ -88,6 +88,7 @@ class TripletMarginLoss(_Loss):
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         group=None,
+        strategy: str = "auto",
     ):
         super().__init__(
             margin=validation.check_margin(margin),
@@ -98,6 +99,7 @@ class TripletMarginLoss(_Loss):
             backend=backend,
             memory_budget=memory_budget,
             group=group,
+            strategy=strategy,
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None, *, triplets: Triplets | None = None) -> Tensor:

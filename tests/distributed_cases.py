@@ -105,8 +105,12 @@ LOSSES = {
     "contrastive_plain": lambda b, **k: contrastive_loss(b.x, b.labels, margin=3.0, squared=False, **k),
     "lifted": gathered(lambda b, **k: lifted_structure_loss(b.x, b.labels, **k)),
     "lifted_hard": gathered(lambda b, **k: lifted_structure_loss(b.x, b.labels, smooth=False, **k)),
-    "triplet_batch_hard": gathered(
-        lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, mining="batch_hard", **k)
+    "triplet_batch_hard": lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, mining="batch_hard", **k),
+    "triplet_batch_hard_squared": lambda b, **k: triplet_margin_loss(
+        b.x, b.labels, margin=9.0, mining="batch_hard", distance="squared_euclidean", **k
+    ),
+    "triplet_batch_hard_cosine": lambda b, **k: triplet_margin_loss(
+        b.x, b.labels, mining="batch_hard", distance="cosine", **k
     ),
     "triplet_semi_hard": gathered(lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, **k)),
     "triplet_batch_all": gathered(

@@ -69,7 +69,9 @@ def test_plain_mean_over_ranks_is_the_mean_over_the_batch(ranks, name):
         torch.testing.assert_close(sum(losses) / len(losses), whole.item(), **EXACT)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "siglip_groups", "n_pair", "sup_con", "contrastive", "lifted"])
+@pytest.mark.parametrize(
+    "name", ["clip", "siglip", "siglip_groups", "n_pair", "sup_con", "contrastive", "lifted", "triplet_batch_hard"]
+)
 def test_each_rank_has_its_own_upstream_gradient(ranks, name):
     """Accumulation steps, or weights of ranks: what one scales its loss by scales the gradients of its rows."""
     sizes = SIZES[ranks.world_size][1]
@@ -81,7 +83,8 @@ def test_each_rank_has_its_own_upstream_gradient(ranks, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["clip", "siglip", "nt_xent", "sup_con_views", "contrastive", "lifted", "triplet_semi_hard"]
+    "name",
+    ["clip", "siglip", "nt_xent", "sup_con_views", "contrastive", "lifted", "triplet_semi_hard", "triplet_batch_hard"],
 )
 def test_reductions(ranks, name):
     """"none": the own rows in their order; "sum": their sum. Gradients are those of the sum over the ranks."""
@@ -99,7 +102,9 @@ def test_reductions(ranks, name):
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
-@pytest.mark.parametrize("name", ["clip", "info_nce_target", "siglip", "sup_con", "nt_xent", "contrastive"])
+@pytest.mark.parametrize(
+    "name", ["clip", "info_nce_target", "siglip", "sup_con", "nt_xent", "contrastive", "triplet_batch_hard"]
+)
 def test_many_tiles(ranks, name, backend):
     """Shards of several tiles, and a budget that ends within one of them."""
     sizes = [(640, 530), (600, 1, 570), (540, 1, 10, 560)][ranks.world_size - 2]

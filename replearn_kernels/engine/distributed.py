@@ -82,6 +82,16 @@ class Schedules(NamedTuple):
             ]
 
 
+def row_statistics(inputs: Inputs, config: Config, layout: Layout) -> tuple[Tensor, Tensor]:
+    """For losses that go on from there: the table of the own rows, which are compared with those of all ranks, and
+    their squares, NaN where a row of any rank is not finite.
+    """
+    with on_device_of(inputs.query):
+        run = _Run.of(inputs, config, layout)
+        table, _ = _sweep_statistics(run, run.new_kept(0))
+        return table, run.shard.squares
+
+
 @dataclass
 class _Run:
     """One call at work, on one rank."""
@@ -118,12 +128,16 @@ class _Run:
 
     def new_tables(self) -> Tables:
         """Statistics of nothing, for the own rows and columns."""
-        return self.objective.new_statistics(self.shard.rows, self.shard.sources[0].width, self.like)
+        tables = self.objective.new_statistics(self.shard.rows, self.shard.sources[0].width, self.like)
+        self.objective.number_rows(tables[0], sum(self.layout.rows[: self.layout.world.rank]))
+        return tables
 
     def new_column_table(self, rank: int) -> Tensor | None:
         """Statistics of nothing, for the columns of ``rank``; in a batch they are rows there."""
         columns = self.layout.columns[rank]
         row_table, column_table = self.objective.new_statistics(columns if self.is_batch else 0, columns, self.like)
+        if self.is_batch:
+            self.objective.number_rows(row_table, self.layout.first_column(rank))
         return row_table if self.is_batch else column_table
 
     @property
@@ -207,9 +221,10 @@ class _StatisticsTour(_RowsAndColumns):
         shares, (rows, columns) = self.new_shares(rank), self.run.layout.region(rank)
         if self.run.objective.by_distance:
             problem = self.shard.meet_rows(rank, block[0])
-            table = torch.cat([self.tables[0][:, rows], shares[0][:, columns]], dim=1)
+            table = torch.cat([self.run.new_tables()[0][:, rows], shares[0][:, columns]], dim=1)
             fold_statistics(problem, self.run.plan(problem), self.run.runner, self.kept, (table, None))
-            self.tables[0][:, rows], shares[0][:, columns] = table[:, : problem.rows], table[:, problem.rows :]
+            self.merge([self.tables[0][:, rows]], [table[:, : problem.rows]])
+            shares[0][:, columns] = table[:, problem.rows :]
             return shares
         problem = self.shard.visit(rank, block[0], needs_grad=False)
         tables = self.tables[0][:, rows], shares[0][:, columns] if shares else None

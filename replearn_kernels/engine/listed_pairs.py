@@ -40,8 +40,8 @@ def add_differences_(gradient: Tensor, x: Tensor, i: Tensor, j: Tensor, a: Tenso
         )
     for block in _blocks(x, i):
         difference = (_differences(x, i[block], j[block]) * a[block].unsqueeze(1)).to(gradient.dtype)
-        _add_rows_(gradient, i[block], difference)
-        _add_rows_(gradient, j[block], difference.neg_())
+        add_rows_(gradient, i[block], difference)
+        add_rows_(gradient, j[block], difference.neg_())
 
 
 def positive_pairs(group: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -101,7 +101,7 @@ def _blocks(x: Tensor, index: Tensor) -> Iterator[slice]:
     return blocks(len(index), max(_BLOCK_ELEMENTS // max(x.shape[1], 1), 1))
 
 
-def _add_rows_(gradient: Tensor, index: Tensor, values: Tensor) -> None:
+def add_rows_(gradient: Tensor, index: Tensor, values: Tensor) -> None:
     """In a fixed order: PyTorch adds to repeated rows in turn on a CPU, and on a GPU where it sorts the indices."""
     if gradient.is_cuda:
         gradient.index_put_((index,), values, accumulate=True)

@@ -40,7 +40,7 @@ def gathered_loss(
         row_group=torch.cat(world.gather(inputs.row_group, layout.rows)),
     )
     losses, counted = row_losses(batch)
-    return _reduced(losses.split(layout.rows)[world.rank], counted, reduction, world)
+    return reduced(losses.split(layout.rows)[world.rank], counted, reduction, world)
 
 
 def loss_over_class_shards(inputs: Inputs, objective: Objective, options: Options) -> Tensor:
@@ -53,7 +53,7 @@ def loss_over_class_shards(inputs: Inputs, objective: Objective, options: Option
     )
     config = config_of(batch, objective, options._replace(reduction="none"))
     losses = pair_loss(batch, config, ClassShards(layout))
-    return _reduced(losses.split(layout.rows)[world.rank], len(target), options.reduction, world)
+    return reduced(losses.split(layout.rows)[world.rank], len(target), options.reduction, world)
 
 
 def loss_of_every_rank(inputs: Inputs, objective: Objective, options: Options) -> Tensor:
@@ -64,7 +64,7 @@ def loss_of_every_rank(inputs: Inputs, objective: Objective, options: Options) -
     alike = {"reduction": options.reduction, "classes": columns}
     layout = _meet(world, inputs._replace(target=None), objective, alike)
     losses = run(inputs, objective, options._replace(world=None, reduction="none"), None)
-    return _reduced(losses, sum(layout.rows), options.reduction, world)
+    return reduced(losses, sum(layout.rows), options.reduction, world)
 
 
 def dino_head_loss_in_group(
@@ -102,7 +102,7 @@ def dino_head_loss_in_group(
         losses = losses.split(counts)[world.rank]
     else:
         losses = prototypes.dino_head_loss(*tensors, student_temp, teacher_temp, "none")
-    return _reduced(losses, sum(counts), reduction, world)
+    return reduced(losses, sum(counts), reduction, world)
 
 
 def _gather_samples(features: Tensor, world: World, counts: list[int]) -> Tensor:
@@ -123,7 +123,7 @@ def _meet(world: World, inputs: Inputs, objective: Objective, alike: dict) -> La
     return meet(world, inputs, objective, {"requires_grad": needs_grad, **alike}, "gather")
 
 
-def _reduced(own: Tensor, counted: Tensor | int, reduction: str, world: World) -> Tensor:
+def reduced(own: Tensor, counted: Tensor | int, reduction: str, world: World) -> Tensor:
     if reduction == "none":
         return own
     if reduction == "sum":

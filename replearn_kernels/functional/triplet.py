@@ -15,6 +15,7 @@ from ..engine.triplets import triplet_loss_at
 from ..objectives import BatchAll, BatchHard
 from ..objectives.triplet_distance import DISTANCES, TripletDistance
 from .call import Options, in_group, run
+from .fetched import batch_hard_over_ranks
 from .gathered import gathered_loss
 from .metric import labelled_batch, other_members
 
@@ -38,6 +39,7 @@ def triplet_margin_loss(
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     group=None,
+    strategy: str = "auto",
 ) -> Tensor:
     r"""Triplet margin loss: an anchor nearer to rows of its label than to others, by a margin.
 
@@ -79,9 +81,13 @@ def triplet_margin_loss(
             where it was built (semi_hard), and else "torch".
         memory_budget: bytes of distances that may be kept. No mode keeps any at present.
         group: a torch.distributed process group, each of whose ranks passes its shard of the batch: triplets are mined
-            across ranks. Every rank gathers the rows of all and does the whole batch's work. Default None.
-            The value of rank r is R times its own rows' part of the mean over all ranks' triplets: DDP's average over
-            the R ranks, of values and of gradients, is that of the whole batch (docs/design.md, "Many ranks").
+            across ranks. Default None. With batch_hard, blocks of rows go round the ranks and the chosen rows are
+            fetched: O(local N d) memory. In the other modes every rank gathers the rows of all and does the whole
+            batch's work. The value of rank r is R times its own rows' part of the mean over all ranks' triplets: DDP's
+            average over the R ranks, of values and of gradients, is that of the whole batch (docs/design.md, "Many
+            ranks").
+        strategy: how shards meet with batch_hard: "ring", "gather", or "auto", as in
+            :func:`~replearn_kernels.info_nce_loss`.
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). NaN if an embedding is not finite.
@@ -103,7 +109,7 @@ def triplet_margin_loss(
     normalize = validation.check_flag("normalize", normalize) or measure.unit_rows
     keep_wide = normalize and (triplets is not None or mining == "semi_hard")
     inputs, options = labelled_batch(
-        embeddings, labels, "none", normalize, backend, memory_budget, group,
+        embeddings, labels, "none", normalize, backend, memory_budget, group, strategy,
         keep_wide=keep_wide, needs_labels=triplets is None,
     )  # fmt: skip
     if options.asked == "triton" and triplets is None and mining != "batch_hard":
@@ -115,6 +121,8 @@ def triplet_margin_loss(
         counted = _counted(losses, torch.ones_like(losses).sum(), reduction)
         return _with_nan_of(inputs.query, _reduced(losses, counted, reduction))
     if group is not None:
+        if mining == "batch_hard":
+            return batch_hard_over_ranks(inputs, BatchHard(margin, measure), options, reduction)
         return _gathered(inputs, options, mining, margin, measure, reduction)
     if mining == "batch_all":
         return _batch_all(inputs, BatchAll(margin, measure, reduction == "mean_nonzero"), options, reduction)

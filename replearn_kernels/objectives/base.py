@@ -72,6 +72,10 @@ class Objective(ABC):
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         """Fold a tile of products ``s[R, C]`` into the statistics of its rows and columns."""
 
+    def number_rows(self, table: Tensor, first: int) -> None:
+        """Say to a new table that its rows are the batch's from ``first`` on; for tables that hold numbers of rows."""
+        return None
+
     def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
         """Fold the statistics ``other`` into ``table``, of the same columns, from other ranks' rows.
 

@@ -1,0 +1,74 @@
+"""Single rows of other ranks, asked for by their number in the batch of all ranks, and their gradients sent back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .counters import count_workspace
+from .listed_pairs import add_rows_
+from .shards import Layout
+from .world import World
+
+
+def fetch_rows(rows: Tensor, layout: Layout, index: Tensor) -> Tensor:
+    """``[M, d]``: the rows of all ranks at ``index[M]``, of which this one has ``rows[N_r, d]``; differentiable.
+
+    All ranks must call it, and backward. What goes from rank to rank are numbers, rows and gradients of rows: for even
+    shards about 2 (R - 1) / R M d numbers are sent. A row's gradients are added in the order of the ranks, in fp32.
+    """
+    return _FetchRows.apply(rows, layout, index)
+
+
+class _FetchRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, layout: Layout, index: Tensor) -> Tensor:
+        ctx.route = route = _Route(layout, index)
+        ctx.count = len(rows)
+        given = [rows[place] for place in route.given]
+        found = route.exchange(given, route.asked, rows)
+        asked = torch.cat(found)[route.places]
+        count_workspace(*given, *found, asked)
+        return asked
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        route = ctx.route
+        asked = [part.contiguous() for part in gradient[route.order].split(route.asked)]
+        arriving = route.exchange(asked, [len(place) for place in route.given], gradient)
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.new_zeros(ctx.count, gradient.shape[1], dtype=wide)
+        for place, part in zip(route.given, arriving):
+            add_rows_(total, place, part.to(wide))
+        return total.to(gradient.dtype), None, None
+
+
+class _Route:
+    """Who asked whom for what.
+
+    order: the asked numbers' places, by owner        asked: how many were asked of each rank
+    places: the inverse of ``order``                  given: the own rows that each rank asked for
+    """
+
+    def __init__(self, layout: Layout, index: Tensor):
+        self.world: World = layout.world
+        size = self.world.size
+        ends = torch.tensor(layout.rows, device=index.device).cumsum(0)
+        owner = torch.searchsorted(ends, index, right=True)
+        self.order = owner.argsort(stable=True)
+        self.places = torch.empty_like(self.order)
+        self.places[self.order] = torch.arange(len(index), device=index.device)
+        counts = torch.bincount(owner, minlength=size)
+        matrix = torch.stack(self.world.gather(counts, [size] * size)).tolist()  # [of rank][to rank]
+        self.asked = matrix[self.world.rank]
+        numbers = (index - (ends - ends.new_tensor(layout.rows))[owner])[self.order].split(self.asked)
+        self.given = self.exchange(list(numbers), [row[self.world.rank] for row in matrix], index)
+
+    def exchange(self, sent: list[Tensor], arriving: list[int], like: Tensor) -> list[Tensor]:
+        """``sent[rank]`` to every rank; what comes from each: ``arriving[rank]`` rows of the kind of ``like``."""
+        received = [like.new_empty(count, *like.shape[1:]) for count in arriving]
+        received[self.world.rank] = sent[self.world.rank]
+        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
+        self.world.exchange([(rank, sent[rank]) for rank in others], [(rank, received[rank]) for rank in others])
+        return received

@@ -1,0 +1,119 @@
+"""Rows fetched from other ranks, and what is found across ranks: equal pairs, memory, values that are not finite."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Ranks, needs_gloo
+
+from replearn_kernels import count_work, triplet_margin_loss
+from replearn_kernels.engine.remote_rows import fetch_rows
+from replearn_kernels.engine.shards import Layout
+from replearn_kernels.engine.world import World
+
+pytestmark = needs_gloo
+
+SIZES = {2: [(4, 4), (1, 6), (5, 0)], 3: [(3, 3, 3), (2, 0, 5)], 4: [(2, 2, 2, 2), (4, 0, 1, 3)]}
+
+
+@pytest.fixture(scope="module", params=[2, 3, 4])
+def ranks(request, tmp_path_factory):
+    with Ranks(request.param, tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
+
+
+def problem(sizes, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(sum(sizes), 3, generator=g, dtype=torch.float64).to(dtype)
+    wanted = [torch.randint(0, sum(sizes), (count,), generator=g) for count in (7, 0, 12, 1)[: len(sizes)]]
+    return rows, wanted, [torch.randn(len(index), 3, generator=g, dtype=torch.float64).to(dtype) for index in wanted]
+
+
+def fetched(rank, sizes, dtype):
+    rows, wanted, upstream = problem(sizes, dtype)
+    own = rows.split(list(sizes))[rank].clone().requires_grad_()
+    world = World(dist.group.WORLD)
+    with count_work() as work:
+        found = fetch_rows(own, Layout(world, list(sizes), list(sizes), True, "ring"), wanted[rank])
+        found.backward(upstream[rank])
+    return found.detach().double().numpy(), own.grad.double().numpy(), work.sent_elements
+
+
+def owners(index, sizes):
+    return torch.searchsorted(torch.tensor(sizes).cumsum(0), index, right=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_fetched_rows_and_their_gradients(ranks, dtype):
+    """Asked for any number of times, also of the own rank; and nothing is sent that nobody asked for."""
+    world = ranks.world_size
+    for sizes in SIZES[world]:
+        rows, wanted, upstream = problem(sizes, dtype)
+        exact = rows.double().clone().requires_grad_()
+        torch.cat([exact[index] for index in wanted]).backward(torch.cat(upstream).double())
+        expected = exact.grad.to(dtype).double().split(list(sizes))
+        for rank, (found, gradient, sent) in enumerate(ranks.run(fetched, sizes, dtype)):
+            np.testing.assert_array_equal(found, rows[wanted[rank]].double().numpy())
+            eps = torch.finfo(dtype).eps
+            np.testing.assert_allclose(gradient, expected[rank].numpy(), rtol=4 * eps, atol=4 * eps)
+            asked = [(owners(index, sizes) == rank).sum().item() for index in wanted]
+            others = (owners(wanted[rank], sizes) != rank).sum().item()
+            given = sum(asked) - asked[rank]
+            assert sent == (world - 1) * world + others + 3 * given + 3 * others
+
+
+def of_equal_distances(rank, sizes, labels):
+    """Points of a lattice, where most distances have equals."""
+    points = torch.tensor([[i % 2, i // 2 % 2] for i in range(sum(sizes))], dtype=torch.float64)
+    own = points.split(list(sizes))[rank].clone().requires_grad_()
+    loss = triplet_margin_loss(
+        own, labels.split(list(sizes))[rank], margin=5.0, mining="batch_hard", group=dist.group.WORLD, strategy="ring"
+    )
+    loss.backward()
+    return loss.item(), own.grad.numpy()
+
+
+def test_of_equal_pairs_the_lower_number_is_taken(ranks):
+    """As in one process, whoever has met whom first."""
+    for sizes in SIZES[ranks.world_size]:
+        labels = torch.arange(sum(sizes)) // 2 % 3
+        answers = ranks.run(of_equal_distances, sizes, labels)
+        points = torch.tensor([[i % 2, i // 2 % 2] for i in range(sum(sizes))], dtype=torch.float64, requires_grad=True)
+        loss = triplet_margin_loss(points, labels, margin=5.0, mining="batch_hard", backend="eager")
+        loss.backward()
+        torch.testing.assert_close(sum(value for value, _ in answers) / len(sizes), loss.item())
+        for rank, (_, gradient) in enumerate(answers):
+            expected = len(sizes) * points.grad.split(list(sizes))[rank]
+            np.testing.assert_allclose(gradient, expected.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def held(rank, rows, d):
+    torch.manual_seed(rank)
+    x, labels = torch.randn(rows, d).requires_grad_(), torch.arange(rows) // 4
+    with count_work() as work:
+        loss = triplet_margin_loss(x, labels, mining="batch_hard", group=dist.group.WORLD, strategy="ring")
+        loss.backward()
+    return work.workspace_bytes, work.sent_elements
+
+
+def test_memory_and_traffic_of_the_ring(ranks):
+    """Of the local batch, not of all: two blocks travel, then each row's positive and negative, asked for and given.
+    Sent are half a ring, and what was chosen, and its gradients."""
+    world, batch, d = ranks.world_size, 480, 512
+    rows = batch // world
+    workspace, sent = zip(*ranks.run(held, rows, d))
+    tables = 4 * 5 * rows * 6
+    assert max(workspace) <= 4 * (8 * rows * d + rows * rows) + tables
+    assert sum(sent) <= world * (world // 2 + 2 * 2) * rows * d + 30 * world * batch
+
+
+def not_finite(rank):
+    x = torch.randn(4, 3)
+    if rank == 1:
+        x[2, 1] = float("nan")
+    loss = triplet_margin_loss(x, torch.tensor([0, 0, 1, 1]), mining="batch_hard", group=dist.group.WORLD)
+    assert loss.isnan()
+
+
+def test_a_nan_shows_on_every_rank(ranks):
+    ranks.run(not_finite)
