@@ -25,6 +25,7 @@ class LiftedStructureLoss(_Loss):
         backend: str = "auto",
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
         group=None,
+        strategy: str = "auto",
     ):
         super().__init__(
             margin=validation.check_margin(margin),
@@ -34,6 +35,7 @@ class LiftedStructureLoss(_Loss):
             backend=backend,
             memory_budget=memory_budget,
             group=group,
+            strategy=strategy,
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:

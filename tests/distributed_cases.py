@@ -103,7 +103,7 @@ LOSSES = {
     "sup_con": lambda b, **k: sup_con_loss(b.x, b.labels, temperature=1 / b.scale, **k),
     "contrastive": lambda b, **k: contrastive_loss(b.x, b.labels, margin=3.0, **k),
     "contrastive_plain": lambda b, **k: contrastive_loss(b.x, b.labels, margin=3.0, squared=False, **k),
-    "lifted": gathered(lambda b, **k: lifted_structure_loss(b.x, b.labels, **k)),
+    "lifted": lambda b, **k: lifted_structure_loss(b.x, b.labels, **k),
     "lifted_hard": gathered(lambda b, **k: lifted_structure_loss(b.x, b.labels, smooth=False, **k)),
     "triplet_batch_hard": lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, mining="batch_hard", **k),
     "triplet_batch_hard_squared": lambda b, **k: triplet_margin_loss(

@@ -103,7 +103,7 @@ def test_reductions(ranks, name):
 
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 @pytest.mark.parametrize(
-    "name", ["clip", "info_nce_target", "siglip", "sup_con", "nt_xent", "contrastive", "triplet_batch_hard"]
+    "name", ["clip", "info_nce_target", "siglip", "sup_con", "nt_xent", "contrastive", "lifted", "triplet_batch_hard"]
 )
 def test_many_tiles(ranks, name, backend):
     """Shards of several tiles, and a budget that ends within one of them."""

@@ -1,14 +1,17 @@
 """Rows fetched from other ranks, and what is found across ranks: equal pairs, memory, values that are not finite."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from distributed_cases import in_one_process, on_one_rank
 from processes import Ranks, needs_gloo
 
-from replearn_kernels import count_work, triplet_margin_loss
+from replearn_kernels import count_work, lifted_structure_loss, triplet_margin_loss
+from replearn_kernels.engine import shards
 from replearn_kernels.engine.remote_rows import fetch_rows
-from replearn_kernels.engine.shards import Layout
 from replearn_kernels.engine.world import World
 
 pytestmark = needs_gloo
@@ -34,7 +37,7 @@ def fetched(rank, sizes, dtype):
     own = rows.split(list(sizes))[rank].clone().requires_grad_()
     world = World(dist.group.WORLD)
     with count_work() as work:
-        found = fetch_rows(own, Layout(world, list(sizes), list(sizes), True, "ring"), wanted[rank])
+        found = fetch_rows(own, world, list(sizes), wanted[rank])
         found.backward(upstream[rank])
     return found.detach().double().numpy(), own.grad.double().numpy(), work.sent_elements
 
@@ -87,24 +90,51 @@ def test_of_equal_pairs_the_lower_number_is_taken(ranks):
             np.testing.assert_allclose(gradient, expected.numpy(), rtol=1e-12, atol=1e-12)
 
 
-def held(rank, rows, d):
+LOSSES = {"batch_hard": partial(triplet_margin_loss, mining="batch_hard"), "lifted": lifted_structure_loss}
+
+
+def held(rank, name, rows, d):
+    """Each row has a partner on the next rank, and one on the rank before."""
     torch.manual_seed(rank)
-    x, labels = torch.randn(rows, d).requires_grad_(), torch.arange(rows) // 4
+    x, place = torch.randn(rows, d).requires_grad_(), torch.arange(rows)
+    labels = (rank + place % 2) % dist.get_world_size() * rows + place // 2
     with count_work() as work:
-        loss = triplet_margin_loss(x, labels, mining="batch_hard", group=dist.group.WORLD, strategy="ring")
-        loss.backward()
+        LOSSES[name](x, labels, group=dist.group.WORLD, strategy="ring", memory_budget=0).backward()
     return work.workspace_bytes, work.sent_elements
 
 
-def test_memory_and_traffic_of_the_ring(ranks):
-    """Of the local batch, not of all: two blocks travel, then each row's positive and negative, asked for and given.
-    Sent are half a ring, and what was chosen, and its gradients."""
+@pytest.mark.parametrize("name", LOSSES)
+def test_memory_and_traffic_of_the_ring(ranks, name):
+    """Of the local batch, not of all: blocks and gradients that travel, then single rows, asked for and given.
+
+    Sent are, in units of the local rows: batch_hard: half a ring of rows, then a positive and a negative, and their
+    gradients. Lifted: half a ring of rows in both passes, the gradients of one, and partners in both.
+    """
     world, batch, d = ranks.world_size, 480, 512
-    rows = batch // world
-    workspace, sent = zip(*ranks.run(held, rows, d))
-    tables = 4 * 5 * rows * 6
-    assert max(workspace) <= 4 * (8 * rows * d + rows * rows) + tables
-    assert sum(sent) <= world * (world // 2 + 2 * 2) * rows * d + 30 * world * batch
+    rows, half = batch // world, world // 2
+    workspace, sent = zip(*ranks.run(held, name, rows, d))
+    blocks, units = {"batch_hard": (8, half + 4), "lifted": (12, 3 * half + 2)}[name]
+    tables = 4 * 5 * rows * 8
+    assert max(workspace) <= 4 * (blocks * rows * d + rows * rows) + tables
+    assert sum(sent) <= world * units * rows * d + 40 * world * batch
+
+
+def lifted_in_parts(rank, sizes):
+    shards._FETCHED_ELEMENTS = 40
+    try:
+        return on_one_rank(rank, "lifted", sizes, dict(strategy="ring"))
+    finally:
+        shards._FETCHED_ELEMENTS = 2**22
+
+
+def test_pairs_across_ranks_some_at_a_time(ranks):
+    """All ranks fetch as often, also those with no pair."""
+    for sizes in SIZES[ranks.world_size]:
+        _, values, expected = in_one_process("lifted", sizes)
+        for rank, (loss, gradients) in enumerate(ranks.run(lifted_in_parts, sizes)):
+            torch.testing.assert_close(loss.item(), values[rank], rtol=1e-12, atol=1e-12)
+            own = len(sizes) * expected.x.grad.split(list(sizes))[rank]
+            np.testing.assert_allclose(gradients["x"], own.numpy(), rtol=1e-12, atol=1e-12)
 
 
 def not_finite(rank):

@@ -43,8 +43,8 @@ class Schedules(NamedTuple):
         with on_device_of(inputs.query):
             run = _Run.of(inputs, config, self.layout)
             if self.gradients_in_forward(inputs, config):
-                tables = run.new_tables()
-                losses, results = _sweep_gradients(run, tables, run.new_kept(0), run.share, with_losses=True)
+                tables, gradients = run.new_tables(), run.new_gradients()
+                losses, results = _sweep_gradients(run, tables, gradients, run.new_kept(0), run.share, with_losses=True)
                 return losses.sum() * run.share, results
             kept = run.new_kept(run.kept_elements)
             tables = _sweep_statistics(run, kept)
@@ -74,8 +74,9 @@ class Schedules(NamedTuple):
                     saved = [run.new_kept(0).buffer, *run.new_tables()[:1]]
                 kept, row_table, *column_table = saved
                 weights, factor = _row_weights(grad_loss, upstream, len(inputs.query))
-                coefficients = run.objective.coefficients(run.shard, row_table, *(column_table or [None]), weights)
-                _, results = _sweep_gradients(run, coefficients, KeptTiles(kept), factor * run.share)
+                tables, gradients = (row_table, *(column_table or [None])), run.new_gradients()
+                coefficients = run.objective.coefficients(run.shard, *tables, weights, gradients.query)
+                _, results = _sweep_gradients(run, coefficients, gradients, KeptTiles(kept), factor * run.share)
             return [
                 result.to(tensor.dtype) if needs else inputs.query.new_empty(0)
                 for tensor, result, needs in zip(inputs.differentiable, results, config.needs_grad)
@@ -131,6 +132,10 @@ class _Run:
         tables = self.objective.new_statistics(self.shard.rows, self.shard.sources[0].width, self.like)
         self.objective.number_rows(tables[0], sum(self.layout.rows[: self.layout.world.rank]))
         return tables
+
+    def new_gradients(self) -> Gradients:
+        with_query = sums_over_columns(self.shard, self.config.needs_grad[0], self.needs_grad_of_scalars[0])
+        return Gradients.zeros(self.shard, with_query)
 
     def new_column_table(self, rank: int) -> Tensor | None:
         """Statistics of nothing, for the columns of ``rank``; in a batch they are rows there."""
@@ -242,15 +247,13 @@ class _StatisticsTour(_RowsAndColumns):
 class _GradientsTour(_RowsAndColumns):
     """Sweep 2. What is carried: the gradient of the columns, and with losses in a batch the table that they are in."""
 
-    def __init__(self, run: _Run, kept: KeptTiles, coefficients: Tables, with_losses: bool):
+    def __init__(self, run: _Run, kept: KeptTiles, coefficients: Tables, gradients: Gradients, with_losses: bool):
         super().__init__(run, kept)
-        self.coefficients, self.with_losses = coefficients, with_losses
+        self.coefficients, self.gradients, self.with_losses = coefficients, gradients, with_losses
         self.carries_table = with_losses and run.is_batch
         of_columns = coefficients[0] if run.is_batch else coefficients[1]
         if of_columns is not None and not with_losses:
             self.block.append(of_columns.contiguous())
-        with_query = sums_over_columns(run.shard, run.config.needs_grad[0], run.needs_grad_of_scalars[0])
-        self.gradients = Gradients.zeros(run.shard, with_query)
         self.met: tuple[Tensor, ...] = ()  # of the visiting and the own rows as one batch
         self.carries_gradient = run.is_batch or run.shard.sources[0].needs_grad
 
@@ -318,10 +321,10 @@ def _sweep_statistics(run: _Run, kept: KeptTiles) -> Tables:
 
 
 def _sweep_gradients(
-    run: _Run, coefficients: Tables, kept: KeptTiles, factor, with_losses: bool = False
+    run: _Run, coefficients: Tables, gradients: Gradients, kept: KeptTiles, factor, with_losses: bool = False
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The losses, if asked for, and the gradients."""
-    tour = _GradientsTour(run, kept, coefficients, with_losses)
+    """The losses, if asked for, and the gradients: what the sweep adds to those that are there."""
+    tour = _GradientsTour(run, kept, coefficients, gradients, with_losses)
     tour.finish(run.travel(tour))
     count_workspace(*tour.held())
     losses = run.objective.row_losses(run.shard, *coefficients) if with_losses else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .columns import BatchColumns, OwnColumns, SharedColumns, Source, Tile, blocks
 from .distances import Points
-from .listed_pairs import sorted_positives
+from .listed_pairs import positive_pairs, sorted_positives
 from .plan import TileShape
 
 
@@ -130,6 +130,15 @@ class Problem:
         if self._positives is None:
             self._positives = sorted_positives(self.given_rows, self.row_group, self.isolated)
         return self._positives
+
+    def positive_pairs(self, *of_rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]]:
+        """Every unordered pair of rows of one group, some at a time: (i, j, rows, values of the rows).
+
+        ``of_rows``: values of every row, ``[N]`` each. Pairs are places in the rows and values that come with them:
+        the first N are the problem's own. What is said of others is left to those who have them.
+        """
+        for i, j in positive_pairs(self.row_group, self.query.shape[1]):
+            yield i, j, self.given_rows, of_rows
 
     def _all_groups(self) -> Tensor:
         """The groups of all rows that a row of the batch is compared with, and its own."""

@@ -7,23 +7,24 @@ from torch import Tensor
 
 from .counters import count_workspace
 from .listed_pairs import add_rows_
-from .shards import Layout
 from .world import World
 
 
-def fetch_rows(rows: Tensor, layout: Layout, index: Tensor) -> Tensor:
+def fetch_rows(rows: Tensor, world: World, counts: list[int], index: Tensor) -> Tensor:
     """``[M, d]``: the rows of all ranks at ``index[M]``, of which this one has ``rows[N_r, d]``; differentiable.
+
+    ``counts``: the rows of every rank.
 
     All ranks must call it, and backward. What goes from rank to rank are numbers, rows and gradients of rows: for even
     shards about 2 (R - 1) / R M d numbers are sent. A row's gradients are added in the order of the ranks, in fp32.
     """
-    return _FetchRows.apply(rows, layout, index)
+    return _FetchRows.apply(rows, world, counts, index)
 
 
 class _FetchRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, layout: Layout, index: Tensor) -> Tensor:
-        ctx.route = route = _Route(layout, index)
+    def forward(ctx, rows: Tensor, world: World, counts: list[int], index: Tensor) -> Tensor:
+        ctx.route = route = _Route(world, counts, index)
         ctx.count = len(rows)
         given = [rows[place] for place in route.given]
         found = route.exchange(given, route.asked, rows)
@@ -41,7 +42,7 @@ class _FetchRows(torch.autograd.Function):
         total = gradient.new_zeros(ctx.count, gradient.shape[1], dtype=wide)
         for place, part in zip(route.given, arriving):
             add_rows_(total, place, part.to(wide))
-        return total.to(gradient.dtype), None, None
+        return total.to(gradient.dtype), None, None, None
 
 
 class _Route:
@@ -51,18 +52,17 @@ class _Route:
     places: the inverse of ``order``                  given: the own rows that each rank asked for
     """
 
-    def __init__(self, layout: Layout, index: Tensor):
-        self.world: World = layout.world
-        size = self.world.size
-        ends = torch.tensor(layout.rows, device=index.device).cumsum(0)
+    def __init__(self, world: World, counts: list[int], index: Tensor):
+        self.world, size = world, world.size
+        ends = torch.tensor(counts, device=index.device).cumsum(0)
         owner = torch.searchsorted(ends, index, right=True)
         self.order = owner.argsort(stable=True)
         self.places = torch.empty_like(self.order)
         self.places[self.order] = torch.arange(len(index), device=index.device)
-        counts = torch.bincount(owner, minlength=size)
-        matrix = torch.stack(self.world.gather(counts, [size] * size)).tolist()  # [of rank][to rank]
+        by_owner = torch.bincount(owner, minlength=size)
+        matrix = torch.stack(self.world.gather(by_owner, [size] * size)).tolist()  # [of rank][to rank]
         self.asked = matrix[self.world.rank]
-        numbers = (index - (ends - ends.new_tensor(layout.rows))[owner])[self.order].split(self.asked)
+        numbers = (index - (ends - ends.new_tensor(counts))[owner])[self.order].split(self.asked)
         self.given = self.exchange(list(numbers), [row[self.world.rank] for row in matrix], index)
 
     def exchange(self, sent: list[Tensor], arriving: list[int], like: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ rank r is number ``columns[0] + ... + columns[r - 1] + j``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,9 +16,12 @@ from torch import Tensor
 from ..objectives import Objective
 from .columns import BatchColumns, SharedColumns, VisitingRows
 from .problem import Inputs, Problem, centred, statistics_dtype, sum_at
+from .remote_rows import fetch_rows
 from .validation import check_inside, check_values
 from .world import World
 
+# Elements of the pairs' rows that are fetched at a time: 16 MiB in fp32, as listed_pairs.py forms them.
+_FETCHED_ELEMENTS = 2**22
 # Up to so many bytes of features and gradients of all ranks, "auto" gathers them: two exchanges, not one per rank.
 _GATHERED_BYTES = 32 * 2**20
 
@@ -155,6 +159,39 @@ class Shard(Problem):
         others = [rank for rank in range(world.size) if rank != world.rank]
         world.exchange([(rank, shares[rank]) for rank in others], [(rank, arriving[rank]) for rank in others])
         return sum(arriving).to(row_values.dtype)
+
+    def positive_pairs(self, *of_rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]]:
+        """The own rows' pairs, then those of own rows with other ranks', whose rows and values are fetched.
+
+        A pair across ranks comes on both, each of which takes what it says of its own row. All ranks fetch as often.
+        """
+        yield from Problem.positive_pairs(self, *of_rows)
+        own, width, dtype = self.rows, self.query.shape[1], self.statistics_dtype
+        world, rows = self.layout.world, self.given_rows.to(dtype)
+        first, count, partners = self._partners()
+        start = count.cumsum(0) - count  # of each row's pairs, counted through all rows
+        told = torch.cat([rows, *(values.unsqueeze(1) for values in of_rows)], dim=1)
+        most = torch.cat(world.gather(count.sum().reshape(1), [1] * world.size)).max()
+        parts = -(-int(most) * width // _FETCHED_ELEMENTS)
+        for part in range(parts):
+            block = slice(own * part // parts, own * (part + 1) // parts)
+            i = torch.repeat_interleave(torch.arange(own, device=rows.device)[block], count[block])
+            pair = torch.arange(len(i), device=rows.device) + start[block][:1]
+            wanted, place = partners[first[i] + pair - start[i]].unique(return_inverse=True)
+            found = fetch_rows(told, world, self.layout.rows, wanted)
+            values = tuple(torch.cat([v, f]) for v, f in zip(of_rows, found[:, width:].unbind(1)))
+            yield i, own + place, torch.cat([rows, found[:, :width]]), values
+
+    def _partners(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of other ranks in the own rows' groups: of row i ``partners[first[i] : first[i] + count[i]]``."""
+        rank, numbers = self.layout.world.rank, torch.arange(self.total_rows, device=self.query.device)
+        start = self.layout.first_column(rank)
+        elsewhere = numbers[(numbers < start) | (numbers >= start + self.rows)]
+        groups = self._all_groups()[elsewhere]
+        order = groups.argsort(stable=True)
+        ordered = groups[order]
+        first, last = (torch.searchsorted(ordered, self.row_group, right=right) for right in (False, True))
+        return first, last - first, elsewhere[order]
 
     def _all_groups(self) -> Tensor:
         return torch.cat(self.groups)

@@ -26,7 +26,7 @@ def batch_hard_over_ranks(inputs: Inputs, objective: BatchHard, options: Options
         table, squares = distributed.row_statistics(found, config_of(found, objective, options), layout)
     (has_positive, positive), (has_negative, negative) = hardest_positives(table), hardest_negatives(table)
     (anchor,) = (has_positive & has_negative).nonzero(as_tuple=True)
-    chosen = fetch_rows(rows, layout, torch.cat([positive[anchor], negative[anchor]]))
+    chosen = fetch_rows(rows, world, layout.rows, torch.cat([positive[anchor], negative[anchor]]))
     place = len(rows) + torch.arange(len(chosen), device=rows.device)
     losses = triplet_loss_at(
         torch.cat([rows, chosen]), anchor, place[: len(anchor)], place[len(anchor) :],

@@ -27,6 +27,7 @@ def lifted_structure_loss(
     backend: str = "auto",
     memory_budget: int = DEFAULT_MEMORY_BUDGET,
     group=None,
+    strategy: str = "auto",
 ) -> Tensor:
     r"""Lifted structured loss: every positive pair against all negatives of both of its rows.
 
@@ -49,10 +50,13 @@ def lifted_structure_loss(
         normalize: L2-normalise the embeddings first. Default False.
         backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of distances that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
-        group: a torch.distributed process group, each of whose ranks passes its shard of the batch. Every rank gathers
-            the rows of all and does the whole batch's work. Default None: this process alone.
+        group: a torch.distributed process group, each of whose ranks passes its shard of the batch. Default None: this
+            process alone. Positive pairs fetch their rows from other ranks, some at a time. Not smooth, every rank
+            gathers the rows of all and does the whole batch's work.
             The value of rank r is R times its own rows' part of the mean over all ranks' pairs: DDP's average over the
             R ranks, of values and of gradients, is that of the whole batch (docs/design.md, "Many ranks").
+        strategy: how shards meet if smooth: "ring", "gather", or "auto", as in
+            :func:`~replearn_kernels.info_nce_loss`.
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). Without a positive pair 0, with zero gradients.
@@ -65,8 +69,8 @@ def lifted_structure_loss(
     """
     margin = validation.check_margin(margin)
     objective = (Lifted if validation.check_flag("smooth", smooth) else HardLifted)(margin)
-    inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget, group)
-    if group is not None:
+    inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget, group, strategy)
+    if group is not None and not smooth:
         alone = options._replace(reduction="none", world=None)
 
         def row_losses(batch: Inputs) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..engine.listed_pairs import add_differences_, pair_squares, positive_pairs
+from ..engine.listed_pairs import add_differences_, pair_squares
 from ..engine.problem import Pairs, Problem
 from .base import Objective, empty_table
 from .hardest import Hardest, hardest_negatives
-from .softmax import fold_sum_exp, logarithms, probabilities
+from .softmax import fold_sum_exp, logarithms, merge_sum_exp, probabilities
 
 
 class _Lifted(Objective):
@@ -52,30 +52,37 @@ class _Lifted(Objective):
 
     def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> Tensor:
         """The positive pairs."""
-        return (problem.positive_counts.sum() // 2).to(problem.statistics_dtype)
+        return problem.positive_counts.sum().to(problem.statistics_dtype) / 2
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         r = self._of_rows(row_table)
         losses = torch.zeros_like(r, dtype=torch.float64)
-        for i, j in positive_pairs(problem.row_group, problem.query.shape[1]):
-            combined, _ = self._combine(r[i], r[j])
-            loss = (combined + pair_squares(problem.given_rows, i, j).sqrt()).clamp(min=0).square() / 4
-            losses.index_put_((i,), loss.double(), accumulate=True)
-            losses.index_put_((j,), loss.double(), accumulate=True)
+        for i, j, rows, (r_of,) in problem.positive_pairs(r):
+            combined, _ = self._combine(r_of[i], r_of[j])
+            loss = (combined + pair_squares(rows, i, j).sqrt()).clamp(min=0).square() / 4
+            of_rows = losses.new_zeros(len(rows))
+            of_rows.index_put_((i,), loss.double(), accumulate=True)
+            of_rows.index_put_((j,), loss.double(), accumulate=True)
+            losses += of_rows[: len(losses)]
         return losses.to(r.dtype) + problem.squares * 0  # a NaN shows, whatever its row counts for
 
     def _positive_gradients(self, problem: Problem, row_table: Tensor, grad_rows: Tensor, d_query: Tensor) -> Tensor:
         """Adds the positive pairs' gradients to ``d_query``; returns ``dL / dr``, ``[N]``."""
         r = self._of_rows(row_table)
-        slopes = torch.zeros_like(r, dtype=torch.float64)
-        for i, j in positive_pairs(problem.row_group, problem.query.shape[1]):
-            combined, share = self._combine(r[i], r[j])
-            distance = pair_squares(problem.given_rows, i, j).sqrt()
-            slope = (combined + distance).clamp(min=0) * (grad_rows[i] + grad_rows[j]) / 2
+        slopes, own = torch.zeros_like(r, dtype=torch.float64), len(r)
+        for i, j, rows, (r_of, grad_of) in problem.positive_pairs(r, grad_rows):
+            combined, share = self._combine(r_of[i], r_of[j])
+            distance = pair_squares(rows, i, j).sqrt()
+            slope = (combined + distance).clamp(min=0) * (grad_of[i] + grad_of[j]) / 2
             counted = slope != 0
-            slopes.index_put_((i,), torch.where(counted, slope * share, 0).double(), accumulate=True)
-            slopes.index_put_((j,), torch.where(counted, slope * (1 - share), 0).double(), accumulate=True)
-            add_differences_(d_query, problem.given_rows, i, j, torch.where(distance > 0, slope / distance, 0))
+            of_rows = slopes.new_zeros(len(rows))
+            of_rows.index_put_((i,), torch.where(counted, slope * share, 0).double(), accumulate=True)
+            of_rows.index_put_((j,), torch.where(counted, slope * (1 - share), 0).double(), accumulate=True)
+            slopes += of_rows[:own]
+            gradient = d_query if len(rows) == own else d_query.new_zeros(rows.shape)
+            add_differences_(gradient, rows, i, j, torch.where(distance > 0, slope / distance, 0))
+            if gradient is not d_query:
+                d_query += gradient[:own]
         return slopes.to(r.dtype)
 
 
@@ -100,6 +107,9 @@ class Lifted(_Lifted):
         for dim, table in ((1, row_table), (0, column_table)):
             if table is not None:
                 fold_sum_exp(v, 1.0, dim, table)
+
+    def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
+        merge_sum_exp(table, other, 1.0)
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
         slopes = self._positive_gradients(problem, row_table, grad_rows, d_query)
