@@ -32,9 +32,11 @@ class _MarginLoss(_Loss):
         own = range(classes) if world is None else own_classes(classes, world)
         self.classes, self.first_class = classes, own.start
         self.weight = nn.Parameter(torch.empty(len(own), dim))
-        generator = None
-        if world is not None:  # ranks that were seeded alike must not have the same centres, nor another state after it
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())) + world.rank)
+        generator, device = None, self.weight.device
+        if world is not None and device.type != "meta":
+            # Ranks that were seeded alike must not have the same centres, nor another state after it.
+            seed = int(torch.randint(2**62, (), device="cpu")) + world.rank
+            generator = torch.Generator(device).manual_seed(seed)
         nn.init.normal_(self.weight, std=(2 / (classes + dim)) ** 0.5, generator=generator)  # Glorot, of all classes
 
     def logits(self, embeddings: Tensor) -> Tensor:
@@ -49,9 +51,10 @@ class _MarginLoss(_Loss):
 class ArcFaceLoss(_MarginLoss):
     """:func:`~replearn_kernels.arcface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
 
-    Its parameter belongs in the optimizer, beside the encoder's. With a ``group`` each rank owns a part of the classes:
-    keep the module out of DistributedDataParallel, and let every rank save its own. ``shard_classes=False``: every rank
-    has all of them, as a part of the model that DistributedDataParallel wraps.
+    Its parameter belongs in the optimizer, beside the encoder's. With a ``group`` each rank owns a part of the
+    ``classes``, which are those of all ranks: keep the module out of DistributedDataParallel, save it on every rank,
+    and for clipping and gradient scalers see docs/design.md, "Classes and prototypes". ``shard_classes=False``: every
+    rank has all of them, as a part of the model that DistributedDataParallel wraps.
     """
 
     def __init__(
@@ -80,15 +83,16 @@ class ArcFaceLoss(_MarginLoss):
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return F.arcface_loss(embeddings, self.weight, labels, **self.options)
+        return F.arcface_loss(embeddings, self.weight, labels, classes=self.classes, **self.options)
 
 
 class CosFaceLoss(_MarginLoss):
     """:func:`~replearn_kernels.cosface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
 
-    Its parameter belongs in the optimizer, beside the encoder's. With a ``group`` each rank owns a part of the classes:
-    keep the module out of DistributedDataParallel, and let every rank save its own. ``shard_classes=False``: every rank
-    has all of them, as a part of the model that DistributedDataParallel wraps.
+    Its parameter belongs in the optimizer, beside the encoder's. With a ``group`` each rank owns a part of the
+    ``classes``, which are those of all ranks: keep the module out of DistributedDataParallel, save it on every rank,
+    and for clipping and gradient scalers see docs/design.md, "Classes and prototypes". ``shard_classes=False``: every
+    rank has all of them, as a part of the model that DistributedDataParallel wraps.
     """
 
     def __init__(
@@ -117,4 +121,4 @@ class CosFaceLoss(_MarginLoss):
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        return F.cosface_loss(embeddings, self.weight, labels, **self.options)
+        return F.cosface_loss(embeddings, self.weight, labels, classes=self.classes, **self.options)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .engine import validation
-from .engine.world import SharesGroup
+from .engine.world import SharesGroup, World
 from .functional.distillation import check_dino_options, check_dino_temperature
 
 _SUM_ROWS = 4096  # prototypes whose mean logits are formed at once
@@ -22,8 +22,9 @@ class DINOLoss(SharesGroup, nn.Module):
 
     In training mode every call, after its loss, moves the center to
     ``center_momentum * center + (1 - center_momentum) * mean``, with the mean of the teacher's logits over views and
-    batch, over all processes of ``group`` where torch.distributed is initialised. The center is a buffer, which stays
-    fp32 when the module is moved to half precision.
+    batch, over all processes of ``group`` where torch.distributed is initialised: all call in the same mode, as each
+    training step exchanges the mean. The center is a buffer of fp32, also where features are fp64 (``double()`` makes
+    it fp64), and does not follow the module to half precision.
 
     Centering keeps the teacher from one prototype, its low temperature from the uniform distribution. A loss that rises
     to log K and stays has collapsed to the latter: the head's outputs share too large a mean for the temperature.
@@ -57,6 +58,7 @@ class DINOLoss(SharesGroup, nn.Module):
         group=None,
     ):
         super().__init__()
+        World.of(group)
         out_dim = validation.check_count("out_dim", out_dim, 1)
         self.warmup_teacher_temp = check_dino_temperature("warmup_teacher_temp", warmup_teacher_temp, torch.float32)
         validation.check_count("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0)
@@ -138,8 +140,8 @@ class DINOHeadLoss(DINOLoss):
     Args:
         group: of :func:`~replearn_kernels.dino_head_loss` too. Default None: the loss is that of this process, and the
             center's mean is over the default group, whose ranks have the same teacher.
-        shard_prototypes: with a group, the weights are this rank's part of the prototypes; ``out_dim`` is their number.
-            Default True.
+        shard_prototypes: with a group, the weights are this rank's part of the prototypes, and ``out_dim`` is the
+            number of this part, not of all K. Default True.
     """
 
     def __init__(self, out_dim: int, *, shard_prototypes: bool = True, **options):

@@ -125,7 +125,7 @@ class ClipLoss(_Loss):
         group = _group_of(self)
         loss = F.clip_loss(image_features, text_features, logit_scale, group=group, **self.options)
         if group is not None and not self.local_loss and self.options["reduction"] == "mean":
-            loss = loss + (_mean_over_ranks(loss, group) - loss).detach()
+            loss = _mean_over_ranks(loss, group).detach() + (loss - loss.detach())  # the mean, to the bit
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -293,4 +293,7 @@ def _mean_over_ranks(loss: Tensor, group) -> Tensor:
 
 
 def _repr(options: dict) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items() if name != "group" or value is not None)
+    shown = {name: value for name, value in options.items() if name != "group"}
+    if (group := options.get("group")) is not None:
+        shown["group"] = f"{dist.get_world_size(group)} ranks"
+    return ", ".join(f"{name}={value!r}" for name, value in shown.items())

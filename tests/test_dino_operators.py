@@ -168,3 +168,18 @@ def test_autocast(rng):
     loss.backward()
     expected.backward()
     assert leaf.grad.dtype == torch.float32 and torch.equal(leaf.grad, half[1].grad.float())
+
+
+def test_forward_mode_is_refused():
+    """A tangent would be dropped without a word."""
+    logits, weight, center = torch.randn(2, 3, 5), torch.randn(4, 5), torch.zeros(4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits, torch.ones_like(logits))
+        of_weight = torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight))
+        for loss in (
+            lambda: dino_loss(dual, logits, torch.zeros(5)),
+            lambda: dino_head_loss(dual, logits, weight, weight, center),
+            lambda: dino_head_loss(logits, logits, of_weight, weight, center),
+        ):
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                loss()

@@ -6,8 +6,24 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from class_cases import (
+    CASES,
+    DIFFERENTIABLE,
+    EXACT,
+    SHARDS,
+    WIDTH,
+    check,
+    gradients_of,
+    head_problem,
+    in_one_process,
+    leaves,
+    margin_problem,
+    on_one_rank,
+    own_part,
+)
 from processes import Ranks, needs_gloo
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from replearn_kernels import (
     ArcFaceLoss,
@@ -15,128 +31,20 @@ from replearn_kernels import (
     DINOHeadLoss,
     DINOLoss,
     arcface_loss,
+    clip_loss,
     cosface_loss,
     count_work,
     dino_head_loss,
+    triplet_margin_loss,
 )
 
 pytestmark = needs_gloo
-
-WIDTH, VIEWS, TEACHER_VIEWS = 5, 3, 2
-EXACT = dict(rtol=1e-12, atol=1e-12)
-SHARDS = {  # (rows, classes) of each rank
-    2: [((4, 4), (3, 3)), ((1, 6), (5, 2)), ((5, 0), (0, 7))],
-    3: [((3, 3, 3), (2, 2, 2)), ((1, 5, 2), (4, 1, 6)), ((0, 2, 4), (3, 0, 1))],
-    4: [((2, 2, 2, 2), (2, 2, 2, 2)), ((4, 1, 0, 3), (1, 3, 2, 2))],
-}
-FACTORS = (2.0, 0.0, -3.0, 0.5)
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4])
 def ranks(request, tmp_path_factory):
     with Ranks(request.param, tmp_path_factory.mktemp("ranks")) as ranks:
         yield ranks
-
-
-def margin_problem(rows, classes):
-    """The inputs of all ranks: (spread over rows; spread over classes), leaves by name."""
-    g = torch.Generator().manual_seed(rows + 100 * classes)
-    of_rows = {
-        "embeddings": torch.randn(rows, WIDTH, generator=g, dtype=torch.float64),
-        "labels": torch.randint(0, classes, (rows,), generator=g),
-    }
-    return of_rows, {"weight": torch.randn(classes, WIDTH, generator=g, dtype=torch.float64)}
-
-
-def head_problem(rows, classes):
-    """Samples lead here, so that all is spread along the first dimension."""
-    g = torch.Generator().manual_seed(rows + 100 * classes)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    of_rows = {"student": normal(rows, VIEWS, WIDTH), "teacher": normal(rows, TEACHER_VIEWS, WIDTH)}
-    return of_rows, {
-        "student_weight": normal(classes, WIDTH), "teacher_weight": normal(classes, WIDTH), "center": normal(classes),
-    }  # fmt: skip
-
-
-def head_loss(student, teacher, student_weight, teacher_weight, center, **options):
-    features = student.transpose(0, 1), teacher.transpose(0, 1)
-    return dino_head_loss(*features, student_weight, teacher_weight, center, **options)
-
-
-CASES = {  # inputs; loss; which inputs get a gradient
-    "arcface": (margin_problem, lambda embeddings, labels, weight, **k: arcface_loss(embeddings, weight, labels, **k)),
-    "cosface": (
-        margin_problem,
-        lambda embeddings, labels, weight, **k: cosface_loss(embeddings, weight, labels, scale=7.0, **k),
-    ),
-    "dino_head": (head_problem, head_loss),
-}
-DIFFERENTIABLE = {"embeddings", "weight", "student", "student_weight"}
-
-
-def leaves(tensors):
-    return {name: t.clone().requires_grad_(name in DIFFERENTIABLE) for name, t in tensors.items()}
-
-
-def own_part(tensors, rank, sizes):
-    return {name: t[sum(sizes[:rank]) :][: sizes[rank]] for name, t in tensors.items()}
-
-
-def gradients_of(tensors):
-    return {name: t.grad.numpy() for name, t in tensors.items() if t.grad is not None}
-
-
-def keyword(name):
-    return "shard_prototypes" if name == "dino_head" else "shard_classes"
-
-
-def on_one_rank(rank, name, rows, classes, sharded, options):
-    """The loss of a rank's shard and its gradients, as arrays."""
-    problem, loss = CASES[name]
-    of_rows, of_classes = problem(sum(rows), sum(classes))
-    own_rows = leaves(own_part(of_rows, rank, rows))
-    own_classes = leaves(own_part(of_classes, rank, classes) if sharded else of_classes)
-    options = {keyword(name): sharded, **options}
-    value = loss(**own_rows, **own_classes, group=dist.group.WORLD, **options)
-    (value * FACTORS[rank] if options.get("reduction") else value).sum().backward()
-    return value.detach().numpy(), {**gradients_of(own_rows), **gradients_of(own_classes)}
-
-
-def in_one_process(name, rows, classes, reduction=None):
-    """The losses of each rank's rows, what each returns, and the gradients of the mean over the ranks."""
-    problem, loss = CASES[name]
-    of_rows, of_classes = (leaves(tensors) for tensors in problem(sum(rows), sum(classes)))
-    losses = loss(**of_rows, **of_classes, reduction="none", backend="eager").split(list(rows))
-    world = len(rows)
-    if reduction is None:
-        sum(part.sum() for part in losses).div(sum(rows)).backward()
-        values = [part.sum() * world / sum(rows) for part in losses]
-    else:
-        sum(part.sum() * factor for part, factor in zip(losses, FACTORS)).div(world).backward()
-        values = [part if reduction == "none" else part.sum() for part in losses]
-    return [value.detach() for value in values], {**gradients_of(of_rows), **gradients_of(of_classes)}
-
-
-def check(answers, name, rows, classes, sharded, reduction=None):
-    values, whole = in_one_process(name, rows, classes, reduction)
-    world = len(rows)
-    for rank, (value, gradients) in enumerate(answers):
-        torch.testing.assert_close(torch.from_numpy(np.asarray(value)), values[rank], **EXACT)
-        assert gradients.keys() == whole.keys()
-        for leaf, gradient in gradients.items():
-            if leaf in ("embeddings", "student"):
-                expected = world * own_part(whole, rank, rows)[leaf]
-            elif sharded:
-                expected = own_part(whole, rank, classes)[leaf]
-            else:
-                continue
-            np.testing.assert_allclose(gradient, expected, **EXACT)
-    if not sharded:  # what DistributedDataParallel's average leaves
-        for leaf in whole.keys() & {"weight", "student_weight"}:
-            np.testing.assert_allclose(sum(g[leaf] for _, g in answers) / world, whole[leaf], **EXACT)
 
 
 @pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "replicated"])
@@ -229,6 +137,15 @@ def refusals(rank):
         cosface_loss(embeddings, weight, torch.tensor([0, 1]), margin=0.1 * (rank + 1), group=group)
     with pytest.raises(ValueError, match="backend='eager' is the formula for the batch of one process"):
         arcface_loss(embeddings, weight, torch.tensor([0, 1]), backend="eager", group=group)
+    with pytest.raises(ValueError, match=r"the weights of all ranks must have 9 classes, got \[4, 4\]"):
+        arcface_loss(embeddings, weight, torch.tensor([0, 7]), classes=9, group=group)
+    with pytest.raises(ValueError, match="classes must be the same on every rank"):
+        ArcFaceLoss(3, 6 + rank, group=group)(embeddings, torch.tensor([0, 1]))
+    arcface_loss(embeddings, weight, torch.tensor([0, 7]), margin=1 if rank else 1.0, group=group)
+    with torch.device("meta"):
+        assert ArcFaceLoss(3, 7, group=group).weight.shape == (4 - rank, 3)
+    with pytest.raises(TypeError, match="group must be a torch.distributed process group, got str"):
+        DINOLoss(4, group="world")
     with pytest.raises(TypeError, match="shard_classes must be a bool, got int"):
         arcface_loss(embeddings, weight, torch.tensor([0, 1]), shard_classes=1, group=group)
     features, center = torch.randn(2, 3, 4), torch.zeros(6)
@@ -244,6 +161,58 @@ def refusals(rank):
 def test_bad_input_is_refused_on_every_rank(ranks):
     if ranks.world_size == 2:
         ranks.run(refusals)
+
+
+def differentiated_twice(rank):
+    """Refused, and not taken for constants."""
+    group, labels = dist.group.WORLD, torch.tensor([0, 1])
+    x, weight = torch.randn(2, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    features = torch.randn(2, 2, 4, requires_grad=True)
+    for loss, inputs in (
+        (arcface_loss(x, weight, labels, group=group), (x, weight)),
+        (dino_head_loss(features, features, weight, weight, torch.zeros(3), group=group), (features, weight)),
+    ):
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+        assert all(gradient.requires_grad for gradient in gradients)
+        with pytest.raises(NotImplementedError, match="differentiable once"):
+            sum(gradient.square().sum() for gradient in gradients).backward()
+
+
+def test_second_derivatives_are_refused(ranks):
+    ranks.run(differentiated_twice)
+
+
+class PassThrough(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def traced_on_one_rank(rank):
+    """What no other rank can know is told before anything is exchanged."""
+    group, x, weight, labels = dist.group.WORLD, torch.randn(2, 4), torch.randn(3, 4), torch.tensor([0, 1])
+    losses = (
+        lambda x: arcface_loss(x, weight, labels, group=group),
+        lambda x: arcface_loss(x, weight, labels, group=group, shard_classes=False),
+        lambda x: triplet_margin_loss(x, labels, mining="batch_hard", group=group),
+        lambda x: triplet_margin_loss(x, labels, group=group),
+        lambda x: clip_loss(x, x, 1.0, group=group),
+        lambda x: dino_head_loss(x[None], x[None], weight, weight, torch.zeros(3), group=group),
+    )
+    for loss in losses:
+        if rank == 0:
+            with pytest.raises(NotImplementedError, match="with group= takes plain tensors"), PassThrough():
+                loss(x)
+            with pytest.raises(NotImplementedError, match="no rule for torch.func"):
+                torch.func.grad(loss)(x)
+        else:
+            for _ in range(2):
+                with pytest.raises(ValueError, match="failed on other ranks of the group: rank 0: NotImplementedError"):
+                    loss(x)
+
+
+def test_tracing_on_one_rank_is_an_error_on_all(ranks):
+    if ranks.world_size == 2:
+        ranks.run(traced_on_one_rank)
 
 
 def margin_modules(rank, rows, classes):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from accuracy import check_against_eager, eager_clip, eager_info_nce, unit_rows, value_and_gradients
 
 from replearn_kernels import clip_loss, info_nce_loss
+from replearn_kernels.functional import call
 
 
 @pytest.mark.parametrize("scale", [1e-3, 100.0, 1000.0, -50.0, 0.0])
@@ -125,3 +126,23 @@ def test_tiny_and_mixed_upstream_gradients(backend, rng):
             info_nce_loss(q, y, logit_scale=3.0, reduction="none", backend=name).backward(upstream.double())
             gradients.append(q.grad)
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_derivatives_of_rows_of_zeros_when_normalised(order, rng):
+    """0, in both orders, and those of other rows as if there were none."""
+    x = torch.randn(6, 3, generator=rng, dtype=torch.float64)
+    x[2] = 0
+    upstream = torch.randn(6, 3, generator=rng, dtype=torch.float64)
+
+    def derivative(rows, weights, normalise):
+        rows = rows.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((normalise(rows) * weights).sum(), rows, create_graph=order == 2)
+        if order == 2:
+            (gradient,) = torch.autograd.grad(gradient.square().sum(), rows)
+        return gradient
+
+    found, others = derivative(x, upstream, call.unit_rows), [0, 1, 3, 4, 5]
+    expected = derivative(x[others], upstream[others], torch.nn.functional.normalize)
+    assert (found[2] == 0).all()
+    torch.testing.assert_close(found[others], expected, rtol=1e-12, atol=1e-12)

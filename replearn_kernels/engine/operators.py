@@ -54,11 +54,10 @@ def pair_loss(inputs: Inputs, config: Config, of_group=None) -> Tensor:
     ``of_group``: what takes the place of :mod:`.schedules` where the batch is that of several ranks.
 
     Raises:
-        NotImplementedError: inside a torch.func transform; in a group, with tensors that are traced or wrapped.
+        NotImplementedError: inside a torch.func transform.
     """
     refuse_transforms()
     if of_group is not None:
-        refuse_wrapped(*inputs.differentiable)
         return _PairLoss.apply(of_group, config, len(inputs.keys), *_flat(inputs))
     if needs_dispatcher(*inputs.differentiable):
         return torch.ops.replearn_kernels.pair_loss(*inputs, *config)[0]
@@ -135,11 +134,17 @@ class _PairLoss(torch.autograd.Function):
                 ctx.gradients = None
             gradients = ctx.route.backward(grad_loss, saved, inputs, ctx.config, in_place=True)
             gradients = _placed(gradients, inputs, ctx.config)
-        if torch.is_grad_enabled():  # create_graph=True: the gradients must not look like constants
-            sources = [grad_loss, *inputs.differentiable]
-            marked = _RefuseSecondDerivative.apply(len(sources), *sources, *_flat(gradients))
+        if torch.is_grad_enabled():
+            marked = differentiable_once([grad_loss, *inputs.differentiable], _flat(gradients))
             gradients, _ = _unflat(marked, ctx.key_count)
         return None, None, None, *_flat(gradients)
+
+
+def differentiable_once(sources: list[Tensor], gradients) -> tuple[Tensor | None, ...]:
+    """Gradients that were computed without a graph; under create_graph=True they must not look like constants."""
+    if not torch.is_grad_enabled():
+        return tuple(gradients)
+    return _RefuseSecondDerivative.apply(len(sources), *sources, *gradients)
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):

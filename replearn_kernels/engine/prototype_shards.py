@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..objectives.dino import Dino, Statistics
 from . import prototypes
+from .operators import differentiable_once
 from .schedules import on_device_of
 from .world import World
 
@@ -34,19 +35,22 @@ class _HeadLosses(torch.autograd.Function):
         return objective.losses(statistics)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses: Tensor):
+        saved = ctx.saved_tensors  # read once: checkpointing allows no more
+        with torch.no_grad():
+            gradients = _HeadLosses._gradients(ctx, saved, grad_losses)
+        gradients = differentiable_once([grad_losses, *saved[2:4]], gradients)
+        return None, None, None, *gradients, None, None, None
+
+    @staticmethod
+    def _gradients(ctx, saved: tuple[Tensor, ...], grad_losses: Tensor) -> list[Tensor | None]:
         world = ctx.world
         own = grad_losses.split(ctx.counts)[world.rank].contiguous()
         upstream = torch.cat(world.gather(own, ctx.counts))
         needs_grad = list(ctx.needs_input_grad[3:5])
-        gradients = prototypes.backward(
-            prototypes.Heads, upstream, *ctx.saved_tensors, *ctx.temperatures, "none", needs_grad
-        )
+        gradients = prototypes.backward(prototypes.Heads, upstream, *saved, *ctx.temperatures, "none", needs_grad)
         d_features, d_weight = (gradient if needs else None for gradient, needs in zip(gradients, needs_grad))
-        if d_weight is not None:
-            d_weight = d_weight / world.size
-        return None, None, None, d_features, d_weight, None, None, None
+        return [d_features, None if d_weight is None else d_weight / world.size]
 
 
 def dino_head_losses(world: World, counts: list[int], temperatures: tuple[float, float], *tensors: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..objectives.dino import Dino, Statistics
 from .columns import blocks
 from .counters import count_product
-from .operators import refuse_second_derivative, refuse_transforms
+from .operators import refuse_forward_mode, refuse_second_derivative, refuse_transforms
 from .problem import statistics_dtype
 from .schedules import on_device_of
 
@@ -214,12 +214,15 @@ _register("dino_head_loss", Heads)
 def dino_loss(*arguments) -> Tensor:
     """Of (student_logits, teacher_logits, center, student_temp, teacher_temp, reduction), differentiable once."""
     refuse_transforms()
+    refuse_forward_mode(arguments[0])
     return torch.ops.replearn_kernels.dino_loss(*arguments)[0]
 
 
 def dino_head_loss(*arguments) -> Tensor:
     """The same from features, each followed by its weight, in place of logits."""
     refuse_transforms()
+    for tensor in arguments[:2]:
+        refuse_forward_mode(tensor)
     return torch.ops.replearn_kernels.dino_head_loss(*arguments)[0]
 
 

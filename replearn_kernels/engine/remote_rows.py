@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .counters import count_workspace
 from .listed_pairs import add_rows_
+from .operators import differentiable_once
 from .world import World
 
 
@@ -33,8 +34,13 @@ class _FetchRows(torch.autograd.Function):
         return asked
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
+        with torch.no_grad():
+            total = _FetchRows._sent_back(ctx, gradient)
+        return *differentiable_once([gradient], [total]), None, None, None
+
+    @staticmethod
+    def _sent_back(ctx, gradient: Tensor) -> Tensor:
         route = ctx.route
         asked = [part.contiguous() for part in gradient[route.order].split(route.asked)]
         arriving = route.exchange(asked, [len(place) for place in route.given], gradient)
@@ -42,7 +48,7 @@ class _FetchRows(torch.autograd.Function):
         total = gradient.new_zeros(ctx.count, gradient.shape[1], dtype=wide)
         for place, part in zip(route.given, arriving):
             add_rows_(total, place, part.to(wide))
-        return total.to(gradient.dtype), None, None, None
+        return total.to(gradient.dtype)
 
 
 class _Route:

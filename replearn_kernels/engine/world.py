@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .counters import count_sent
 
@@ -50,6 +51,11 @@ class World:
         if errors and "error" not in description:
             raise ValueError(f"the loss failed on other ranks of the group: {'; '.join(errors)}")
         return descriptions
+
+    def tell(self, description: dict) -> None:
+        """:meth:`meet`, from wherever an error came up: not inside of what traces or transforms this rank's tensors."""
+        with torch._C._DisableFuncTorch(), _disable_current_modes():
+            self.meet(description)
 
     def gather(self, tensor: Tensor, counts: list[int]) -> list[Tensor]:
         """A small tensor of every rank, of ``counts[rank]`` entries along its last dimension; on all ranks."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..engine import distributed, validation
 from ..engine.backends import resolve_backend
-from ..engine.operators import pair_loss
+from ..engine.operators import pair_loss, refuse_transforms, refuse_wrapped
 from ..engine.problem import Inputs, statistics_dtype
 from ..engine.schedules import Config, on_device_of
 from ..engine.shards import meet
@@ -77,10 +77,13 @@ def _in_group(function, group, args, keywords):
     if world is not None:
         world.keywords = _plain_keywords(function, args, keywords)
     try:
+        if world is not None:
+            refuse_transforms()
+            refuse_wrapped(*(value for value in (*args, *keywords.values()) if isinstance(value, Tensor)))
         return function(*args, group=world, **keywords)
     except Exception as error:
         if world is not None and not world.has_met:
-            world.meet({"error": f"{type(error).__name__}: {error}"})
+            world.tell({"error": f"{type(error).__name__}: {error}"})
         raise
 
 
@@ -92,7 +95,8 @@ def _plain_keywords(function, args, keywords) -> dict:
         return {}
     bound.apply_defaults()
     own = ("backend", "memory_budget", "group")
-    return {k: v for k, v in bound.arguments.items() if k not in own and isinstance(v, (bool, int, float, str))}
+    plain = {k: v for k, v in bound.arguments.items() if k not in own and isinstance(v, (bool, int, float, str))}
+    return {k: v if isinstance(v, (bool, str)) else float(v) for k, v in plain.items()}  # 1 and 1.0 are the same
 
 
 def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[[], Tensor]) -> Tensor:
@@ -123,9 +127,9 @@ def unit_rows(features: Tensor) -> Tensor:
     normalised as far as their squares are in range: in fp32 from 1e-19 to 1e19.
     """
     rows = features.to(statistics_dtype(features.dtype))
-    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    # By infinity, a row of zeros and its gradient become 0 without another pass over all rows.
-    lengths = torch.where(norms == 0, torch.inf, norms.clamp(min=torch.finfo(rows.dtype).tiny ** 0.5))
+    squares = torch.linalg.vecdot(rows, rows).unsqueeze(-1)
+    # Divided by infinity, a row of zeros and its derivatives become 0 without another pass over all rows.
+    lengths = torch.where(squares == 0, torch.inf, squares.clamp(min=torch.finfo(rows.dtype).tiny)).sqrt()
     return (rows / lengths).to(features.dtype)
 
 

@@ -34,6 +34,7 @@ def arcface_loss(
     memory_budget: int = CLASSIFIER_BUDGET,
     group=None,
     shard_classes: bool = True,
+    classes: int | None = None,
 ) -> Tensor:
     r"""Cross entropy over cosines to C class centres, with a margin added to the angle to the true one.
 
@@ -63,6 +64,7 @@ def arcface_loss(
             weight stays where it is. Its gradient is that of the mean of the ranks' values: nothing has to be averaged,
             so keep the weight out of DistributedDataParallel. False: every rank has the whole weight, as a parameter
             whose gradients DistributedDataParallel averages. Default True.
+        classes: how many classes there must be in all, over the ranks of a group. Default None: as many as there are.
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). Without rows 0, with zero gradients.
@@ -75,7 +77,7 @@ def arcface_loss(
         RuntimeError: the backend asked for is not available here.
     """
     objective = MarginSoftmax(validation.check_margin(margin, LARGEST_ARCFACE_MARGIN), angular=True)
-    options = reduction, backend, memory_budget, group, shard_classes
+    options = reduction, backend, memory_budget, group, shard_classes, classes
     return _margin_loss(objective, embeddings, weight, labels, scale, *options)
 
 
@@ -92,6 +94,7 @@ def cosface_loss(
     memory_budget: int = CLASSIFIER_BUDGET,
     group=None,
     shard_classes: bool = True,
+    classes: int | None = None,
 ) -> Tensor:
     r"""Cross entropy over cosines to C class centres, with a margin taken from the cosine to the true one.
 
@@ -102,7 +105,7 @@ def cosface_loss(
     Args, result and exceptions are those of :func:`arcface_loss`, but that ``margin`` is a cosine, in [0, 2].
     """
     objective = MarginSoftmax(validation.check_margin(margin, LARGEST_COSFACE_MARGIN), angular=False)
-    options = reduction, backend, memory_budget, group, shard_classes
+    options = reduction, backend, memory_budget, group, shard_classes, classes
     return _margin_loss(objective, embeddings, weight, labels, scale, *options)
 
 
@@ -117,14 +120,20 @@ def _margin_loss(
     memory_budget: int,
     world: World | None,
     shard_classes: bool,
+    classes: int | None,
 ) -> Tensor:
+    if classes is not None:
+        validation.check_count("classes", classes, 0)
     shard_classes = validation.check_flag("shard_classes", shard_classes) and world is not None
     embeddings, weight = check_pair({"embeddings": embeddings, "weight": weight})
     validation.check_target(labels, len(embeddings), len(weight), embeddings, name="labels", required=True)
     logit_scale = validation.check_scale("scale", validation.check_positive("scale", scale), embeddings)
     options = Options.of(reduction, backend, memory_budget, embeddings, world)
     inputs = Inputs(unit_rows(embeddings), [weight], None, labels, None, None, logit_scale, None)
+    if shard_classes:
+        return loss_over_class_shards(inputs, objective, options, classes)
+    if classes not in (None, len(weight)):
+        raise ValueError(f"weight must have {classes} classes, got {len(weight)}")
     if world is not None:
-        over_ranks = loss_over_class_shards if shard_classes else loss_of_every_rank
-        return over_ranks(inputs, objective, options)
+        return loss_of_every_rank(inputs, objective, options)
     return run(inputs, objective, options, lambda: reference.margin_loss(inputs, objective, reduction))

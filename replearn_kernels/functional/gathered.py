@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..engine import prototypes
 from ..engine.class_shards import ClassShards
-from ..engine.operators import pair_loss, refuse_wrapped
+from ..engine.operators import differentiable_once, pair_loss
 from ..engine.problem import Inputs
 from ..engine.prototype_shards import dino_head_losses
 from ..engine.shards import Layout, agree, meet
@@ -43,10 +43,17 @@ def gathered_loss(
     return reduced(losses.split(layout.rows)[world.rank], counted, reduction, world)
 
 
-def loss_over_class_shards(inputs: Inputs, objective: Objective, options: Options) -> Tensor:
-    """The loss of the own rows against the classes of all ranks; ``inputs`` has the own ones, and targets in all."""
+def loss_over_class_shards(
+    inputs: Inputs, objective: Objective, options: Options, classes: int | None = None
+) -> Tensor:
+    """The loss of the own rows against the classes of all ranks; ``inputs`` has the own ones, and targets in all.
+
+    ``classes``: how many there must be.
+    """
     world = options.world
     layout = _meet(world, inputs, objective, {"reduction": options.reduction})
+    if classes not in (None, sum(layout.columns)):
+        raise ValueError(f"the weights of all ranks must have {classes} classes, got {layout.columns}")
     target = torch.cat(world.gather(inputs.target, layout.rows))
     batch = inputs._replace(
         query=gather_rows(inputs.query, world, layout.rows), target=target - layout.first_column(world.rank)
@@ -82,7 +89,6 @@ def dino_head_loss_in_group(
         tensors: features and weight of the student and of the teacher, and the center, checked.
     """
     refuse_eager(backend)
-    refuse_wrapped(*tensors)
     student, student_weight, teacher, *rest = tensors
     enabled = torch.is_grad_enabled()
     alike = {
@@ -145,8 +151,13 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
+        with torch.no_grad():
+            total = _GatherRows._sent_back(ctx, gradient)
+        return *differentiable_once([gradient], [total]), None, None
+
+    @staticmethod
+    def _sent_back(ctx, gradient: Tensor) -> Tensor:
         world = ctx.world
         shares = [share.contiguous() for share in gradient.split(ctx.counts)]
         arriving = [torch.empty_like(shares[world.rank]) for _ in ctx.counts]
@@ -154,4 +165,4 @@ class _GatherRows(torch.autograd.Function):
         others = [rank for rank in range(world.size) if rank != world.rank]
         world.exchange([(rank, shares[rank]) for rank in others], [(rank, arriving[rank]) for rank in others])
         wide = torch.promote_types(gradient.dtype, torch.float32)  # half-precision shares add up in fp32
-        return sum(share.to(wide) for share in arriving).to(gradient.dtype), None, None
+        return sum(share.to(wide) for share in arriving).to(gradient.dtype)
