@@ -8,7 +8,7 @@ import pytest
 import torch
 from dino_oracle import head_loss, heads, logits
 
-from replearn_kernels import DINOHeadLoss, DINOLoss, count_work, dino_loss
+from replearn_kernels import DINOHeadLoss, DINOLoss, count_work, dino_head_loss, dino_loss
 
 ROOT = Path(__file__).parents[1]
 
