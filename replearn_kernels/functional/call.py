@@ -127,7 +127,7 @@ def unit_rows(features: Tensor) -> Tensor:
     normalised as far as their squares are in range: in fp32 from 1e-19 to 1e19.
     """
     rows = features.to(statistics_dtype(features.dtype))
-    squares = torch.linalg.vecdot(rows, rows).unsqueeze(-1)
+    squares = rows.square().sum(-1, keepdim=True)  # no vecdot: autocast would round it
     # Divided by infinity, a row of zeros and its derivatives become 0 without another pass over all rows.
     lengths = torch.where(squares == 0, torch.inf, squares.clamp(min=torch.finfo(rows.dtype).tiny)).sqrt()
     return (rows / lengths).to(features.dtype)
