@@ -28,7 +28,7 @@ class _FetchRows(torch.autograd.Function):
         ctx.route = route = _Route(world, counts, index)
         ctx.count = len(rows)
         given = [rows[place] for place in route.given]
-        found = route.exchange(given, route.asked, rows)
+        found = world.swap(given, route.asked)
         asked = torch.cat(found)[route.places]
         count_workspace(*given, *found, asked)
         return asked
@@ -43,7 +43,7 @@ class _FetchRows(torch.autograd.Function):
     def _sent_back(ctx, gradient: Tensor) -> Tensor:
         route = ctx.route
         asked = [part.contiguous() for part in gradient[route.order].split(route.asked)]
-        arriving = route.exchange(asked, [len(place) for place in route.given], gradient)
+        arriving = route.world.swap(asked, [len(place) for place in route.given])
         wide = torch.promote_types(gradient.dtype, torch.float32)
         total = gradient.new_zeros(ctx.count, gradient.shape[1], dtype=wide)
         for place, part in zip(route.given, arriving):
@@ -66,15 +66,7 @@ class _Route:
         self.places = torch.empty_like(self.order)
         self.places[self.order] = torch.arange(len(index), device=index.device)
         by_owner = torch.bincount(owner, minlength=size)
-        matrix = torch.stack(self.world.gather(by_owner, [size] * size)).tolist()  # [of rank][to rank]
-        self.asked = matrix[self.world.rank]
+        matrix = torch.stack(world.gather(by_owner, [size] * size)).tolist()  # [of rank][to rank]
+        self.asked = matrix[world.rank]
         numbers = (index - (ends - ends.new_tensor(counts))[owner])[self.order].split(self.asked)
-        self.given = self.exchange(list(numbers), [row[self.world.rank] for row in matrix], index)
-
-    def exchange(self, sent: list[Tensor], arriving: list[int], like: Tensor) -> list[Tensor]:
-        """``sent[rank]`` to every rank; what comes from each: ``arriving[rank]`` rows of the kind of ``like``."""
-        received = [like.new_empty(count, *like.shape[1:]) for count in arriving]
-        received[self.world.rank] = sent[self.world.rank]
-        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
-        self.world.exchange([(rank, sent[rank]) for rank in others], [(rank, received[rank]) for rank in others])
-        return received
+        self.given = world.swap(list(numbers), [row[world.rank] for row in matrix])

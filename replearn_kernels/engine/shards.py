@@ -154,11 +154,7 @@ class Shard(Problem):
             return Problem.sum_at_targets(self, row_values)
         world, columns = self.layout.world, self.layout.columns
         shares = sum_at(self.global_target, row_values, sum(columns)).split(columns)
-        arriving = [torch.empty_like(shares[world.rank]) for _ in columns]
-        arriving[world.rank] = shares[world.rank]
-        others = [rank for rank in range(world.size) if rank != world.rank]
-        world.exchange([(rank, shares[rank]) for rank in others], [(rank, arriving[rank]) for rank in others])
-        return sum(arriving).to(row_values.dtype)
+        return sum(world.swap(shares, [columns[world.rank]] * world.size)).to(row_values.dtype)
 
     def positive_pairs(self, *of_rows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]]:
         """The own rows' pairs, then those of own rows with other ranks', whose rows and values are fetched.

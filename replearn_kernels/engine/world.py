@@ -85,6 +85,15 @@ class World:
         """:meth:`start`, and wait."""
         wait(self.start(sends, receives))
 
+    def swap(self, sent: list[Tensor], counts: list[int]) -> list[Tensor]:
+        """``sent[rank]`` goes to every rank; what comes from each, ``counts[rank]`` rows. All are of one kind."""
+        own = sent[self.rank]
+        received = [own.new_empty(count, *own.shape[1:]) for count in counts]
+        received[self.rank] = own
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        self.exchange([(rank, sent[rank]) for rank in others], [(rank, received[rank]) for rank in others])
+        return received
+
     def _operation(self, kind, rank: int, tensor: Tensor) -> dist.P2POp:
         return dist.P2POp(kind, tensor, group=self.group, group_peer=rank)
 

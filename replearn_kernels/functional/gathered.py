@@ -144,11 +144,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, world: World, counts: list[int]) -> Tensor:
         ctx.world, ctx.counts = world, counts
-        own = rows.contiguous()
-        parts = [own if rank == world.rank else own.new_empty(count, own.shape[1]) for rank, count in enumerate(counts)]
-        others = [rank for rank in range(world.size) if rank != world.rank]
-        world.exchange([(rank, own) for rank in others], [(rank, parts[rank]) for rank in others])
-        return torch.cat(parts)
+        return torch.cat(world.swap([rows.contiguous()] * world.size, counts))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -160,9 +156,6 @@ class _GatherRows(torch.autograd.Function):
     def _sent_back(ctx, gradient: Tensor) -> Tensor:
         world = ctx.world
         shares = [share.contiguous() for share in gradient.split(ctx.counts)]
-        arriving = [torch.empty_like(shares[world.rank]) for _ in ctx.counts]
-        arriving[world.rank] = shares[world.rank]
-        others = [rank for rank in range(world.size) if rank != world.rank]
-        world.exchange([(rank, shares[rank]) for rank in others], [(rank, arriving[rank]) for rank in others])
+        arriving = world.swap(shares, [ctx.counts[world.rank]] * world.size)
         wide = torch.promote_types(gradient.dtype, torch.float32)  # half-precision shares add up in fp32
         return sum(share.to(wide) for share in arriving).to(gradient.dtype)
