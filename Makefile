@@ -24,7 +24,7 @@ demo: install
 test: install
 	$(TESTS) -m "not interpreter and not gpu"
 	TRITON_INTERPRET=1 $(TESTS) -m interpreter
-	$(TESTS) bench/regression.py --benchmark-disable
+	$(BIN)/python -m pytest bench/regression.py --benchmark-disable
 	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry --no-install --output build/gpu_dry
 
 test-gpu: install
