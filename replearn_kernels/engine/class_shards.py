@@ -32,8 +32,9 @@ class ClassShards(NamedTuple):
 
     layout: Layout
 
-    def forward(self, inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
-        """The losses of all rows, the same on every rank, and what :meth:`backward` needs."""
+    def forward(self, inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor], bool]:
+        """The losses of all rows, the same on every rank, what :meth:`backward` needs, and False: no gradients yet, which
+        need the statistics of all ranks."""
         with on_device_of(inputs.query):
             problem, plan, runner = _prepared(inputs, config)
             kept = KeptTiles(runner.new_kept(problem, plan.kept_elements))
@@ -42,12 +43,7 @@ class ClassShards(NamedTuple):
             for other in others:
                 runner.objective.merge_statistics(table, other, problem.scale)
             losses = runner.objective.row_losses(problem, table, None)
-            return losses, [kept.buffer, table] if any(config.needs_grad) else []
-
-    @staticmethod
-    def gradients_in_forward(inputs: Inputs, config: Config) -> bool:
-        """Never: they need the statistics of all ranks."""
-        return False
+            return losses, [kept.buffer, table] if any(config.needs_grad) else [], False
 
     def backward(
         self, grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config, in_place: bool

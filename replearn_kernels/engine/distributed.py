@@ -38,26 +38,21 @@ class Schedules(NamedTuple):
 
     layout: Layout
 
-    def forward(self, inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
-        """This rank's loss, and the tensors that :meth:`backward` needs (none if no input needs a gradient)."""
+    def forward(self, inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor], bool]:
+        """This rank's loss, the tensors that :meth:`backward` needs (none if no input needs a gradient), and whether those
+        are gradients already."""
         with on_device_of(inputs.query):
             run = _Run.of(inputs, config, self.layout)
-            if self.gradients_in_forward(inputs, config):
+            if _gradients_in_forward(config):
                 tables, gradients = run.new_tables(), run.new_gradients()
                 losses, results = _sweep_gradients(run, tables, gradients, run.new_kept(0), run.share, with_losses=True)
-                return losses.sum() * run.share, results
+                return losses.sum() * run.share, results, True
             kept = run.new_kept(run.kept_elements)
             tables = _sweep_statistics(run, kept)
             losses = run.objective.row_losses(run.shard, *tables)
             loss = losses if config.reduction == "none" else losses.sum() * run.share
             saved = [kept.buffer, *(table for table in tables if table is not None)]
-            return loss, saved if any(config.needs_grad) else []
-
-    @staticmethod
-    def gradients_in_forward(inputs: Inputs, config: Config) -> bool:
-        """Whether :meth:`forward` returns gradients for :meth:`backward` to scale."""
-        needs_statistics = config.make_objective().needs_statistics
-        return not needs_statistics and any(config.needs_grad) and config.reduction != "none"
+            return loss, saved if any(config.needs_grad) else [], False
 
     def backward(
         self, grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config, in_place: bool
@@ -65,7 +60,7 @@ class Schedules(NamedTuple):
         """Gradients in the order of ``inputs.differentiable``; an empty tensor where none is due."""
         with on_device_of(inputs.query):
             upstream = _upstream(grad_loss, self.layout.world)
-            in_forward = self.gradients_in_forward(inputs, config)
+            in_forward = _gradients_in_forward(config)
             if in_forward and (upstream == upstream[0]).all():
                 results = [gradient.mul_(grad_loss) if in_place else gradient * grad_loss for gradient in saved]
             else:
@@ -329,6 +324,11 @@ def _sweep_gradients(
     count_workspace(*tour.held())
     losses = run.objective.row_losses(run.shard, *coefficients) if with_losses else None
     return losses, run.results(tour.gradients, coefficients[0], factor)
+
+
+def _gradients_in_forward(config: Config) -> bool:
+    needs_statistics = config.make_objective().needs_statistics
+    return not needs_statistics and any(config.needs_grad) and config.reduction != "none"
 
 
 def _upstream(grad_loss: Tensor, world: World) -> Tensor:

@@ -9,6 +9,7 @@ rule: operators written in Python cost 0.3 ms forward and backward, more than th
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def _split(arguments) -> tuple[Inputs, Config]:
 
 
 def _forward_with(function):
-    return lambda *arguments: function(*_split(arguments))
+    return lambda *arguments: function(*_split(arguments))[:2]
 
 
 def _backward_with(function):
@@ -57,11 +58,9 @@ def pair_loss(inputs: Inputs, config: Config, of_group=None) -> Tensor:
         NotImplementedError: inside a torch.func transform.
     """
     refuse_transforms()
-    if of_group is not None:
-        return _PairLoss.apply(of_group, config, len(inputs.keys), *_flat(inputs))
-    if needs_dispatcher(*inputs.differentiable):
+    if of_group is None and needs_dispatcher(*inputs.differentiable):
         return torch.ops.replearn_kernels.pair_loss(*inputs, *config)[0]
-    return _PairLoss.apply(schedules, config, len(inputs.keys), *_flat(inputs))
+    return _PairLoss.apply(of_group or schedules, config, _Form.of(inputs), *_flat(inputs))
 
 
 def refuse_transforms() -> None:
@@ -95,17 +94,36 @@ def needs_dispatcher(*tensors: Tensor) -> bool:
     )
 
 
-def _flat(inputs: Inputs) -> list[Tensor | None]:
-    """All tensors in a row, as autograd takes them: those that are no keys, then the keys."""
-    query, keys, *rest = inputs
-    return [query, *rest, *keys]
+class _Form(NamedTuple):
+    """Which of the inputs there are. Autograd is given those alone: each argument takes it a microsecond or two."""
+
+    keys: int
+    own: bool
+    bias: bool
+    target: bool
+    row_group: bool
+    column_group: bool
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> _Form:
+        _, keys, own, target, row_group, column_group, _, bias = inputs
+        there = (tensor is not None for tensor in (own, bias, target, row_group, column_group))
+        return cls(len(keys), *there)
+
+    def split(self, tensors) -> tuple[Inputs, list[Tensor]]:
+        """The inverse of :func:`_flat`, and what comes after."""
+        left = iter(tensors)
+        query, keys = next(left), [next(left) for _ in range(self.keys)]
+        own = next(left) if self.own else None
+        scale, bias = next(left), next(left) if self.bias else None
+        indices = (next(left) if there else None for there in self[3:])
+        return Inputs(query, keys, own, *indices, scale, bias), list(left)
 
 
-def _unflat(tensors, key_count: int) -> tuple[Inputs, list[Tensor]]:
-    """The inverse of :func:`_flat`, and what comes after the keys."""
-    query, *rest = tensors[: _COUNT - 1]
-    keys, others = tensors[_COUNT - 1 :][:key_count], tensors[_COUNT - 1 + key_count :]
-    return Inputs(query, list(keys), *rest), list(others)
+def _flat(inputs: Inputs) -> list[Tensor]:
+    """The tensors in a row: those that may get a gradient, then the others."""
+    indices = inputs.target, inputs.row_group, inputs.column_group
+    return [*inputs.differentiable, *(tensor for tensor in indices if tensor is not None)]
 
 
 class _PairLoss(torch.autograd.Function):
@@ -116,28 +134,35 @@ class _PairLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, route, config, key_count, *tensors):
-        inputs, _ = _unflat(tensors, key_count)
-        loss, saved = route.forward(inputs, config)
+    def forward(ctx, route, config, form, *tensors):
+        inputs, _ = form.split(tensors)
+        loss, saved, ctx.gradients_in_forward = route.forward(inputs, config)
         ctx.route, ctx.gradients = route, None
-        if route.gradients_in_forward(inputs, config):
+        if ctx.gradients_in_forward:
             ctx.gradients, saved = saved, []
-        _save(ctx, config, inputs, saved)
+        _save(ctx, config, form, tensors, saved)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
+        if ctx.gradients and ctx.route is schedules and not torch.is_grad_enabled():
+            gradients, ctx.gradients = ctx.gradients, None
+            return _arranged(ctx, schedules.scaled(gradients, grad_loss, ctx.config, in_place=True))
         inputs, saved = _load(ctx)
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            if ctx.route.gradients_in_forward(inputs, ctx.config):
+            if ctx.gradients_in_forward:
                 saved = ctx.gradients or ctx.route.forward(inputs, ctx.config)[1]
                 ctx.gradients = None
             gradients = ctx.route.backward(grad_loss, saved, inputs, ctx.config, in_place=True)
-            gradients = _placed(gradients, inputs, ctx.config)
         if torch.is_grad_enabled():
-            marked = differentiable_once([grad_loss, *inputs.differentiable], _flat(gradients))
-            gradients, _ = _unflat(marked, ctx.key_count)
-        return None, None, None, *_flat(gradients)
+            gradients = differentiable_once([grad_loss, *inputs.differentiable], gradients)
+        return _arranged(ctx, gradients)
+
+
+def _arranged(ctx, gradients) -> tuple[Tensor | None, ...]:
+    """Gradients, an empty tensor for each that is not due, for the arguments of ``_PairLoss.forward``."""
+    due = (gradient if needs else None for gradient, needs in zip(gradients, ctx.config.needs_grad))
+    return None, None, None, *due, *(None for there in ctx.form[3:] if there)
 
 
 def differentiable_once(sources: list[Tensor], gradients) -> tuple[Tensor | None, ...]:
@@ -169,7 +194,7 @@ def refuse_second_derivative(*args):
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     arguments, config = _split(inputs)
-    _save(ctx, config, arguments, output[1])
+    _save(ctx, config, _Form.of(arguments), _flat(arguments), output[1])
 
 
 def _dispatched_backward(ctx, grad_loss, _):
@@ -185,13 +210,13 @@ torch.library.register_autograd(
 torch.library.register_autograd("replearn_kernels::pair_loss_backward", refuse_second_derivative, lib=_library)
 
 
-def _save(ctx, config: Config, inputs: Inputs, saved: list[Tensor]) -> None:
-    ctx.config, ctx.key_count = config, len(inputs.keys)
-    ctx.save_for_backward(*_flat(inputs), *saved)
+def _save(ctx, config: Config, form: _Form, tensors, saved: list[Tensor]) -> None:
+    ctx.config, ctx.form = config, form
+    ctx.save_for_backward(*tensors, *saved)
 
 
 def _load(ctx) -> tuple[Inputs, list[Tensor]]:
-    return _unflat(ctx.saved_tensors, ctx.key_count)  # read once: checkpointing allows no more
+    return ctx.form.split(ctx.saved_tensors)  # read once: checkpointing allows no more
 
 
 def _placed(gradients: list[Tensor], inputs: Inputs, config: Config) -> Inputs:

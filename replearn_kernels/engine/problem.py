@@ -294,6 +294,8 @@ def centred(rows: Tensor, unit_rows: bool, centre: Tensor | None = None) -> tupl
 
 def _rows_contiguous(features: Tensor) -> Tensor:
     """BLAS reads rows of any stride, but not elements of any stride (nor stride 0 of an expanded batch)."""
+    if features.is_contiguous():
+        return features
     inner_ok = features.shape[1] <= 1 or features.stride(1) == 1
     outer_ok = features.shape[0] <= 1 or features.stride(0) >= features.shape[1]
     return features if inner_ok and outer_ok else features.contiguous()

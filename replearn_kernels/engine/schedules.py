@@ -41,22 +41,18 @@ class Config(NamedTuple):
         return OBJECTIVES[self.objective].from_parameters(self.parameters)
 
 
-def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and the tensors that :func:`backward` needs (none if no input needs a gradient)."""
+def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor], bool]:
+    """The loss, the tensors that :func:`backward` needs (none if no input needs a gradient), and whether those are
+    gradients already, which it only scales."""
     check_values(inputs, OBJECTIVES[config.objective])
     with on_device_of(inputs.query):
         run = _Run.of(inputs, config)
         if run.plan.schedule == "row_chunks":
-            return _row_chunks(run)
+            return *_row_chunks(run), True
         if run.plan.schedule == "one_sweep":
-            return _one_sweep(run)
+            return *_one_sweep(run), True
         loss, saved = _first_sweep(run)
-        return loss, saved if any(config.needs_grad) else []
-
-
-def gradients_in_forward(inputs: Inputs, config: Config) -> bool:
-    """Whether :func:`forward` returns gradients for :func:`backward` to scale; otherwise they come from a sweep."""
-    return plan_of(inputs, config).schedule != "two_sweeps"
+        return loss, saved if any(config.needs_grad) else [], False
 
 
 def backward(
@@ -70,12 +66,17 @@ def backward(
         if plan_of(inputs, config).schedule == "two_sweeps":
             results = _second_sweep(_Run.of(inputs, config), saved, grad_loss)
         else:
-            multiply = Tensor.mul_ if in_place else torch.mul
-            results = [multiply(g, grad_loss) if needs else g for g, needs in zip(saved, config.needs_grad)]
+            results = scaled(saved, grad_loss, config, in_place)
         return [
             result.to(tensor.dtype) if needs else inputs.query.new_empty(0)
             for tensor, result, needs in zip(inputs.differentiable, results, config.needs_grad)
         ]
+
+
+def scaled(gradients: list[Tensor], grad_loss: Tensor, config: Config, in_place: bool) -> list[Tensor]:
+    """Gradients that came with the forward call, times the upstream gradient; in the dtypes of the statistics."""
+    multiply = Tensor.mul_ if in_place else torch.mul
+    return [multiply(g, grad_loss) if needs else g for g, needs in zip(gradients, config.needs_grad)]
 
 
 def fake_forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
