@@ -33,8 +33,10 @@ class ClassShards(NamedTuple):
     layout: Layout
 
     def forward(self, inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor], bool]:
-        """The losses of all rows, the same on every rank, what :meth:`backward` needs, and False: no gradients yet, which
-        need the statistics of all ranks."""
+        """The losses of all rows, the same on every rank, what :meth:`backward` needs, and False: no gradients yet.
+
+        Those need the statistics of all ranks.
+        """
         with on_device_of(inputs.query):
             problem, plan, runner = _prepared(inputs, config)
             kept = KeptTiles(runner.new_kept(problem, plan.kept_elements))

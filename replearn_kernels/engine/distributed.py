@@ -39,8 +39,10 @@ class Schedules(NamedTuple):
     layout: Layout
 
     def forward(self, inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor], bool]:
-        """This rank's loss, the tensors that :meth:`backward` needs (none if no input needs a gradient), and whether those
-        are gradients already."""
+        """This rank's loss, the tensors that :meth:`backward` needs, and whether those are gradients already.
+
+        None if no input needs a gradient.
+        """
         with on_device_of(inputs.query):
             run = _Run.of(inputs, config, self.layout)
             if _gradients_in_forward(config):
