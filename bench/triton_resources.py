@@ -82,6 +82,8 @@ class Variant:
 OF_PAIRS = {"groups": True, "columns": True}
 CONTRASTIVE = {"one_sweep": True, "distance": "distance", "quantities": 2}
 HARDEST = {"distance": "square", "quantities": 5, "gradients": False}
+SEMI_HARD = {"distance": "square", "quantities": 3 + 3 * EPILOGUES["semi_hard"].per_part, "gradients": False}
+BATCH_ALL = {"one_sweep": True, "quantities": 2 + 2 * EPILOGUES["batch_all"].per_part}
 
 VARIANTS = {
     "softmax": Variant("softmax", target=True, fused=True),
@@ -99,6 +101,11 @@ VARIANTS = {
     "margin_contrastive diagonal": Variant("margin_contrastive", **OF_PAIRS, diagonal=True, **CONTRASTIVE),
     "hardest": Variant("hardest", **OF_PAIRS, **HARDEST),
     "hardest diagonal": Variant("hardest", **OF_PAIRS, diagonal=True, **HARDEST),
+    "semi_hard": Variant("semi_hard", **OF_PAIRS, **SEMI_HARD),
+    "semi_hard diagonal": Variant("semi_hard", **OF_PAIRS, diagonal=True, **SEMI_HARD),
+    "batch_all": Variant("batch_all", **OF_PAIRS, **BATCH_ALL, distance="distance"),
+    "batch_all diagonal": Variant("batch_all", **OF_PAIRS, diagonal=True, **BATCH_ALL, distance="distance"),
+    "batch_all squared": Variant("batch_all", **OF_PAIRS, **BATCH_ALL, distance="square"),
 }
 
 
@@ -161,7 +168,7 @@ def cases() -> list[Case]:
 
 # -- the launches -------------------------------------------------------------------------------------------------
 
-ROLES = {"margin_contrastive": (0.5, True)}
+ROLES = {"margin_contrastive": (0.5, True), "batch_all": (0.5,)}
 
 # Rows and columns: the code depends on whether they are divisible by 16.
 EVEN, RAGGED = (2048, 4096), (2047, 4095)
@@ -177,7 +184,8 @@ def launch(variant: Variant, kernel: str, dtype: torch.dtype) -> None:
         row_table, column_table = torch.empty(variant.quantities, rows), None
         if "merge columns" in variant.kernels:
             column_table = torch.empty(variant.quantities if variant.groups else 2, columns)
-        inputs = _inputs(variant, query, key)
+        read = (row_table, row_table if column_table is None else column_table) if epilogue.reads_tables else ()
+        inputs = _inputs(variant, query, key, *read)
         if kernel == "statistics":
             update_statistics(epilogue, query, key, inputs, row_table, column_table)
         else:
@@ -185,10 +193,12 @@ def launch(variant: Variant, kernel: str, dtype: torch.dtype) -> None:
             merge(epilogue, torch.empty(4, *table.shape), inputs, table)
         return
     row_table = torch.empty(variant.quantities if variant.one_sweep else 5, rows)
-    inputs = _inputs(variant, query, key, row_table, torch.empty(5, columns) if variant.columns else None)
+    column_table = torch.empty(len(row_table), columns) if variant.columns else None
+    inputs = _inputs(variant, query, key, row_table, column_table)
     if kernel == "weights":
         folded = row_table if variant.one_sweep else None
-        form_weights(epilogue, query, key, inputs, torch.empty(sizes, dtype=dtype), folded)
+        of_columns = column_table if epilogue.folds_columns and not variant.diagonal else None
+        form_weights(epilogue, query, key, inputs, torch.empty(sizes, dtype=dtype), folded, of_columns)
     else:
         transposed = kernel == "gradient transposed"
         own, other = (key, query) if transposed else (query, key)

@@ -12,6 +12,7 @@
 #include "cpu/margin_contrastive_tile.h"
 #include "cpu/memory.h"
 #include "cpu/mine_triplets.h"
+#include "cpu/semi_hard_tile.h"
 #include "cpu/sigmoid_tile.h"
 #include "cpu/softmax_tile.h"
 #include "cpu/tile_operators.h"
@@ -72,6 +73,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
         "float factor, Tensor(b!) row_table, Tensor(c!)? column_table" POINTS ") -> ()");
   m.def("batch_all_weights_(Tensor(a!) v, Tensor(b!) out, " PAIRS
         "float factor, Tensor(c!) row_table, Tensor(d!) column_table" POINTS GRADIENTS ") -> ()");
+  m.def("semi_hard_statistics_(Tensor(a!) v, " PAIRS "Tensor(b!) row_table, Tensor(c!)? column_table" POINTS ") -> ()");
 #undef PAIRS
 #undef POINTS
 #undef GRADIENTS
@@ -99,6 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("margin_contrastive_weights_", TORCH_BOX(&replearn::margin_contrastive_weights_));
   m.impl("batch_all_statistics_", TORCH_BOX(&replearn::batch_all_statistics_));
   m.impl("batch_all_weights_", TORCH_BOX(&replearn::batch_all_weights_));
+  m.impl("semi_hard_statistics_", TORCH_BOX(&replearn::semi_hard_statistics_));
   m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));
   m.impl("mine_triplets", TORCH_BOX(&replearn::mine_triplets));
   m.impl("pair_squares", TORCH_BOX(&replearn::pair_squares));

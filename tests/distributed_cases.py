@@ -73,11 +73,6 @@ SPREAD = ("x", "y", "own", "views", "labels", "target")
 DIFFERENTIABLE = ("x", "y", "own", "views", "scale", "bias", "queue")
 
 
-def gathered(loss):
-    """A loss that knows one strategy."""
-    return lambda b, strategy=None, **k: loss(b, **k)
-
-
 LOSSES = {
     "clip": lambda b, **k: clip_loss(b.x, b.y, b.scale, **k),
     "clip_smoothed": lambda b, **k: clip_loss(b.x, b.y, b.scale, label_smoothing=0.2, **k),
@@ -104,7 +99,7 @@ LOSSES = {
     "contrastive": lambda b, **k: contrastive_loss(b.x, b.labels, margin=3.0, **k),
     "contrastive_plain": lambda b, **k: contrastive_loss(b.x, b.labels, margin=3.0, squared=False, **k),
     "lifted": lambda b, **k: lifted_structure_loss(b.x, b.labels, **k),
-    "lifted_hard": gathered(lambda b, **k: lifted_structure_loss(b.x, b.labels, smooth=False, **k)),
+    "lifted_hard": lambda b, **k: lifted_structure_loss(b.x, b.labels, smooth=False, **k),
     "triplet_batch_hard": lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, mining="batch_hard", **k),
     "triplet_batch_hard_squared": lambda b, **k: triplet_margin_loss(
         b.x, b.labels, margin=9.0, mining="batch_hard", distance="squared_euclidean", **k
@@ -112,9 +107,14 @@ LOSSES = {
     "triplet_batch_hard_cosine": lambda b, **k: triplet_margin_loss(
         b.x, b.labels, mining="batch_hard", distance="cosine", **k
     ),
-    "triplet_semi_hard": gathered(lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, **k)),
-    "triplet_batch_all": gathered(
-        lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, mining="batch_all", distance="cosine", **k)
+    "triplet_semi_hard": lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, **k),
+    "triplet_semi_hard_squared": lambda b, **k: triplet_margin_loss(
+        b.x, b.labels, margin=9.0, distance="squared_euclidean", **k
+    ),
+    "triplet_semi_hard_cosine": lambda b, **k: triplet_margin_loss(b.x, b.labels, distance="cosine", **k),
+    "triplet_batch_all": lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, mining="batch_all", **k),
+    "triplet_batch_all_cosine": lambda b, **k: triplet_margin_loss(
+        b.x, b.labels, margin=1.0, mining="batch_all", distance="cosine", **k
     ),
     "sup_con_views": lambda b, **k: sup_con_loss(b.views, temperature=0.3, **k),
 }

@@ -11,7 +11,7 @@ import torch
 from replearn_kernels.engine import distances, native
 from replearn_kernels.engine.columns import BatchColumns, Tile
 from replearn_kernels.engine.problem import Pairs
-from replearn_kernels.objectives import BatchAll, BatchHard, Lifted, MarginContrastive
+from replearn_kernels.objectives import BatchAll, BatchHard, Lifted, MarginContrastive, SemiHard
 from replearn_kernels.objectives.triplet_distance import TripletDistance
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
@@ -151,6 +151,32 @@ def test_batch_all(rows, columns, dtype, most, distance):
     check_pass(objective, v, pairs, like, new)
 
 
+@TILES
+@DTYPES
+@pytest.mark.parametrize("most", [0, 1, 7, 8, 9, 48, 49, 60])
+def test_semi_hard(rows, columns, dtype, most):
+    """Two tiles folded into the same tables: of equal values the earlier stays. Up to 48 thresholds are compared one by
+    one, 8 at a time, more are searched; some rows have fewer, at -inf."""
+    objective, like = SemiHard(), torch.empty((), dtype=dtype)
+    v, pairs = sample(rows, columns, dtype)
+    v = v.round(decimals=1)  # many ties, also with thresholds
+
+    def new(count):
+        lead = objective.new_statistics(count, count, like)[0]
+        thresholds = -(torch.rand(most, count, dtype=dtype) * 4).round(decimals=1).sort(dim=0).values
+        thresholds[: most // 3, ::2] = -torch.inf
+        nothing = torch.full_like(thresholds, torch.finfo(dtype).min)
+        return torch.cat([lead, thresholds, nothing, torch.full_like(thresholds, -1)])
+
+    ours = tables_of(new, rows, columns, pairs.diagonal)
+    expected = [None if table is None else table.clone() for table in ours]
+    for tile in (v, v - 0.5):
+        ops.semi_hard_statistics_(tile, *pairs, *ours)
+        objective.update_statistics(tile, pairs, *expected)
+    for a, b in zip(ours, expected):
+        assert a is None or torch.equal(a, b)
+
+
 def check_pass(objective, v, pairs, like, new):
     """The statistics and the weights of an objective whose tables take losses, twice into the same tables."""
     tables = tables_of(new, *v.shape, pairs.diagonal)
@@ -221,6 +247,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype):
 SETS = """
 import json, torch
 from replearn_kernels import contrastive_loss, lifted_structure_loss, triplet_margin_loss
+from replearn_kernels.engine.problem import Inputs
+from replearn_kernels.engine.schedules import Config, row_statistics
 torch.manual_seed(0)
 x = torch.randn(67, 19)
 x[40] = x[3] + 1e-4
@@ -228,6 +256,11 @@ results = [torch.ops.replearn_kernels.instruction_set()]
 losses = [(lifted_structure_loss, dict(smooth=True)), (lifted_structure_loss, dict(smooth=False)),
           (contrastive_loss, dict(margin=6.0)), (contrastive_loss, dict(margin=6.0, squared=False)),
           *((triplet_margin_loss, dict(mining=m)) for m in ("batch_hard", "semi_hard", "batch_all"))]
+
+def semi_hard_table(x, labels):
+    inputs = Inputs(x, [], None, None, labels, None, torch.ones((), dtype=x.dtype), None)
+    return row_statistics(inputs, Config("semi_hard", [0.0], "none", "cpp", 0, [False, False]))[1]
+
 for classes in (1, 9):  # batch_all: of many thresholds and of few
     for dtype in (torch.float32, torch.float64):
         for loss, options in losses:
@@ -235,6 +268,8 @@ for classes in (1, 9):  # batch_all: of many thresholds and of few
             value = loss(y, torch.arange(67) % classes - (torch.arange(67) > 60).long(), backend="cpp", **options)
             value.backward()
             results.append([value.item(), y.grad.flatten().tolist()])
+        table = semi_hard_table(x.to(dtype), torch.arange(67) % (2 * classes))
+        results.append([0.0, table.clamp(min=-1e6).flatten().tolist()])
 print(json.dumps(results))
 """
 
@@ -254,9 +289,9 @@ def test_every_instruction_set_gives_the_same():
             continue  # not on this processor
         assert result.returncode == 0, result.stderr
         name, *results = json.loads(result.stdout)
-        assert name == instruction_set and len(results) == 28
+        assert name == instruction_set and len(results) == 32
         for index, ((loss, gradient), (other, other_gradient)) in enumerate(zip(results, expected)):
-            tolerance = 1e-5 if index % 14 < 7 else 1e-12
+            tolerance = 1e-5 if index % 16 < 8 else 1e-12
             assert loss == pytest.approx(other, rel=tolerance)
             torch.testing.assert_close(
                 torch.tensor(gradient), torch.tensor(other_gradient), rtol=tolerance, atol=tolerance
@@ -307,6 +342,10 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         (lambda: ops.batch_all_statistics_(v, *without, 1.0, *tables(2)), "groups are needed"),
         (lambda: ops.batch_all_statistics_(v, *pairs, 1.0, *tables(3)), r"row_table must have 2 \+ 2 p rows"),
         (lambda: ops.batch_all_statistics_(v, *pairs, 1.0, *tables(4, columns=7)), "column_table must have 6 columns"),
+        (lambda: ops.semi_hard_statistics_(v, *without, *tables(3)), "groups are needed"),
+        (lambda: ops.semi_hard_statistics_(v, *pairs, *tables(5)), r"row_table must have 3 \+ 3 p rows"),
+        (lambda: ops.semi_hard_statistics_(v, *pairs, *tables(6, columns=7)), "column_table must have 6 columns"),
+        (lambda: ops.semi_hard_statistics_(v, *pairs, tables(6)[0], None), "off the diagonal needs a column_table"),
         (lambda: ops.batch_all_weights_(v, v, *pairs, 1.0, *tables(4)), "out must not be v"),
         (lambda: ops.batch_all_weights_(v, v.double(), *pairs, 1.0, *tables(4)), "out must have the tile's dtype"),
     ]:  # fmt: skip

@@ -90,7 +90,13 @@ def test_of_equal_pairs_the_lower_number_is_taken(ranks):
             np.testing.assert_allclose(gradient, expected.numpy(), rtol=1e-12, atol=1e-12)
 
 
-LOSSES = {"batch_hard": partial(triplet_margin_loss, mining="batch_hard"), "lifted": lifted_structure_loss}
+LOSSES = {
+    "batch_hard": partial(triplet_margin_loss, mining="batch_hard"),
+    "semi_hard": triplet_margin_loss,
+    "batch_all": partial(triplet_margin_loss, mining="batch_all"),
+    "lifted": lifted_structure_loss,
+    "hard_lifted": partial(lifted_structure_loss, smooth=False),
+}
 
 
 def held(rank, name, rows, d):
@@ -108,30 +114,36 @@ def test_memory_and_traffic_of_the_ring(ranks, name):
     """Of the local batch, not of all: blocks and gradients that travel, then single rows, asked for and given.
 
     Sent are, in units of the local rows: batch_hard: half a ring of rows, then a positive and a negative, and their
-    gradients. Lifted: half a ring of rows in both passes, the gradients of one, and partners in both.
+    gradients. semi_hard: the same, and before it the positives. Lifted: half a ring of rows in both passes, the
+    gradients of one, and partners in both. Not smooth: half a ring once. batch_all: half a ring of rows and gradients,
+    the positives twice, and their gradients.
     """
     world, batch, d = ranks.world_size, 480, 512
     rows, half = batch // world, world // 2
     workspace, sent = zip(*ranks.run(held, name, rows, d))
-    blocks, units = {"batch_hard": (8, half + 4), "lifted": (12, 3 * half + 2)}[name]
+    blocks, units = {
+        "batch_hard": (8, half + 4), "semi_hard": (8, half + 5), "batch_all": (12, 2 * half + 4),
+        "lifted": (12, 3 * half + 2), "hard_lifted": (8, half + 4),
+    }[name]  # fmt: skip
     tables = 4 * 5 * rows * 8
     assert max(workspace) <= 4 * (blocks * rows * d + rows * rows) + tables
     assert sum(sent) <= world * units * rows * d + 40 * world * batch
 
 
-def lifted_in_parts(rank, sizes):
+def in_parts(rank, name, sizes):
     shards._FETCHED_ELEMENTS = 40
     try:
-        return on_one_rank(rank, "lifted", sizes, dict(strategy="ring"))
+        return on_one_rank(rank, name, sizes, dict(strategy="ring"))
     finally:
         shards._FETCHED_ELEMENTS = 2**22
 
 
-def test_pairs_across_ranks_some_at_a_time(ranks):
+@pytest.mark.parametrize("name", ["lifted", "triplet_semi_hard_cosine"])
+def test_pairs_across_ranks_some_at_a_time(ranks, name):
     """All ranks fetch as often, also those with no pair."""
     for sizes in SIZES[ranks.world_size]:
-        _, values, expected = in_one_process("lifted", sizes)
-        for rank, (loss, gradients) in enumerate(ranks.run(lifted_in_parts, sizes)):
+        _, values, expected = in_one_process(name, sizes)
+        for rank, (loss, gradients) in enumerate(ranks.run(in_parts, name, sizes)):
             torch.testing.assert_close(loss.item(), values[rank], rtol=1e-12, atol=1e-12)
             own = len(sizes) * expected.x.grad.split(list(sizes))[rank]
             np.testing.assert_allclose(gradients["x"], own.numpy(), rtol=1e-12, atol=1e-12)

@@ -10,6 +10,13 @@ from processes import Ranks, needs_gloo
 pytestmark = [needs_gloo, pytest.mark.interpreter]
 
 
+NAMES = (
+    "clip", "info_nce_target", "n_pair_labels", "siglip_groups", "nt_xent", "sup_con", "contrastive", "lifted",
+    "lifted_hard", "triplet_batch_hard", "triplet_semi_hard",
+    "triplet_semi_hard_cosine", "triplet_batch_all",
+)  # fmt: skip
+
+
 def as_the_plain_backend(rank, name, sizes, dtype):
     batches = [Batch.random(sum(sizes)).shard(rank, sizes).to(dtype) for _ in range(2)]
     losses = [
@@ -27,5 +34,5 @@ def as_the_plain_backend(rank, name, sizes, dtype):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 def test_kernels_meet_other_ranks(tmp_path):
     with Ranks(2, tmp_path) as ranks:
-        for name in ("clip", "info_nce_target", "n_pair_labels", "siglip_groups", "nt_xent", "sup_con"):
+        for name in NAMES:
             ranks.run(as_the_plain_backend, name, (9, 14), torch.float32)

@@ -112,6 +112,7 @@ def test_opcheck_tile_passes():
         (ops.margin_contrastive_weights_, s, empty, *pairs, 1.0, False, torch.zeros(2, 5), torch.zeros(2, 7)),
         (ops.batch_all_statistics_, s, *pairs, 1.0, torch.zeros(6, 5), torch.zeros(6, 7)),
         (ops.batch_all_weights_, s, empty, *pairs, 0.5, torch.zeros(6, 5), torch.zeros(6, 7)),
+        (ops.semi_hard_statistics_, s.clone(), *pairs, torch.zeros(9, 5), torch.zeros(9, 7), *points),
         (ops.hardest_statistics_, s.clone(), *pairs, torch.zeros(5, 5), torch.zeros(5, 7), *points),
         (ops.batch_all_weights_, s.clone(), empty, *pairs, 0.5, torch.zeros(6, 5), torch.zeros(6, 7), *points, *to),
         (ops.pair_squares, s, target % 5, target % 3),

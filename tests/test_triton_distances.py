@@ -27,7 +27,7 @@ from triton_harness import (
     tolerance,
 )
 
-from replearn_kernels import contrastive_loss, count_work, lifted_structure_loss, reference
+from replearn_kernels import contrastive_loss, count_work, lifted_structure_loss, reference, triplet_margin_loss
 from replearn_kernels.engine.backends import make_backend
 from replearn_kernels.engine.backends.base import KeptTiles
 from replearn_kernels.engine.distances import NEAR
@@ -60,6 +60,18 @@ CASES = {
     "batch hard, cosine": {"loss": "batch hard", "n": 37, "d": 144, "classes": 5, "distance": "cosine"},
     "batch hard, all distinct": {"loss": "batch hard", "n": 20, "d": 16, "reduction": "none"},
     "batch hard, one row": {"loss": "batch hard", "n": 1, "d": 1, "classes": 1},
+    "semi hard": {"loss": "semi hard", "n": 40, "d": 48, "classes": 7},
+    "semi hard, squared": {"loss": "semi hard", "n": 33, "d": 3, "classes": 9, "distance": "squared_euclidean"},
+    "semi hard, cosine": {"loss": "semi hard", "n": 37, "d": 144, "classes": 12, "distance": "cosine"},
+    "semi hard, one class": {"loss": "semi hard", "n": 20, "d": 16, "classes": 1},
+    "semi hard, two rows": {"loss": "semi hard", "n": 2, "d": 1},
+    "batch all": {"loss": "batch all", "n": 40, "d": 48, "classes": 7},
+    "batch all, squared": {"loss": "batch all", "n": 33, "d": 3, "classes": 9, "distance": "squared_euclidean"},
+    "batch all, cosine": {"loss": "batch all", "n": 37, "d": 144, "classes": 12, "distance": "cosine"},
+    "batch all, none": {"loss": "batch all", "n": 35, "d": 100, "classes": 9, "reduction": "none"},
+    "batch all, violated": {"loss": "batch all", "n": 30, "d": 16, "classes": 5, "reduction": "mean_nonzero"},
+    "batch all, all distinct": {"loss": "batch all", "n": 20, "d": 16, "reduction": "none"},
+    "batch all, one row": {"loss": "batch all", "n": 1, "d": 1, "classes": 1},
 }
 MARGIN = 1.5
 
@@ -89,6 +101,9 @@ def _call(case: dict, leaves: Values, backend: str) -> torch.Tensor:
             return contrastive_loss(x, labels, margin=MARGIN, squared=case.get("squared", True), **options)
         case "lifted" | "hard lifted":
             return lifted_structure_loss(x, labels, margin=MARGIN, smooth=case["loss"] == "lifted", **options)
+        case "semi hard" | "batch all":
+            mining, distance = case["loss"].replace(" ", "_"), case.get("distance", "euclidean")
+            return triplet_margin_loss(x, labels, margin=MARGIN, mining=mining, distance=distance, **options)
         case "batch hard":
             distance = TripletDistance(case.get("distance", "euclidean"))
             objective, inputs = BatchHard(MARGIN, distance), inputs_of(x, labels)
@@ -130,17 +145,21 @@ class TestInterpreter:
             compare(case, dtype)
 
     @pytest.mark.parametrize(
-        "name", ["contrastive", "contrastive, none", "contrastive, hinge", "lifted", "hard lifted", "batch hard"]
-    )
+        "name",
+        [
+            "contrastive", "contrastive, none", "contrastive, hinge", "lifted", "hard lifted", "batch hard",
+            "semi hard", "batch all", "batch all, none",
+        ],
+    )  # fmt: skip
     def test_several_tiles(self, name, small_tiles):
         with use_config(blocks_for(CASES[name]["d"])):
             compare(CASES[name], torch.float32)
 
-    @pytest.mark.parametrize("name", ["contrastive", "lifted", "batch hard"])
+    @pytest.mark.parametrize("name", ["contrastive", "lifted", "batch hard", "semi hard", "batch all"])
     def test_shipped_blocks(self, name):
         compare(CASES[name], torch.bfloat16)
 
-    @pytest.mark.parametrize("name", ["contrastive", "lifted"])
+    @pytest.mark.parametrize("name", ["contrastive", "lifted", "semi hard", "batch all"])
     def test_deterministic(self, name, small_tiles):
         loss_fn, inputs = make(CASES[name] | {"n": 40, "d": 16, "near": 0.01}, torch.float16)
         with use_config(SMALL_BLOCKS):
@@ -179,7 +198,7 @@ class TestInterpreter:
         assert relative_error(result["loss"], truth["loss"]) <= tolerance(torch.float32, 1.0)
         assert result["x"].count_nonzero() == 0
 
-    @pytest.mark.parametrize("name", ["contrastive", "lifted", "hard lifted", "batch hard"])
+    @pytest.mark.parametrize("name", ["contrastive", "lifted", "hard lifted", "batch hard", "semi hard", "batch all"])
     def test_nan_shows(self, name):
         loss_fn, inputs = make(CASES[name], torch.bfloat16)
         with torch.no_grad():
@@ -244,6 +263,7 @@ class TestGPU:
         "lifted, large": {"loss": "lifted", "n": 3001, "d": 640, "classes": 500},
         "hard lifted, large": {"loss": "hard lifted", "n": 2500, "d": 128, "classes": 200},
         "batch hard, large": {"loss": "batch hard", "n": 5000, "d": 256, "classes": 100},
+        "batch all, large": {"loss": "batch all", "n": 1500, "d": 128, "classes": 150},
     }
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,23 +6,29 @@
     gradients.py    sweep 2: dL/dl of a tile, or its products with the features (skeletons and launchers)
     softmax.py      the softmax family's epilogues
     sigmoid.py      the sigmoid family's
-    margin_contrastive.py, hardest.py    those of losses over distances, but for the lifted softmax
+    margin_contrastive.py, hardest.py, semi_hard.py, batch_all.py    those of losses over distances, but for the
+                    lifted softmax
     configs.py      block sizes per architecture, and the search for better ones
 
 A skeleton walks tiles and knows no loss. A loss is an :class:`~.tiles.Epilogue`: a few ``@triton.jit`` functions
 of a tile of similarities that has not left the registers.
 """
 
+from .batch_all import BATCH_ALL
 from .gradients import accumulate_gradient, form_weights
 from .hardest import HARDEST
 from .margin_contrastive import MARGIN_CONTRASTIVE
+from .semi_hard import SEMI_HARD
 from .sigmoid import SIGMOID
 from .softmax import LIFTED, MARGIN_SOFTMAX, SOFTMAX, SUP_CON
 from .statistics import update_statistics
 from .tiles import Epilogue, Points, TileInputs
 
 EPILOGUES: dict[str, Epilogue] = {
-    e.name: e for e in (SOFTMAX, SUP_CON, MARGIN_SOFTMAX, SIGMOID, MARGIN_CONTRASTIVE, LIFTED, HARDEST)
+    epilogue.name: epilogue
+    for epilogue in (
+        SOFTMAX, SUP_CON, MARGIN_SOFTMAX, SIGMOID, MARGIN_CONTRASTIVE, LIFTED, HARDEST, SEMI_HARD, BATCH_ALL,
+    )
 }
 """By the objective's name, or where a family shares one by the family's."""
 

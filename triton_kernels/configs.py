@@ -68,8 +68,8 @@ DEFAULTS: dict[tuple, Config] = {
     ("margin_softmax", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
     ("sup_con", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
     ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
-    ("hardest", "statistics", "half", 100): Config(128, 32, 64, warps=8, stages=4),
-    ("hardest", "statistics", "tf32", 100): Config(64, 64, 32, warps=8, stages=4),
+    ("hardest", "statistics", "half", 100): Config(64, 64, 64, warps=8, stages=4),
+    ("hardest", "statistics", "tf32", 100): Config(64, 32, 32, warps=8, stages=3),
     ("lifted", "weights", "ieee", 90): Config(64, 64, 16, warps=8, stages=3),
     ("margin_contrastive", "weights", "ieee", 90): Config(64, 64, 16, warps=8, stages=3),
 }
@@ -85,10 +85,23 @@ _NARROWER: dict[tuple, Config] = {
     ("weights", "half", 80): Config(128, 64, 32, warps=8, stages=4),
     ("weights", "tf32", 80): Config(128, 64, 32, warps=8, stages=3),
 }
+# Statistics of every positive: a thread holds those of all its columns, a dozen each, until they are stored.
+_SMALL: dict[tuple, Config] = {
+    (kernel, kind, arch): Config(64, 64, block_k, warps=8, stages=3)
+    for kernel in ("statistics", "weights")
+    for kind, block_k in (("half", 64), ("tf32", 32), ("ieee", 16))
+    for arch in (80, 90, 100)
+}
+_SMALLEST: dict[tuple, Config] = {key: replace(config, block_n=32) for key, config in _SMALL.items()}
 DEFAULTS = {
     (epilogue, *key): config
-    for epilogue in ("sigmoid", "margin_contrastive", "lifted", "hardest")
-    for key, config in _NARROWER.items()
+    for configs, epilogues in (
+        (_NARROWER, ("sigmoid", "margin_contrastive", "lifted", "hardest")),
+        (_SMALL, ("batch_all",)),
+        (_SMALLEST, ("semi_hard",)),
+    )
+    for epilogue in epilogues
+    for key, config in configs.items()
 } | DEFAULTS
 
 CANDIDATES = [

@@ -27,13 +27,14 @@ def weights_kernel(
     key, key_stride,  # [C, d]
     weights, weights_stride,  # [R, C]
     row_partials,  # [column blocks, QUANTITIES, R], or None
+    column_partials,  # [row blocks, QUANTITIES, C], or None
     d,
     inputs,
     WEIGHTS: tl.constexpr, REDUCE: tl.constexpr, QUANTITIES: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One block of W, and where one sweep does all, the block's statistics of its rows."""
+    """One block of W, and where one sweep does all, the block's statistics of its rows, and columns."""
     row_blocks, column_blocks = tl.cdiv(inputs.rows, BLOCK_M), tl.cdiv(inputs.columns, BLOCK_N)
     program = tl.program_id(0)
     row_block, column_block = tl.swizzle2d(
@@ -49,6 +50,10 @@ def weights_kernel(
         partials = row_partials + column_block.to(tl.int64) * QUANTITIES * inputs.rows
         of_rows = REDUCE(s, row[:, None], column[None, :], inputs, 1)
         store_quantities(partials, inputs.rows, row, row < inputs.rows, of_rows)
+    if column_partials is not None:
+        partials = column_partials + row_block.to(tl.int64) * QUANTITIES * inputs.columns
+        of_columns = REDUCE(s, row[:, None], column[None, :], inputs, 0)
+        store_quantities(partials, inputs.columns, column, column < inputs.columns, of_columns)
     w = WEIGHTS(s, row[:, None], column[None, :], inputs)
     if inputs.points is not None:
         w = chained(w, s, inputs.points, weights.dtype.element_ty)
@@ -95,25 +100,33 @@ def gradient_kernel(
 
 
 def form_weights(
-    epilogue: Epilogue, query: Tensor, key: Tensor, inputs: TileInputs, out: Tensor, row_table: Tensor | None = None
+    epilogue: Epilogue,
+    query: Tensor,  # [R, d]
+    key: Tensor,  # [C, d]
+    inputs: TileInputs,
+    out: Tensor,
+    row_table: Tensor | None = None,  # [quantities, R]
+    column_table: Tensor | None = None,  # [quantities, C]
 ) -> None:
-    """``out[R, C] = W`` of the tile, in ``out``'s dtype; given a ``row_table``, its statistics are folded in, too."""
+    """``out[R, C] = W`` of the tile, in ``out``'s dtype; given tables, its statistics are folded in, too."""
     query, key = aligned(query), aligned(key)
 
-    def launch(config: Config) -> Tensor | None:
+    def launch(config: Config) -> tuple[Tensor | None, Tensor | None]:
         row_blocks, column_blocks = triton.cdiv(out.shape[0], config.block_m), triton.cdiv(out.shape[1], config.block_n)
         of_rows = None if row_table is None else row_table.new_empty(column_blocks, *row_table.shape)
+        of_columns = None if column_table is None else column_table.new_empty(row_blocks, *column_table.shape)
         weights_kernel[(row_blocks * column_blocks,)](
-            query, query.stride(0), key, key.stride(0), out, out.stride(0), of_rows,
+            query, query.stride(0), key, key.stride(0), out, out.stride(0), of_rows, of_columns,
             query.shape[1], inputs,
             epilogue.weights, epilogue.reduce, 0 if row_table is None else row_table.shape[0], _GROUP,
             **launch_options(config, query),
         )  # fmt: skip
-        return of_rows
+        return of_rows, of_columns
 
-    of_rows = launch(pick("weights", epilogue.name, query, launch))
-    if of_rows is not None:
-        merge(epilogue, of_rows, inputs, row_table)
+    partials = launch(pick("weights", epilogue.name, query, launch))
+    for table, partial in zip((row_table, column_table), partials):
+        if table is not None:
+            merge(epilogue, partial, inputs, table)
 
 
 def accumulate_gradient(

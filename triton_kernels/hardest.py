@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import HIGHEST, LOWEST, Epilogue, inside_tile, same_group
+from .tiles import HIGHEST, LOWEST, Epilogue, inside_tile, same_group, table_quantity
 
 
 @triton.jit
@@ -16,10 +16,7 @@ def hardest_empty(BLOCK: tl.constexpr, AXIS: tl.constexpr):
 def hardest_reduce(v, row, column, inputs, AXIS: tl.constexpr):
     """(largest v of another group, its number, smallest v of the own group, its number, -1 for the own number)."""
     pairs, same = inside_tile(row, column, inputs), same_group(row, column, inputs)
-    if AXIS == 1:
-        number = (inputs.first_column + column).to(tl.float32)
-    else:
-        number = (inputs.points.first_row + row).to(tl.float32)
+    number = table_quantity(row, column, inputs, 4, 1 - AXIS)
     negatives = tl.where(pairs & (same == 0), v, LOWEST)
     negative = tl.max(negatives, AXIS)
     positives = tl.where(pairs & same, v, HIGHEST)
@@ -45,4 +42,4 @@ def hardest_merge(a, b, inputs):
     return tl.maximum(a[0], b[0]), of_negative, tl.minimum(a[2], b[2]), of_positive, a[4]
 
 
-HARDEST = Epilogue("hardest", hardest_empty, hardest_reduce, hardest_merge)
+HARDEST = Epilogue("hardest", hardest_empty, hardest_reduce, hardest_merge, reads_tables=True)

@@ -40,6 +40,9 @@ class Epilogue:
     merge: Callable
     weights: Callable | None = None
     takes_roles: bool = False  # of the objective, as ``inputs.roles``
+    reads_tables: bool = False  # ``reduce`` reads the tables that its statistics go to, as ``inputs.row_table``, ...
+    folds_columns: bool = False  # where one sweep does all, statistics of the columns come with W too
+    per_part: int = 0  # positives of a row, if the tables tell of each, that one launch sees
 
 
 class Points(NamedTuple):
@@ -117,6 +120,15 @@ def load_vector(vector, index, size, OTHER: tl.constexpr = 0.0):
     for every column (128 x 128 entries in 8 warps are 32 columns a thread).
     """
     return tl.load(vector + index, mask=index < size, other=OTHER)
+
+
+@triton.jit
+def table_quantity(row, column, inputs, QUANTITY: tl.constexpr, AXIS: tl.constexpr):
+    """One quantity of every row's table (AXIS = 1), or of every column's (AXIS = 0)."""
+    if AXIS == 1:
+        return load_vector(inputs.row_table + QUANTITY * inputs.row_stride, row, inputs.rows)
+    else:
+        return load_vector(inputs.column_table + QUANTITY * inputs.column_stride, column, inputs.columns)
 
 
 @triton.jit

@@ -8,6 +8,16 @@ inline void keep_larger(T value, T number, T& kept, T& kept_number) {
   if (value > kept) kept = value, kept_number = number;
 }
 
+// The same of the largest lane, of equal ones that with the lowest number; a number below 0 is none's.
+template <typename T>
+inline void keep_largest_lane(Vec<T> value, Vec<T> number, T& kept, T& kept_number) {
+  const T largest = horizontal_max<T>(value);
+  T first = -1;
+  for (int64_t k = 0; k < lanes<T>; ++k)
+    if (value[k] == largest && number[k] >= 0 && (first < 0 || number[k] < first)) first = number[k];
+  if (first >= 0) keep_larger(largest, first, kept, kept_number);
+}
+
 // Rows against columns of a tile of v: the largest v of another group, the smallest of the same, for rows and, in
 // `partial`, for columns. `numbers` are the columns'.
 template <typename T>
@@ -33,13 +43,7 @@ void hardest_statistics(const Tile<T>& tile, const T* numbers, HardestPairs<T> r
       store(partial.negative + j, raised ? v : kept);
       store(partial.negative_number + j, raised ? splat<T>(own) : load(partial.negative_number + j));
     });
-    T row_best = rows.negative[i], row_number = rows.negative_number[i];
-    T largest = horizontal_max<T>(best), first = -1;  // of equal lanes the lowest number
-    for (int64_t k = 0; k < lanes<T>; ++k)
-      if (best[k] == largest && best_number[k] >= 0 && (first < 0 || best_number[k] < first)) first = best_number[k];
-    if (first >= 0) keep_larger(largest, first, row_best, row_number);
-    rows.negative[i] = row_best;
-    rows.negative_number[i] = row_number;
+    keep_largest_lane(best, best_number, rows.negative[i], rows.negative_number[i]);
     for_same_group(tile, i, [&](int64_t j, auto count, Bits<T> same) {
       for (int64_t k = 0; k < lanes<T> && j + k < tile.columns; ++k) {
         if (!same[k] || (tile.diagonal && j + k == tile.first_row + i)) continue;

@@ -80,6 +80,15 @@ struct Thresholds {
   int64_t most, stride;
 };
 
+// What is kept of anchors with `most` positives each (objectives/semi_hard.py), laid out as Thresholds are.
+template <typename T>
+struct BeyondPositives {
+  T *farthest, *farthest_number;
+  const T *number, *threshold;
+  T *nearest, *nearest_number;
+  int64_t most, stride;
+};
+
 template <typename T>
 struct TileKernels {
   // Folds the tile into its rows' statistics, and sets `partial` to its columns' if not null. Masks the tile.
@@ -109,6 +118,10 @@ struct TileKernels {
   void (*batch_all_rows)(const Tile<T>&, T factor, T* w, int64_t w_stride, Thresholds<T> rows, T* scratch);
   void (*batch_all_columns)(const Tile<T>&, T factor, T* w, int64_t w_stride, int64_t begin, int64_t end,
                             Thresholds<T> columns, T* scratch);
+  // Folds the tile into what is kept of its rows, and of columns [begin, end); `numbers` are the other side's.
+  void (*semi_hard_rows)(const Tile<T>&, const T* numbers, BeyondPositives<T> rows, T* scratch);
+  void (*semi_hard_columns)(
+      const Tile<T>&, const T* numbers, int64_t begin, int64_t end, BeyondPositives<T> columns, T* scratch);
   void (*exp)(const T* x, T* out, int64_t count);
   void (*log1p)(const T* x, T* out, int64_t count);
   T (*squared_distance)(const T* x, const T* y, int64_t d);

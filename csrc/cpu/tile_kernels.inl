@@ -87,6 +87,7 @@ T squared_distance(const T* x, const T* y, int64_t d) {
 #include "hardest_kernels.inl"
 #include "margin_contrastive_kernels.inl"
 #include "batch_all_kernels.inl"
+#include "semi_hard_kernels.inl"
 #include "mine_triplets_kernels.inl"
 // clang-format on
 
@@ -119,6 +120,8 @@ constexpr replearn::TileKernels<T> kernels() {
           margin_contrastive_columns<T>,
           batch_all_rows<T>,
           batch_all_columns<T>,
+          semi_hard_rows<T>,
+          semi_hard_columns<T>,
           exp_array<T>,
           log1p_array<T>,
           squared_distance<T>,

@@ -73,21 +73,26 @@ class Schedules(NamedTuple):
                 weights, factor = _row_weights(grad_loss, upstream, len(inputs.query))
                 tables, gradients = (row_table, *(column_table or [None])), run.new_gradients()
                 coefficients = run.objective.coefficients(run.shard, *tables, weights, gradients.query)
-                _, results = _sweep_gradients(run, coefficients, gradients, KeptTiles(kept), factor * run.share)
+                factor = factor * run.share
+                if run.objective.sweeps_gradients:
+                    _, results = _sweep_gradients(run, coefficients, gradients, KeptTiles(kept), factor)
+                else:
+                    results = run.results(gradients, coefficients[0], factor)
             return [
                 result.to(tensor.dtype) if needs else inputs.query.new_empty(0)
                 for tensor, result, needs in zip(inputs.differentiable, results, config.needs_grad)
             ]
 
 
-def row_statistics(inputs: Inputs, config: Config, layout: Layout) -> tuple[Tensor, Tensor]:
-    """For losses that go on from there: the table of the own rows, which are compared with those of all ranks, and
-    their squares, NaN where a row of any rank is not finite.
+def row_statistics(inputs: Inputs, config: Config, layout: Layout) -> tuple[Shard, Tensor]:
+    """For losses that go on from there: the shard, and the table of its rows, which meet those of all ranks.
+
+    The shard's ``squares`` are NaN where a row of any rank is not finite.
     """
     with on_device_of(inputs.query):
         run = _Run.of(inputs, config, layout)
         table, _ = _sweep_statistics(run, run.new_kept(0))
-        return table, run.shard.squares
+        return run.shard, table
 
 
 @dataclass
@@ -128,7 +133,7 @@ class _Run:
         """Statistics of nothing, for the own rows and columns."""
         tables = self.objective.new_statistics(self.shard.rows, self.shard.sources[0].width, self.like)
         self.objective.number_rows(tables[0], sum(self.layout.rows[: self.layout.world.rank]))
-        return tables
+        return self.objective.prepared(self.shard, *tables)
 
     def new_gradients(self) -> Gradients:
         with_query = sums_over_columns(self.shard, self.config.needs_grad[0], self.needs_grad_of_scalars[0])
@@ -152,7 +157,7 @@ class _Run:
     @property
     def kept_elements(self) -> int:
         """Entries that may be kept, out of all that this rank visits."""
-        if not (any(self.config.needs_grad) and self.runner.keeps_tiles):
+        if not (any(self.config.needs_grad) and self.runner.keeps_tiles and self.objective.sweeps_gradients):
             return 0
         rows, home = self.shard.rows, sum(source.width for source in self.shard.sources)
         entries = visited_pairs(rows, home, self._tile("statistics", rows, home).rows, self.is_batch)
@@ -206,13 +211,20 @@ class _RowsAndColumns(Tour):
 
 
 class _StatisticsTour(_RowsAndColumns):
-    """Sweep 1. What is carried: the table of the columns, if whole columns are needed."""
+    """Sweep 1. What is carried: the table of the columns, if whole columns are needed.
+
+    A table that only its own rank can prepare travels with the block.
+    """
 
     def __init__(self, run: _Run, kept: KeptTiles):
         super().__init__(run, kept)
         self.tables = run.new_tables()
+        if run.objective.prepares:
+            self.block.append(self.tables[0].clone())
 
     def new_shares(self, rank: int) -> list[Tensor]:
+        if self.run.objective.prepares:
+            return self.new_block(rank)[1:]
         table = self.run.new_column_table(rank)
         return [] if table is None else [table]
 
@@ -221,6 +233,8 @@ class _StatisticsTour(_RowsAndColumns):
 
     def visit(self, rank: int, block: list[Tensor]) -> list[Tensor]:
         shares, (rows, columns) = self.new_shares(rank), self.run.layout.region(rank)
+        for share, prepared in zip(shares, block[1:]):
+            share.copy_(prepared)
         if self.run.objective.by_distance:
             problem = self.shard.meet_rows(rank, block[0])
             table = torch.cat([self.run.new_tables()[0][:, rows], shares[0][:, columns]], dim=1)
@@ -242,15 +256,19 @@ class _StatisticsTour(_RowsAndColumns):
 
 
 class _GradientsTour(_RowsAndColumns):
-    """Sweep 2. What is carried: the gradient of the columns, and with losses in a batch the table that they are in."""
+    """Sweep 2. What is carried: the gradient of the columns, and in a batch the table, if the sweep adds to it.
+
+    It does with losses, and where the table was prepared by its own rank.
+    """
 
     def __init__(self, run: _Run, kept: KeptTiles, coefficients: Tables, gradients: Gradients, with_losses: bool):
         super().__init__(run, kept)
         self.coefficients, self.gradients, self.with_losses = coefficients, gradients, with_losses
-        self.carries_table = with_losses and run.is_batch
+        prepares = run.objective.prepares
+        self.carries_table = run.is_batch and (with_losses or prepares)
         of_columns = coefficients[0] if run.is_batch else coefficients[1]
-        if of_columns is not None and not with_losses:
-            self.block.append(of_columns.contiguous())
+        if of_columns is not None and (prepares or not with_losses):
+            self.block.append(of_columns.clone() if prepares else of_columns.contiguous())
         self.met: tuple[Tensor, ...] = ()  # of the visiting and the own rows as one batch
         self.carries_gradient = run.is_batch or run.shard.sources[0].needs_grad
 
@@ -258,7 +276,9 @@ class _GradientsTour(_RowsAndColumns):
         features = self.block[0]
         shape, dtype = (self.run.layout.columns[rank], features.shape[1]), self.shard.statistics_dtype
         shares = [features.new_zeros(shape, dtype=dtype)] if self.carries_gradient else []
-        return [*shares, self.run.new_column_table(rank)] if self.carries_table else shares
+        if not self.carries_table:
+            return shares
+        return [*shares, *(self.new_block(rank)[1:] or [self.run.new_column_table(rank)])]
 
     def at_home(self) -> None:
         self._sweep(self.shard, self.coefficients, self.gradients)
@@ -266,6 +286,8 @@ class _GradientsTour(_RowsAndColumns):
     def visit(self, rank: int, block: list[Tensor]) -> list[Tensor]:
         shares, (rows, columns) = self.new_shares(rank), self.run.layout.region(rank)
         of_columns = shares[1] if self.carries_table else block[1] if len(block) > 1 else None
+        if self.carries_table and len(block) > 1:
+            of_columns.copy_(block[1])
         if self.run.objective.by_distance:
             self._visit_rows(self.shard.meet_rows(rank, block[0]), rows, columns, of_columns, shares[0])
             return shares
@@ -286,7 +308,7 @@ class _GradientsTour(_RowsAndColumns):
         self.gradients.query[rows] += gradient[:own]
         share[columns] = gradient[own:]
         self.met = gradient, problem.query, problem.given_rows
-        if self.with_losses:
+        if self.carries_table:
             self.run.objective.share_losses(table, before, own)
             of_rows[:, rows], of_columns[:, columns] = table[:, :own], table[:, own:]
 
@@ -324,6 +346,7 @@ def _sweep_gradients(
     tour = _GradientsTour(run, kept, coefficients, gradients, with_losses)
     tour.finish(run.travel(tour))
     count_workspace(*tour.held())
+    run.objective.add_pair_gradients(run.shard, coefficients[0], gradients.query)
     losses = run.objective.row_losses(run.shard, *coefficients) if with_losses else None
     return losses, run.results(tour.gradients, coefficients[0], factor)
 

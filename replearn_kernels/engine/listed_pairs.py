@@ -6,7 +6,7 @@ elsewhere, without it and for half precision, PyTorch forms the differences of s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ def add_differences_(gradient: Tensor, x: Tensor, i: Tensor, j: Tensor, a: Tenso
         difference = (_differences(x, i[block], j[block]) * a[block].unsqueeze(1)).to(gradient.dtype)
         add_rows_(gradient, i[block], difference)
         add_rows_(gradient, j[block], difference.neg_())
+
+
+def add_pairs_(gradient: Tensor, x: Tensor, i: Tensor, j: Tensor, a: Tensor | Callable[[Tensor], Tensor]) -> None:
+    """The same, where ``a`` may be a function of the squared distances."""
+    add_differences_(gradient, x, i, j, a if isinstance(a, Tensor) else a(pair_squares(x, i, j)))
 
 
 def positive_pairs(group: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:

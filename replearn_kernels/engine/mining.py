@@ -1,7 +1,8 @@
 """Triplet mining below its argument checks: the choice of a backend, the plain PyTorch version, the operator.
 
 The definition is that of :func:`replearn_kernels.mine_triplets`. ``cpp`` and ``cuda`` are the native operator of either
-device (``csrc``), with the same rounding; ``torch`` runs anywhere, and rounds its distances as PyTorch does.
+device (``csrc``), with the same rounding; ``torch`` runs anywhere, and rounds its distances as PyTorch does. ``triton``
+serves the loss of semi_hard alone, whose distances are then those of products (:mod:`.distances`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..objectives import SemiHard
+from ..objectives.semi_hard import triplets_of
+from ..objectives.triplet_distance import TripletDistance
 from . import native, validation
 from .backends import warn_without_native
 from .columns import blocks
 from .operators import needs_dispatcher, refuse_transforms
-from .problem import statistics_dtype
-from .schedules import on_device_of
+from .problem import Inputs, statistics_dtype
+from .schedules import Config, on_device_of, row_statistics
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -67,6 +71,8 @@ def _mine(embeddings, labels, mining, margin, distance, backend, check) -> Tripl
     if check and not embeddings.isfinite().all():
         raise ValueError("embeddings must be finite, got NaN or infinity")
     with on_device_of(embeddings), torch.no_grad():
+        if backend == "triton":
+            return _semi_hard_by_sweep(embeddings, labels, distance)
         if backend != "torch":
             return torch.ops.replearn_kernels.mine_triplets(embeddings, labels, mining, margin, distance)
         rows = embeddings.to(statistics_dtype(embeddings.dtype))
@@ -82,6 +88,15 @@ def _mine(embeddings, labels, mining, margin, distance, backend, check) -> Tripl
                 for pairs in positive_pairs(*strip)
             ]
         return tuple(torch.cat(column) for column in zip(*found)) if found else _no_triplets(labels)
+
+
+def _semi_hard_by_sweep(embeddings: Tensor, labels: Tensor, distance: str) -> Triplets:
+    """By the engine's tiles of products, as batch_hard's are found; for cosines the rows are unit rows already."""
+    objective = SemiHard(TripletDistance(distance))
+    one = torch.ones((), dtype=statistics_dtype(embeddings.dtype), device=embeddings.device)
+    inputs = Inputs(embeddings, [], None, None, labels, None, one, None)
+    config = Config(objective.name, objective.parameters, "none", "triton", 0, [False, False])
+    return triplets_of(*row_statistics(inputs, config))
 
 
 def _no_triplets(labels: Tensor) -> Triplets:

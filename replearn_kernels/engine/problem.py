@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .columns import BatchColumns, OwnColumns, SharedColumns, Source, Tile, blocks
 from .distances import Points
-from .listed_pairs import positive_pairs, sorted_positives
+from .listed_pairs import add_pairs_, positive_pairs, sorted_positives
 from .plan import TileShape
 
 
@@ -139,6 +139,13 @@ class Problem:
         """
         for i, j in positive_pairs(self.row_group, self.query.shape[1]):
             yield i, j, self.given_rows, of_rows
+
+    def add_pairs_(self, gradient: Tensor, numbers: Tensor, a: Tensor | Callable[[Tensor], Tensor]) -> None:
+        """Of every row i and the row j = ``numbers[i]``: ``gradient[i] += a (x_i - x_j)``, and the opposite for j.
+
+        ``a``: ``[N]``, or a function that takes the squared distances to it.
+        """
+        add_pairs_(gradient, self.given_rows, torch.arange(self.rows, device=numbers.device), numbers, a)
 
     def _all_groups(self) -> Tensor:
         """The groups of all rows that a row of the batch is compared with, and its own."""

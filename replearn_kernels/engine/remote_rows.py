@@ -25,34 +25,18 @@ def fetch_rows(rows: Tensor, world: World, counts: list[int], index: Tensor) -> 
 class _FetchRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, world: World, counts: list[int], index: Tensor) -> Tensor:
-        ctx.route = route = _Route(world, counts, index)
-        ctx.count = len(rows)
-        given = [rows[place] for place in route.given]
-        found = world.swap(given, route.asked)
-        asked = torch.cat(found)[route.places]
-        count_workspace(*given, *found, asked)
-        return asked
+        ctx.route = Route(world, counts, index)
+        return ctx.route.fetch(rows)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         with torch.no_grad():
-            total = _FetchRows._sent_back(ctx, gradient)
+            total = ctx.route.send_back(gradient)
         return *differentiable_once([gradient], [total]), None, None, None
 
-    @staticmethod
-    def _sent_back(ctx, gradient: Tensor) -> Tensor:
-        route = ctx.route
-        asked = [part.contiguous() for part in gradient[route.order].split(route.asked)]
-        arriving = route.world.swap(asked, [len(place) for place in route.given])
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        total = gradient.new_zeros(ctx.count, gradient.shape[1], dtype=wide)
-        for place, part in zip(route.given, arriving):
-            add_rows_(total, place, part.to(wide))
-        return total.to(gradient.dtype)
 
-
-class _Route:
-    """Who asked whom for what.
+class Route:
+    """Who asked whom for what: the way of rows, and back of their gradients, of :func:`fetch_rows`.
 
     order: the asked numbers' places, by owner        asked: how many were asked of each rank
     places: the inverse of ``order``                  given: the own rows that each rank asked for
@@ -70,3 +54,22 @@ class _Route:
         self.asked = matrix[world.rank]
         numbers = (index - (ends - ends.new_tensor(counts))[owner])[self.order].split(self.asked)
         self.given = world.swap(list(numbers), [row[world.rank] for row in matrix])
+        self.count = counts[world.rank]
+
+    def fetch(self, rows: Tensor) -> Tensor:
+        """``[M, d]``, of the own ``rows[N_r, d]`` and those of other ranks."""
+        given = [rows[place] for place in self.given]
+        found = self.world.swap(given, self.asked)
+        asked = torch.cat(found)[self.places]
+        count_workspace(*given, *found, asked)
+        return asked
+
+    def send_back(self, gradient: Tensor) -> Tensor:
+        """``[N_r, d]``: what all ranks, this one with ``gradient[M, d]``, made of the own rows."""
+        asked = [part.contiguous() for part in gradient[self.order].split(self.asked)]
+        arriving = self.world.swap(asked, [len(place) for place in self.given])
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.new_zeros(self.count, gradient.shape[1], dtype=wide)
+        for place, part in zip(self.given, arriving):
+            add_rows_(total, place, part.to(wide))
+        return total.to(gradient.dtype)

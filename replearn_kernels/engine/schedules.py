@@ -73,6 +73,15 @@ def backward(
         ]
 
 
+def row_statistics(inputs: Inputs, config: Config) -> tuple[Problem, Tensor]:
+    """For losses that go on from there: the problem, and the table of its rows."""
+    with on_device_of(inputs.query):
+        run = _Run.of(inputs, config)
+        kept = KeptTiles(run.runner.new_kept(run.problem, 0))
+        table, _ = sweep_statistics(run.problem, run.plan, run.runner, kept)
+        return run.problem, table
+
+
 def scaled(gradients: list[Tensor], grad_loss: Tensor, config: Config, in_place: bool) -> list[Tensor]:
     """Gradients that came with the forward call, times the upstream gradient; in the dtypes of the statistics."""
     multiply = Tensor.mul_ if in_place else torch.mul

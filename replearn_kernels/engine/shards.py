@@ -6,7 +6,7 @@ rank r is number ``columns[0] + ... + columns[r - 1] + j``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..objectives import Objective
 from .columns import BatchColumns, SharedColumns, VisitingRows
+from .listed_pairs import add_pairs_, pair_squares
 from .problem import Inputs, Problem, centred, statistics_dtype, sum_at
-from .remote_rows import fetch_rows
+from .remote_rows import Route, fetch_rows
 from .validation import check_inside, check_values
 from .world import World
 
@@ -162,32 +163,80 @@ class Shard(Problem):
         A pair across ranks comes on both, each of which takes what it says of its own row. All ranks fetch as often.
         """
         yield from Problem.positive_pairs(self, *of_rows)
-        own, width, dtype = self.rows, self.query.shape[1], self.statistics_dtype
-        world, rows = self.layout.world, self.given_rows.to(dtype)
-        first, count, partners = self._partners()
-        start = count.cumsum(0) - count  # of each row's pairs, counted through all rows
+        rank, width = self.layout.world.rank, self.query.shape[1]
+        start, numbers = self.layout.first_column(rank), torch.arange(self.total_rows, device=self.query.device)
+        elsewhere = (numbers < start) | (numbers >= start + self.rows)
+        rows = self.given_rows.to(self.statistics_dtype)
         told = torch.cat([rows, *(values.unsqueeze(1) for values in of_rows)], dim=1)
-        most = torch.cat(world.gather(count.sum().reshape(1), [1] * world.size)).max()
-        parts = -(-int(most) * width // _FETCHED_ELEMENTS)
+        for i, _, place, found in self._fetched_pairs(numbers[elsewhere], told):
+            values = tuple(torch.cat([v, f]) for v, f in zip(of_rows, found[:, width:].unbind(1)))
+            yield i, self.rows + place, torch.cat([rows, found[:, :width]]), values
+
+    @property
+    def positives(self) -> tuple[Tensor, Tensor]:
+        """Of the own rows, on any rank, numbered through the batch of all. All ranks fetch them at the first call."""
+        if self._positives is None:
+            self._positives = self._positives_on_any_rank()
+        return self._positives
+
+    def _positives_on_any_rank(self) -> tuple[Tensor, Tensor]:
+        world, rows = self.layout.world, self.given_rows.to(self.statistics_dtype)
+        everywhere = torch.arange(self.total_rows, device=rows.device)
+        own_numbers = everywhere[self.layout.first_column(world.rank) :]
+        numbers, squares = [], []
+        for i, number, place, found in self._fetched_pairs(everywhere, rows):
+            isolated = None
+            if self.isolated is not None:
+                isolated = torch.cat([self.isolated, (found == 0).all(1).to(rows.dtype)])
+            square = pair_squares(torch.cat([rows, found]), i, self.rows + place, isolated)
+            numbers.append(number)
+            squares.append(square.masked_fill(number == own_numbers[i], -torch.inf))
+        _, count, _ = self._members(everywhere)
+        most = world.most(count.max() if len(count) else count.new_zeros(()))
+        if most < 2:  # no row has another
+            empty = rows.new_empty((0, self.rows))
+            return empty.long(), empty
+        there = torch.arange(most, device=rows.device) < count.unsqueeze(1)  # [N, most]
+        of_rows = rows.new_full(there.shape, -torch.inf), everywhere.new_zeros(there.shape)
+        for table, values in zip(of_rows, (squares, numbers)):
+            table[there] = torch.cat(values)
+        sorted_squares, order = of_rows[0].t().sort(dim=0)
+        # Of each column one is the row itself, and it is the first, or among the first -inf.
+        return of_rows[1].t().gather(0, order)[1:], sorted_squares[1:]
+
+    def add_pairs_(self, gradient: Tensor, numbers: Tensor, a: Tensor | Callable[[Tensor], Tensor]) -> None:
+        """Where j is another rank's, its share is sent there: all ranks call it."""
+        route = Route(self.layout.world, self.layout.rows, numbers)
+        rows = torch.cat([self.given_rows, route.fetch(self.given_rows)])
+        i, j = torch.arange(len(rows), device=rows.device).chunk(2)
+        shares = gradient.new_zeros(rows.shape)
+        add_pairs_(shares, rows, i, j, a)
+        gradient += shares[: self.rows] + route.send_back(shares[self.rows :])
+
+    def _fetched_pairs(self, among: Tensor, told: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """The own rows' pairs with the rows ``among`` those of all ranks, some own rows at a time.
+
+        (own rows, numbers of their partners, the partners' places in what was fetched, fetched rows of ``told``).
+        """
+        world, own, width = self.layout.world, self.rows, self.query.shape[1]
+        first, count, partners = self._members(among)
+        start = count.cumsum(0) - count  # of each row's pairs, counted through all rows
+        parts = -(-world.most(count.sum()) * width // _FETCHED_ELEMENTS)
         for part in range(parts):
             block = slice(own * part // parts, own * (part + 1) // parts)
-            i = torch.repeat_interleave(torch.arange(own, device=rows.device)[block], count[block])
-            pair = torch.arange(len(i), device=rows.device) + start[block][:1]
-            wanted, place = partners[first[i] + pair - start[i]].unique(return_inverse=True)
-            found = fetch_rows(told, world, self.layout.rows, wanted)
-            values = tuple(torch.cat([v, f]) for v, f in zip(of_rows, found[:, width:].unbind(1)))
-            yield i, own + place, torch.cat([rows, found[:, :width]]), values
+            i = torch.repeat_interleave(torch.arange(own, device=told.device)[block], count[block])
+            pair = torch.arange(len(i), device=told.device) + start[block][:1]
+            number = partners[first[i] + pair - start[i]]
+            wanted, place = number.unique(return_inverse=True)
+            yield i, number, place, fetch_rows(told, world, self.layout.rows, wanted)
 
-    def _partners(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of other ranks in the own rows' groups: of row i ``partners[first[i] : first[i] + count[i]]``."""
-        rank, numbers = self.layout.world.rank, torch.arange(self.total_rows, device=self.query.device)
-        start = self.layout.first_column(rank)
-        elsewhere = numbers[(numbers < start) | (numbers >= start + self.rows)]
-        groups = self._all_groups()[elsewhere]
+    def _members(self, among: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows ``among`` those of all ranks in the own rows' groups: of row i ``members[first[i]:][:count[i]]``."""
+        groups = self._all_groups()[among]
         order = groups.argsort(stable=True)
         ordered = groups[order]
         first, last = (torch.searchsorted(ordered, self.row_group, right=right) for right in (False, True))
-        return first, last - first, elsewhere[order]
+        return first, last - first, among[order]
 
     def _all_groups(self) -> Tensor:
         return torch.cat(self.groups)

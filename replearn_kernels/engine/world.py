@@ -71,6 +71,10 @@ class World:
         flat = tensor.reshape(-1)
         return sum(self.gather(flat, [flat.numel()] * self.size)).view(tensor.shape)
 
+    def most(self, count: Tensor) -> int:
+        """The largest of the ranks' counts, a number each."""
+        return int(torch.cat(self.gather(count.reshape(1), [1] * self.size)).max())
+
     def start(self, sends: Iterable[tuple[int, Tensor]], receives: Iterable[tuple[int, Tensor]]) -> list[dist.Work]:
         """Send tensors to ranks and receive others in place, by (rank, tensor); to be waited for.
 

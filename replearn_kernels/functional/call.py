@@ -28,7 +28,6 @@ class Options(NamedTuple):
     memory_budget: int
     world: World | None = None
     strategy: str = "auto"
-    asked: str = "auto"  # the backend's name as it was given
 
     @classmethod
     def of(
@@ -46,7 +45,7 @@ class Options(NamedTuple):
         name = resolve_backend(backend, features.device, features.dtype)
         if world is not None:
             refuse_eager(name)
-        return cls(reduction, name, memory_budget, world, strategy, backend)
+        return cls(reduction, name, memory_budget, world, strategy)
 
 
 def refuse_eager(backend: str) -> None:

@@ -1,12 +1,10 @@
-"""Losses over a process group whose pairs do not meet block by block: every rank gathers the rows of all.
+"""Losses over a process group that compare rows with classes or prototypes: every rank gathers the rows of all.
 
-In O(global N d) memory each rank does the whole batch's work, or, where classes are spread over the ranks, that of its
-own classes, and takes the losses of its own rows. Values and gradients are those of :mod:`..engine.distributed`.
+Each meets its own classes with all rows, or, where every rank has all classes, with its own rows. Values and gradients
+are those of :mod:`..engine.distributed`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,26 +19,6 @@ from ..engine.validation import check_inside
 from ..engine.world import World
 from ..objectives import Objective
 from .call import Options, config_of, refuse_eager, run
-
-RowLosses = Callable[[Inputs], tuple[Tensor, Tensor]]
-
-
-def gathered_loss(
-    world: World, inputs: Inputs, objective: Objective, alike: dict, reduction: str, row_losses: RowLosses
-) -> Tensor:
-    """The loss of the own rows in the batch of all ranks.
-
-    Args:
-        alike: options that must be the same on every rank.
-        row_losses: of a batch, the loss of every row, ``[N]``, and what the mean is over, a 0-d tensor.
-    """
-    layout = _meet(world, inputs, objective, {"reduction": reduction, **alike})
-    batch = inputs._replace(
-        query=gather_rows(inputs.query, world, layout.rows),
-        row_group=torch.cat(world.gather(inputs.row_group, layout.rows)),
-    )
-    losses, counted = row_losses(batch)
-    return reduced(losses.split(layout.rows)[world.rank], counted, reduction, world)
 
 
 def loss_over_class_shards(

@@ -12,7 +12,6 @@ from ..engine.problem import Inputs, statistics_dtype
 from ..engine.world import World
 from ..objectives import HardLifted, Lifted, MarginContrastive
 from .call import Options, autocast, in_group, run, unit_rows
-from .gathered import gathered_loss
 
 
 @in_group
@@ -51,12 +50,10 @@ def lifted_structure_loss(
         backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of distances that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
         group: a torch.distributed process group, each of whose ranks passes its shard of the batch. Default None: this
-            process alone. Positive pairs fetch their rows from other ranks, some at a time. Not smooth, every rank
-            gathers the rows of all and does the whole batch's work.
+            process alone. Positive pairs fetch their rows from other ranks, some at a time.
             The value of rank r is R times its own rows' part of the mean over all ranks' pairs: DDP's average over the
             R ranks, of values and of gradients, is that of the whole batch (docs/design.md, "Many ranks").
-        strategy: how shards meet if smooth: "ring", "gather", or "auto", as in
-            :func:`~replearn_kernels.info_nce_loss`.
+        strategy: how shards meet: "ring", "gather", or "auto", as in :func:`~replearn_kernels.info_nce_loss`.
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). Without a positive pair 0, with zero gradients.
@@ -70,13 +67,6 @@ def lifted_structure_loss(
     margin = validation.check_margin(margin)
     objective = (Lifted if validation.check_flag("smooth", smooth) else HardLifted)(margin)
     inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget, group, strategy)
-    if group is not None and not smooth:
-        alone = options._replace(reduction="none", world=None)
-
-        def row_losses(batch: Inputs) -> tuple[Tensor, Tensor]:
-            return run(batch, objective, alone, None), other_members(batch.row_group).sum() // 2
-
-        return gathered_loss(group, inputs, objective, {}, reduction, row_losses)
     return run(inputs, objective, options, lambda: reference.lifted_structure_loss(inputs, objective, reduction))
 
 

@@ -12,11 +12,10 @@ from ..engine.operators import needs_dispatcher
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..engine.triplets import triplet_loss_at
-from ..objectives import BatchAll, BatchHard
+from ..objectives import BatchAll, BatchHard, SemiHard
 from ..objectives.triplet_distance import DISTANCES, TripletDistance
 from .call import Options, in_group, run
-from .fetched import batch_hard_over_ranks
-from .gathered import gathered_loss
+from .fetched import triplets_over_ranks
 from .metric import labelled_batch, other_members
 
 MINING = ("batch_hard", "semi_hard", "batch_all")
@@ -58,8 +57,9 @@ def triplet_margin_loss(
 
     Half-precision rows that are normalised are rounded to their dtype again, as F.normalize's would be; semi_hard alone
     keeps them in fp32, as mine_triplets does. Of equal distances the lower index is taken. The distances of chosen
-    triplets come from differences, without cancellation; batch_all's have the relative error of those of
-    :func:`~replearn_kernels.lifted_structure_loss`, within which ties and margins count as violated or as not.
+    triplets come from differences, without cancellation. Those compared to choose them (batch_hard; semi_hard on
+    "triton" and with a group), and all of batch_all's, have the relative error of
+    :func:`~replearn_kernels.lifted_structure_loss`'s: within it, ties and margins go either way.
 
     Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", 2015 (arXiv:1503.03832);
     Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017 (arXiv:1703.07737).
@@ -76,18 +76,15 @@ def triplet_margin_loss(
             "sum"; or "none": the sum over the triplets of every anchor, ``[N]``, with ``triplets`` of every triplet,
             ``[T]``. Without a triplet the means are 0.
         normalize: L2-normalise the embeddings first. Default False; "cosine" always does.
-        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula. "triton" has
-            kernels for batch_hard only, and the other modes refuse it: there "auto" takes, on a GPU, the CUDA miner
-            where it was built (semi_hard), and else "torch".
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula. "triton" sees
+            4 positives of a row at a time: semi_hard and batch_all take one sweep for every 4 rows of a label.
         memory_budget: bytes of distances that may be kept. No mode keeps any at present.
         group: a torch.distributed process group, each of whose ranks passes its shard of the batch: triplets are mined
-            across ranks. Default None. With batch_hard, blocks of rows go round the ranks and the chosen rows are
-            fetched: O(local N d) memory. In the other modes every rank gathers the rows of all and does the whole
-            batch's work. The value of rank r is R times its own rows' part of the mean over all ranks' triplets: DDP's
-            average over the R ranks, of values and of gradients, is that of the whole batch (docs/design.md, "Many
-            ranks").
-        strategy: how shards meet with batch_hard: "ring", "gather", or "auto", as in
-            :func:`~replearn_kernels.info_nce_loss`.
+            across ranks. Default None. Blocks of rows go round the ranks, and positives and chosen rows are fetched:
+            O(local N (d + P)) memory, and for semi_hard O(d) for every row that is chosen. The value of rank r is R
+            times its own rows' part of the mean over all ranks' triplets: DDP's average over the R ranks, of values
+            and of gradients, is that of the whole batch (docs/design.md, "Many ranks").
+        strategy: how shards meet: "ring", "gather", or "auto", as in :func:`~replearn_kernels.info_nce_loss`.
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs). NaN if an embedding is not finite.
@@ -95,8 +92,8 @@ def triplet_margin_loss(
     Raises:
         TypeError: an argument is not of the type or dtype above.
         ValueError: wrong rank or shape, another device, triplets out of range, a margin that is negative or not finite,
-            an unknown mining, distance, reduction or backend; neither labels nor triplets; semi_hard or batch_all on
-            "triton"; with a group: given triplets, or "mean_nonzero" of batch_all.
+            an unknown mining, distance, reduction or backend; neither labels nor triplets; with a group: given
+            triplets, or "mean_nonzero" of batch_all.
         RuntimeError: the backend asked for is not available here.
     """
     margin = validation.check_margin(margin)
@@ -112,70 +109,45 @@ def triplet_margin_loss(
         embeddings, labels, "none", normalize, backend, memory_budget, group, strategy,
         keep_wide=keep_wide, needs_labels=triplets is None,
     )  # fmt: skip
-    if options.asked == "triton" and triplets is None and mining != "batch_hard":
-        raise ValueError(f"mining={mining!r} has no Triton kernel: use backend='auto'")
     if triplets is not None:
         if group is not None:
             raise ValueError("given triplets take no group: they are of the rows at hand")
         losses = _losses_at(inputs.query, _checked(triplets, inputs.query), margin, measure, options.backend)
         counted = _counted(losses, torch.ones_like(losses).sum(), reduction)
         return _with_nan_of(inputs.query, _reduced(losses, counted, reduction))
-    if group is not None:
-        if mining == "batch_hard":
-            return batch_hard_over_ranks(inputs, BatchHard(margin, measure), options, reduction)
-        return _gathered(inputs, options, mining, margin, measure, reduction)
+    if group is not None and mining != "batch_all":
+        objective = BatchHard(margin, measure) if mining == "batch_hard" else SemiHard(measure)
+        return triplets_over_ranks(inputs, objective, margin, options, reduction)
     if mining == "batch_all":
+        if group is not None and reduction == "mean_nonzero":
+            raise ValueError("reduction='mean_nonzero' of mining='batch_all' takes no group")
         return _batch_all(inputs, BatchAll(margin, measure, reduction == "mean_nonzero"), options, reduction)
-    return _reduced(*_row_losses(inputs, options, mining, margin, measure, reduction), reduction)
-
-
-def _row_losses(
-    inputs: Inputs, options: Options, mining: str, margin: float, measure: TripletDistance, reduction: str
-) -> tuple[Tensor, Tensor]:
-    """Every anchor's loss, ``[N]``, and what the mean is over."""
+    if mining == "semi_hard":
+        return _semi_hard(inputs, margin, measure, options.backend, reduction)
+    objective = BatchHard(margin, measure)
+    losses = run(inputs, objective, options, lambda: reference.batch_hard_losses(inputs, objective))
     others = other_members(inputs.row_group)
     complete = (others > 0) & (others < len(others) - 1)  # which anchors have a positive and a negative
-    if mining == "batch_hard":
-        objective = BatchHard(margin, measure)
-        losses = run(inputs, objective, options, lambda: reference.batch_hard_losses(inputs, objective))
-        return losses, _counted(losses, complete.sum(), reduction)
-    if mining == "batch_all":
-        losses = _batch_all(inputs, BatchAll(margin, measure), options, "none")
-        return losses, (others * (len(others) - 1 - others)).sum()
-    mined = _semi_hard(inputs, margin, measure, options.backend)
-    losses = _losses_at(inputs.query, mined, margin, measure, options.backend)
-    counted = _counted(losses, torch.ones_like(losses).sum(), reduction)
-    return _with_nan_of(inputs.query, losses.new_zeros(len(others)).index_add(0, mined[0], losses)), counted
-
-
-def _gathered(
-    inputs: Inputs, options: Options, mining: str, margin: float, measure: TripletDistance, reduction: str
-) -> Tensor:
-    if mining == "batch_all" and reduction == "mean_nonzero":
-        raise ValueError("reduction='mean_nonzero' of mining='batch_all' takes no group")
-    alone = options._replace(world=None)
-
-    def row_losses(batch: Inputs) -> tuple[Tensor, Tensor]:
-        return _row_losses(batch, alone, mining, margin, measure, reduction)
-
-    objective = BatchHard(margin, measure)  # of which meeting ranks compare margin and distance
-    return gathered_loss(options.world, inputs, objective, {"mining": mining}, reduction, row_losses)
+    return _reduced(losses, _counted(losses, complete.sum(), reduction), reduction)
 
 
 def _batch_all(inputs: Inputs, objective: BatchAll, options: Options, reduction: str) -> Tensor:
-    if options.backend == "triton":
-        options = options._replace(backend="torch")
     reduction = "mean" if reduction == "mean_nonzero" else reduction
     options = options._replace(reduction=reduction)
     return run(inputs, objective, options, lambda: reference.batch_all_loss(inputs, objective, reduction))
 
 
-def _semi_hard(inputs: Inputs, margin: float, measure: TripletDistance, backend: str) -> Triplets:
+def _semi_hard(inputs: Inputs, margin: float, measure: TripletDistance, backend: str, reduction: str) -> Tensor:
+    rows = inputs.query
     if backend == "eager":
-        return reference.semi_hard_triplets(inputs, measure)
-    rows = inputs.query.detach()
-    name = "auto" if backend == "triton" else backend  # "auto" stands for it on a GPU; asked for by name it is refused
-    return miner.mine(rows, inputs.row_group, "semi_hard", margin, measure.name, miner.resolve_miner(name, rows.device))
+        mined = reference.semi_hard_triplets(inputs, measure)
+    else:
+        mined = miner.mine(rows.detach(), inputs.row_group, "semi_hard", margin, measure.name, backend)
+    losses = _losses_at(rows, mined, margin, measure, backend)
+    counted = _counted(losses, torch.ones_like(losses).sum(), reduction)
+    return _reduced(
+        _with_nan_of(rows, losses.new_zeros(len(rows)).index_add(0, mined[0], losses)), counted, reduction
+    )  # fmt: skip
 
 
 def _losses_at(rows: Tensor, triplets: Triplets, margin: float, measure: TripletDistance, backend: str) -> Tensor:

@@ -6,11 +6,14 @@ from .hardest import BatchHard
 from .lifted import HardLifted, Lifted
 from .margin_contrastive import MarginContrastive
 from .margin_softmax import MarginSoftmax
+from .semi_hard import SemiHard
 from .sigmoid import Sigmoid
 from .softmax import Softmax
 from .sup_con import SupCon
 
 OBJECTIVES: dict[str, type[Objective]] = {
     cls.name: cls
-    for cls in (Softmax, SupCon, Sigmoid, MarginSoftmax, MarginContrastive, Lifted, HardLifted, BatchHard, BatchAll)
+    for cls in (
+        Softmax, SupCon, Sigmoid, MarginSoftmax, MarginContrastive, Lifted, HardLifted, BatchHard, SemiHard, BatchAll,
+    )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class Objective(ABC):
     """False: the gradient is one of few pairs, which :meth:`coefficients` adds."""
     roles: tuple[bool | float, ...] = ()
     """What the native passes and the epilogue want to know beyond the pairs."""
+    prepares = False
+    """Tables hold what only the data can tell, and are longer than the new ones: see :meth:`prepared`."""
     one_tile_parameters: tuple | None = None
     """What the native call for a whole problem of one tile takes; None if there is none."""
 
@@ -67,6 +70,11 @@ class Objective(ABC):
     def saved(self, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What :meth:`coefficients` needs of the statistics, in the shapes of the new tables."""
         return row_table, column_table
+
+    def parts(self, *tables: Tensor | None, most: int) -> Iterator[Sequence[Tensor | None]]:
+        """The tables for kernels that are compiled for a number of quantities: ``most`` positives of a row at a time,
+        where they tell of each."""
+        yield tables
 
     @abstractmethod
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:

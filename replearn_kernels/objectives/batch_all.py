@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..engine.listed_pairs import add_differences_
 from ..engine.problem import Pairs, Problem
 from .base import Objective
+from .parts import parts_of
 from .triplet_distance import TripletDistance
 
 
@@ -39,6 +39,7 @@ class BatchAll(Objective):
     family = "batch_all"
     needs_statistics = False
     uses_target = False
+    prepares = True
 
     @classmethod
     def from_parameters(cls, parameters: list[float]) -> BatchAll:
@@ -72,6 +73,9 @@ class BatchAll(Objective):
         thresholds = torch.where(squares < 0, -torch.inf, self.distance.of_square(squares) + self.margin)
         return torch.cat([row_table, thresholds, torch.zeros_like(thresholds)]), None
 
+    def parts(self, *tables: Tensor | None, most: int):
+        return parts_of(tables, 2, 2, most)
+
     def saved(self, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, None]:
         return row_table[:2], None
 
@@ -88,7 +92,12 @@ class BatchAll(Objective):
         if self.nonzero:
             return _split(row_table)[1].double().sum().to(row_table.dtype)
         positives = problem.positive_counts.double()
-        return (positives * (problem.rows - 1 - positives)).sum().to(problem.statistics_dtype)
+        return (positives * (problem.total_rows - 1 - positives)).sum().to(problem.statistics_dtype)
+
+    def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
+        """Losses and counts of other negatives."""
+        table[0] += other[0]
+        _split(table)[1].add_(_split(other)[1])
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
         return self.prepared(problem, torch.stack([torch.zeros_like(grad_rows), grad_rows]), None)
@@ -102,10 +111,9 @@ class BatchAll(Objective):
 
     def add_pair_gradients(self, problem: Problem, row_table: Tensor, d_query: Tensor) -> None:
         numbers, squares = problem.positives
-        row = torch.arange(problem.rows, device=squares.device)
         for number, square, count in zip(numbers, squares, _split(row_table)[1]):
             a = torch.where(square > 0, self.distance.slope(square) * count * row_table[1], 0)
-            add_differences_(d_query, problem.given_rows, row, number, a)
+            problem.add_pairs_(d_query, number, a)
 
     def _negative(self, pairs: Pairs, of_row: bool) -> Tensor:
         positive = pairs.same_group()

@@ -37,7 +37,7 @@ class Hardest(Objective):
 
     def new_statistics(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, None]:
         table = like.new_full((5, rows), -1)
-        _check_numbers(rows, like.dtype)
+        check_numbers(rows, like.dtype)
         limits = torch.finfo(like.dtype)
         table[0], table[2] = limits.min, limits.max
         table[4] = torch.arange(rows, device=like.device)
@@ -53,21 +53,25 @@ class Hardest(Objective):
         of_columns = row_table if column_table is None else column_table
         for dim, table, others in ((1, row_table, of_columns), (0, column_table, row_table)):
             if table is not None:
-                _keep_better(table[0:2], *negatives.max(dim), others[4], torch.gt)
-                _keep_better(table[2:4], *positives.min(dim), others[4], torch.lt)
+                keep_better(table[0:2], *negatives.max(dim), others[4], torch.gt)
+                keep_better(table[2:4], *positives.min(dim), others[4], torch.lt)
 
     def number_rows(self, table: Tensor, first: int) -> None:
-        _check_numbers(first + table.shape[1], table.dtype)
+        check_numbers(first + table.shape[1], table.dtype)
         table[4] += first
 
     def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
         """Of the same rows, from other columns; of equal pairs that with the lower number stays."""
         for first, better in ((0, torch.gt), (2, torch.lt)):
-            (value, number), (new, new_number) = table[first : first + 2], other[first : first + 2]
-            lower = (new == value) & (new_number >= 0) & ((new_number < number) | (number < 0))
-            replace = better(new, value) | lower
-            value.copy_(torch.where(replace, new, value))
-            number.copy_(torch.where(replace, new_number, number))
+            self.merge_better(*table[first : first + 2], *other[first : first + 2], better)
+
+    @staticmethod
+    def merge_better(value: Tensor, number: Tensor, new: Tensor, new_number: Tensor, better) -> None:
+        """Into ``value`` and ``number``, of any shape: the better of two, of equal ones that with the lower number."""
+        lower = (new == value) & (new_number >= 0) & ((new_number < number) | (number < 0))
+        replace = better(new, value) | lower
+        value.copy_(torch.where(replace, new, value))
+        number.copy_(torch.where(replace, new_number, number))
 
     def weights(self, s, out, pairs, row_table, column_table) -> None:
         raise NotImplementedError(f"{self.name} has no sweep of gradients")
@@ -81,16 +85,16 @@ class Hardest(Objective):
         """Add the gradients of the pairs to ``d_query``."""
 
 
-def _check_numbers(rows: int, dtype: torch.dtype) -> None:
+def check_numbers(rows: int, dtype: torch.dtype) -> None:
     if rows > MOST_ROWS and dtype == torch.float32:
         raise ValueError(f"the hardest pairs of at most {MOST_ROWS:,} rows can be numbered in fp32, got {rows:,}")
 
 
-def _keep_better(table: Tensor, value: Tensor, index: Tensor, numbers: Tensor, better) -> None:
+def keep_better(table: Tensor, value: Tensor, index: Tensor, numbers: Tensor, better) -> None:
     """``table = (value, number)``, where the new value is strictly better."""
     replace = better(value, table[0])
-    table[0] = torch.where(replace, value, table[0])
-    table[1] = torch.where(replace, numbers[index], table[1])
+    table[0].copy_(torch.where(replace, value, table[0]))
+    table[1].copy_(torch.where(replace, numbers[index], table[1]))
 
 
 def hardest_negatives(row_table: Tensor) -> tuple[Tensor, Tensor]:

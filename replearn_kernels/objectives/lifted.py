@@ -137,10 +137,11 @@ class HardLifted(_Lifted, Hardest):
     def add_gradient(self, problem: Problem, row_table: Tensor, grad_rows: Tensor, d_query: Tensor) -> None:
         slopes = self._positive_gradients(problem, row_table, grad_rows, d_query)
         valid, negative = hardest_negatives(row_table)
-        row = torch.arange(problem.rows, device=slopes.device)
-        distance = pair_squares(problem.given_rows, row, negative).sqrt()
-        a = torch.where(valid & (distance > 0), -slopes / distance, 0)
-        add_differences_(d_query, problem.given_rows, row, negative, a)
+
+        def slope(squares: Tensor) -> Tensor:
+            return torch.where(valid & (squares > 0), -slopes * squares.rsqrt(), 0)
+
+        problem.add_pairs_(d_query, negative, slope)
 
     def _of_rows(self, row_table: Tensor) -> Tensor:
         return torch.where(row_table[1] >= 0, self.margin - (-row_table[0]).sqrt(), -torch.inf)

@@ -54,21 +54,34 @@ class TritonBackend(Backend):
     def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
         if isinstance(tile.source, OwnColumns):
             return self._own.update_statistics(problem, _upcast(tile, problem), None, statistics)
-        inputs = self._inputs(problem, tile, None, None)
-        count_product(tile.query, tile.shape[1])
-        self._partials = ()
-        self._partials = update_statistics(
-            self._epilogue, tile.query, tile.source.block(tile), inputs, *statistics_of(tile, *statistics)
-        )
+        key = tile.source.block(tile)
+        for tables in self._parts(*statistics_of(tile, *statistics)):
+            read = self._read_on(tile, *tables) if self._epilogue.reads_tables else (None, None)
+            count_product(tile.query, tile.shape[1])
+            self._partials = ()
+            inputs = self._inputs(problem, tile, *read)
+            self._partials = update_statistics(self._epilogue, tile.query, key, inputs, *tables)
 
     def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
+        return self._weights_of(problem, tile, *statistics_of(tile, *coefficients))
+
+    def _weights_of(self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         out = self._weights_buffer(tile)
         count_product(tile.query, tile.shape[1])
-        tables = coefficients_of(tile, *coefficients)
-        folded = None if self.objective.needs_statistics else tables[0]
-        inputs = self._inputs(problem, tile, *tables)
-        form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, out, folded)
+        folded: tuple[Tensor | None, ...] = (None, None)
+        if not self.objective.needs_statistics:
+            folded = row_table, column_table if self._epilogue.folds_columns else None
+        inputs = self._inputs(problem, tile, *self._read_on(tile, row_table, column_table))
+        form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, out, *folded)
         return out
+
+    def _parts(self, row_table: Tensor, column_table: Tensor | None):
+        return self.objective.parts(row_table, column_table, most=self._epilogue.per_part)
+
+    @staticmethod
+    def _read_on(tile: Tile, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The tables that a kernel reads: a tile on the diagonal is its own mirror image."""
+        return row_table, row_table if tile.diagonal else column_table
 
     def accumulate_gradients(
         self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients, d_query, d_source
@@ -96,7 +109,10 @@ class TritonBackend(Backend):
         through the products too: its gradient has an error of some eps |x| / D of itself, with fp32's eps (or, where
         the user allowed it, TF32's), and the |x| of centred points where they are in fp32.
         """
-        w = self.weights(problem, tile, None, coefficients)
+        for tables in self._parts(*statistics_of(tile, *coefficients)):
+            self._accumulate_weights(problem, tile, self._weights_of(problem, tile, *tables), d_query)
+
+    def _accumulate_weights(self, problem: Problem, tile: Tile, w: Tensor, d_query: Tensor) -> None:
         tile.source.accumulate(tile, w, self.addmm_, d_query, None)
         of_columns = w.sum(0, dtype=d_query.dtype) if tile.mirrored else None
         none = torch.empty(0, dtype=torch.int64, device=w.device)
