@@ -24,8 +24,10 @@ demo: install
 test: install
 	$(TESTS) -m "not interpreter and not gpu"
 	TRITON_INTERPRET=1 $(TESTS) -m interpreter
-	$(BIN)/python -m pytest bench/regression.py --benchmark-disable
-	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry --no-install --output build/gpu_dry
+	# Two processes that use one core each most of the time.
+	$(BIN)/python -m pytest bench/regression.py --benchmark-disable & regression=$$!; \
+	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry --no-install --output build/gpu_dry; dry=$$?; \
+	wait $$regression && exit $$dry
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

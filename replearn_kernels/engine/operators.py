@@ -25,6 +25,7 @@ _INPUTS = (
 )
 _CONFIG = "str objective, float[] parameters, str reduction, str backend, int memory_budget, bool[] needs_grad"
 _COUNT = len(Inputs._fields)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _split(arguments) -> tuple[Inputs, Config]:
@@ -87,11 +88,12 @@ def refuse_forward_mode(rows: Tensor) -> None:
 
 def needs_dispatcher(*tensors: Tensor) -> bool:
     """Whether somebody traces or wraps these tensors, so that only a registered operator will do."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.is_meta for tensor in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.is_meta:
+            return True
+    return False
 
 
 class _Form(NamedTuple):

@@ -266,7 +266,7 @@ class Pairs(NamedTuple):
 
 def number_of(scalar: Tensor) -> float | Tensor:
     """A 0-d tensor as :class:`Problem` wants it."""
-    return scalar.item() if scalar.device.type == "cpu" else scalar
+    return scalar.item() if scalar.is_cpu else scalar
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

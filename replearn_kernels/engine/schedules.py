@@ -253,7 +253,7 @@ def plan_of(inputs: Inputs, config: Config, make=None) -> Plan:
     """The plan, a function of shapes and options: the same in every call that asks."""
     query = inputs.query
     return (make or _make_plan)(
-        query.shape[0], inputs.widths, query.shape[1], query.dtype, query.device.type, inputs.is_batch,
+        query.shape[0], inputs.widths, query.shape[1], query.dtype, query.device, inputs.is_batch,
         config.objective, tuple(config.parameters), config.reduction != "none", config.backend, config.memory_budget,
         True in config.needs_grad,
     )  # fmt: skip
@@ -268,7 +268,7 @@ def _make_plan(
         rows, widths, d,
         itemsize=statistics_dtype(dtype).itemsize if kind.keeps_tiles else 0,
         tile_shapes=tuple(
-            kind.tile_shape(sweep, d, dtype, device, objective, is_batch) for sweep in ("statistics", "gradients")
+            kind.tile_shape(sweep, d, dtype, device.type, objective, is_batch) for sweep in ("statistics", "gradients")
         ),
         memory_budget=memory_budget,
         needs_grad=needs_grad,
@@ -282,10 +282,9 @@ def _make_plan(
 
 def on_device_of(query: Tensor) -> AbstractContextManager:
     """The features' GPU as the current one, and products of the dtype chosen for them, whatever autocast says."""
-    device = query.device.type
-    if device == "cpu" and not torch.is_autocast_enabled(device):
+    if query.is_cpu and not torch._C._is_any_autocast_enabled():
         return nullcontext()
-    stack = ExitStack()
+    device, stack = query.device.type, ExitStack()
     if device == "cuda":
         stack.enter_context(torch.cuda.device_of(query))
     if torch.is_autocast_enabled(device):

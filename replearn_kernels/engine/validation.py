@@ -206,13 +206,13 @@ def check_memory_budget(memory_budget: int) -> int:
 def check_values(inputs: Inputs, objective) -> None:
     """The checks that read data: target within the keys, scale and bias finite."""
     dtype = statistics_dtype(inputs.query.dtype)
-    if inputs.logit_scale.device.type == "cpu":
+    if inputs.logit_scale.is_cpu:
         scale = inputs.logit_scale.item()
         if not objective.by_temperature:
             check_finite("logit_scale", scale, dtype)
         elif not 0 < scale <= torch.finfo(dtype).max:
             raise ValueError(f"temperature must be positive and finite in {dtype}, got {1 / scale if scale else 'inf'}")
-    if inputs.logit_bias is not None and inputs.logit_bias.device.type == "cpu":
+    if inputs.logit_bias is not None and inputs.logit_bias.is_cpu:
         check_finite("logit_bias", inputs.logit_bias.item(), dtype)
     name = objective.target_name
     target = inputs.target

@@ -134,6 +134,8 @@ def unit_rows(features: Tensor) -> Tensor:
 
 def autocast(*features: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, features enter the products in its dtype, as in any matrix product; logits stay fp32."""
+    if not torch._C._is_any_autocast_enabled():
+        return features
     device = features[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return features
