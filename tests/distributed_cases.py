@@ -91,6 +91,7 @@ LOSSES = {
     "n_pair": lambda b, **k: n_pair_loss(b.x, b.y, **k),
     "n_pair_labels": lambda b, **k: n_pair_loss(b.x, b.y, labels=b.labels, **k),
     "siglip": lambda b, **k: siglip_loss(b.x, b.y, b.scale, b.bias, **k),
+    "siglip_frozen": lambda b, **k: siglip_loss(b.x.detach(), b.y.detach(), b.scale.detach(), b.bias, **k),
     "siglip_groups": lambda b, **k: siglip_loss(
         b.x, b.y, b.scale, b.bias, query_group=b.labels, key_group=b.labels, normalize=True, **k
     ),

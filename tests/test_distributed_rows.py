@@ -149,13 +149,28 @@ def test_pairs_across_ranks_some_at_a_time(ranks, name):
             np.testing.assert_allclose(gradients["x"], own.numpy(), rtol=1e-12, atol=1e-12)
 
 
-def not_finite(rank):
-    x = torch.randn(4, 3)
+def without_features(rank, name):
+    x, labels = torch.zeros(6, 0, dtype=torch.float64), torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 0]])[rank % 2]
+    return LOSSES[name](x, labels, group=dist.group.WORLD).item()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_without_features(ranks, name):
+    """All distances are 0, and pairs across ranks count as others do."""
+    world = ranks.world_size
+    labels = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 0]])[torch.arange(world) % 2].flatten()
+    expected = LOSSES[name](torch.zeros(6 * world, 0, dtype=torch.float64), labels, backend="eager").item()
+    assert sum(ranks.run(without_features, name)) / world == pytest.approx(expected, rel=1e-12)
+
+
+def not_finite(rank, dtype):
+    x = torch.randn(4, 3).to(dtype)
     if rank == 1:
         x[2, 1] = float("nan")
     loss = triplet_margin_loss(x, torch.tensor([0, 0, 1, 1]), mining="batch_hard", group=dist.group.WORLD)
     assert loss.isnan()
 
 
-def test_a_nan_shows_on_every_rank(ranks):
-    ranks.run(not_finite)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_nan_shows_on_every_rank(ranks, dtype):
+    ranks.run(not_finite, dtype)

@@ -119,6 +119,23 @@ def test_gradients_only_where_asked(wanted, backend, rng):
     torch.testing.assert_close(torch.autograd.grad(loss, tensors[wanted])[0], exact[1 + wanted])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("wanted", range(4))
+@pytest.mark.parametrize("groups", [False, True])
+def test_any_one_gradient(reduction, wanted, groups, backend, rng):
+    """Of the bias too, which is a sum that only the passes over all tiles make."""
+    inputs = [unit_rows(rng, 8, 4), unit_rows(rng, 8, 4), torch.tensor(5.0), torch.tensor(-3.0)]
+    inputs[wanted].requires_grad_()
+    options = dict(query_group=torch.arange(8) % 3, key_group=torch.arange(8) % 2) if groups else {}
+    options["reduction"] = reduction
+    ours, exact = (
+        torch.autograd.grad(siglip_loss(*inputs, backend=name, **options).sum(), inputs[wanted])[0]
+        for name in (backend, "eager")
+    )
+    assert exact.any()
+    torch.testing.assert_close(ours, exact)
+
+
 def test_units(backend, rng):
     """3 for losses and gradients in one sweep, 1 without gradients, and 4 under an upstream gradient per row."""
     n, d = 2100, 16

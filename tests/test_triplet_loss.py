@@ -12,6 +12,11 @@ from hypothesis import given, settings
 from metric_cases import LABELS, assert_same, collapsed_batch, near_duplicates, results, scaled_rows, small_batch_tiles
 
 from replearn_kernels import mine_triplets, triplet_margin_loss
+from replearn_kernels.engine import native
+from replearn_kernels.engine.problem import Inputs
+from replearn_kernels.engine.schedules import Config, row_statistics
+from replearn_kernels.objectives.semi_hard import triplets_of
+from replearn_kernels.objectives.triplet_distance import TripletDistance
 
 MINING = ["batch_hard", "semi_hard", "batch_all"]
 DISTANCES = ["euclidean", "squared_euclidean", "cosine"]
@@ -240,7 +245,8 @@ def test_what_is_not_finite_shows(mining, distance, bad, backend, rng):
                 loss = partial(triplet_margin_loss, x, distance=distance, backend=name)
                 for reduction in ("mean", "sum", "mean_nonzero"):
                     assert loss(LABELS[kind](40), mining=mining, reduction=reduction).isnan()
-                assert loss(LABELS[kind](40), mining=mining, reduction="none")[0].isnan()
+                losses = loss(LABELS[kind](40), mining=mining, reduction="none").isnan()
+                assert losses[0] and (name == "eager" or losses.all())
                 assert loss(triplets=(torch.tensor([1]), torch.tensor([2]), torch.tensor([3]))).isnan()
 
 
@@ -268,6 +274,30 @@ def test_near_duplicates(mining, dtype, backend, rng):
         eager = partial(eager, triplets=mine_triplets(x, labels, backend=backend))
     largest = torch.cdist(x.double(), x.double()).max().item()  # a difference of two has the rounding of either
     check_against_eager(partial(loss, backend=backend), eager, x, scale=largest)
+
+
+@EVERY_DISTANCE
+@pytest.mark.parametrize("kind", ["copies", "rows of zeros", "a lattice"])
+def test_no_negative_is_beyond_at_the_same_distance(distance, kind):
+    """By tiles of products too, as over ranks, whose rounding must not tell a negative from a positive's copy."""
+    measure = TripletDistance(distance)
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        n, d = (int(torch.randint(low, high, (), generator=g)) for low, high in ((8, 60), (1, 90)))
+        x, labels = torch.randn(n, d, generator=g, dtype=torch.float64), torch.randint(4, (n,), generator=g)
+        if kind == "copies":
+            x = x[torch.randint(n // 2, (n,), generator=g)] + 5
+        elif kind == "rows of zeros":
+            x[torch.randint(n, (n // 3,), generator=g)] = 0
+        elif distance != "cosine":  # where a lattice's unit rows have distances that are equal only nearly
+            x = torch.randint(-2, 3, (n, d), generator=g).double()
+        rows = torch.nn.functional.normalize(x) if measure.unit_rows else x
+        inputs = Inputs(rows, [], None, None, labels, None, torch.ones((), dtype=x.dtype), None)
+        for backend in ("torch", "cpp") if native.available() else ("torch",):
+            config = Config("semi_hard", [measure.number], "none", backend, 0, [False, False])
+            found, mined = triplets_of(*row_statistics(inputs, config)), mine_triplets(x, labels, distance=distance)
+            losses = [triplet_margin_loss(x, triplets=t, distance=distance, reduction="none") for t in (found, mined)]
+            torch.testing.assert_close(*losses, rtol=1e-12, atol=1e-12)
 
 
 @EVERY

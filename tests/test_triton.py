@@ -116,6 +116,14 @@ class TestInterpreter:
     def test_shipped_blocks(self, name):
         check(CASES[name], torch.float16)
 
+    def test_compiles(self):
+        """What is asked of Triton on the way is none of the graph's business."""
+        torch._dynamo.reset()
+        step = partial(info_nce_loss, logit_scale=3.0, symmetric=True, backend="triton")
+        x = torch.randn(6, 16)
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, x.flip(0)), step(x, x.flip(0)))
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_same_as_torch_backend(self, dtype):
         shape, options = split(CASES["symmetric wide"])

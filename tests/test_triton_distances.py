@@ -254,6 +254,26 @@ class TestInterpreter:
         assert work.units(64, 64, CASES["batch hard"]["d"]) == 0.75
 
 
+    @pytest.mark.parametrize("name", ["lifted", "semi hard", "batch all"])
+    def test_compiles(self, name):
+        torch._dynamo.reset()
+        loss_fn, inputs = make(CASES[name] | {"n": 12, "d": 16}, torch.float32)
+        results = []
+        for step in (loss_fn, torch.compile(loss_fn, fullgraph=True, backend="aot_eager")):
+            loss = step(inputs, "triton")
+            results.append([loss, *torch.autograd.grad(loss, inputs["x"])])
+        torch.testing.assert_close(*results)
+
+    @pytest.mark.parametrize("name, sweeps", [("semi hard", 0.75), ("batch all", 2 * 0.5 + 3 * 0.25)])
+    def test_work_in_parts(self, name, sweeps, small_tiles):
+        """A sweep for every four positives of the largest class."""
+        for members, parts in ((5, 1), (8, 2), (10, 3)):
+            inputs = {"x": torch.randn(64, 16).requires_grad_(), "labels": torch.arange(64) // members}
+            with count_work() as work, use_config(SMALL_BLOCKS):
+                evaluate(partial(_call, CASES[name]), inputs, "triton")
+            assert work.units(64, 64, 16) == parts * sweeps
+
+
 class TestGPU:
     pytestmark = gpu
 

@@ -329,7 +329,8 @@ class _GradientsTour(_RowsAndColumns):
 
     def _sweep(self, problem: Problem, coefficients: Tables, into: Gradients) -> None:
         plan, runner = self.run.plan(problem), self.run.runner
-        sweep_gradients(problem, plan, runner, self.kept, coefficients, into, self.with_losses)
+        every_tile = self.with_losses or any(self.run.needs_grad_of_scalars[1:])
+        sweep_gradients(problem, plan, runner, self.kept, coefficients, into, every_tile)
 
 
 def _sweep_statistics(run: _Run, kept: KeptTiles) -> Tables:

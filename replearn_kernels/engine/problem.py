@@ -289,13 +289,15 @@ def centred(rows: Tensor, unit_rows: bool, centre: Tensor | None = None) -> tupl
     """The rows, centred where their dtype is that of the statistics (rounding the result would move half-precision
     points), their squares, and for unit rows 1 for those of zeros: their distance from every row is 1 - cos = 1.
 
-    ``centre``: default the rows' mean.
+    ``centre``: default the rows' mean. Where it is not finite, no square is: every row meets the one that is not.
     """
     dtype = statistics_dtype(rows.dtype)
     isolated = (rows == 0).all(1).to(dtype) if unit_rows else None
-    if rows.dtype == dtype and len(rows):
-        rows = rows - (rows.mean(0) if centre is None else centre)
-    squares = rows.to(dtype).square().sum(1)
+    if centre is None:
+        centre = rows.sum(0, dtype=dtype) / max(len(rows), 1)
+    if rows.dtype == dtype:
+        rows = rows - centre
+    squares = rows.to(dtype).square().sum(1) + centre.sum() * 0
     return rows, squares if isolated is None else squares + isolated, isolated
 
 

@@ -184,7 +184,8 @@ def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Ten
     gradients = run.new_gradients()
     coefficients = run.objective.coefficients(run.problem, row_table, column_table, row_weights, gradients.query)
     if run.objective.sweeps_gradients:
-        sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients)
+        every_tile = any(run.needs_grad_of_scalars[1:])  # a bias's gradient is the sum of W
+        sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients, every_tile)
     run.objective.add_pair_gradients(run.problem, coefficients[0], gradients.query)
     return run.results(gradients, coefficients[0], factor * run.share_after(coefficients[0]))
 
@@ -196,7 +197,7 @@ def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
     tables = run.objective.new_statistics(problem.rows, problem.sources[0].width, like)
     tables = run.objective.prepared(problem, *tables)
     gradients = run.new_gradients()
-    sweep_gradients(problem, run.plan, run.runner, KeptTiles(like.new_empty(0)), tables, gradients, with_losses=True)
+    sweep_gradients(problem, run.plan, run.runner, KeptTiles(like.new_empty(0)), tables, gradients, every_tile=True)
     run.objective.add_pair_gradients(problem, tables[0], gradients.query)
     losses, share = run.objective.row_losses(problem, *tables), run.share_after(tables[0])
     return losses.sum() * share, run.results(gradients, tables[0], share)

@@ -93,16 +93,16 @@ def sweep_gradients(
     kept: KeptTiles,
     coefficients: Tables,
     into: Gradients,
-    with_losses: bool = False,
+    every_tile: bool = False,
 ) -> None:
     """Sweep 2: W of every tile, from kept similarities or new ones, and its products with keys and queries.
 
-    ``with_losses``: the passes fold the losses into ``coefficients``, so that no tile may be left out.
+    ``every_tile``: what the passes fold into ``coefficients``, losses or sums of W, is needed: no tile is left out.
     """
     for tile in problem.tiles(plan.gradient_tile, backend.compute_dtype(problem.query.dtype)):
         place = kept.place(tile)
         d_source = into.sources[tile.position]
-        if with_losses or into.query is not None or d_source is not None:
+        if every_tile or into.query is not None or d_source is not None:
             backend.accumulate_gradients(problem, tile, place, coefficients, into.query, d_source)
     count_workspace(kept.buffer, *backend.workspace(), *coefficients)
 

@@ -59,7 +59,7 @@ def triplet_margin_loss(
     keeps them in fp32, as mine_triplets does. Of equal distances the lower index is taken. The distances of chosen
     triplets come from differences, without cancellation. Those compared to choose them (batch_hard; semi_hard on
     "triton" and with a group), and all of batch_all's, have the relative error of
-    :func:`~replearn_kernels.lifted_structure_loss`'s: within it, ties and margins go either way.
+    :func:`~replearn_kernels.lifted_structure_loss`'s. Within it margins go either way, and a negative is not beyond p.
 
     Schroff et al., "FaceNet: A Unified Embedding for Face Recognition and Clustering", 2015 (arXiv:1503.03832);
     Hermans et al., "In Defense of the Triplet Loss for Person Re-Identification", 2017 (arXiv:1703.07737).

@@ -61,9 +61,13 @@ class SemiHard(Hardest):
         table[2] += first
 
     def prepared(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, None]:
-        """With the thresholds, and nothing found beyond them."""
+        """With the thresholds, and nothing found beyond them.
+
+        A positive's square comes from the difference of its rows, a negative's from products. A negative at the very
+        same distance, a copy of the positive for one, is not beyond it: it has to be further by what rounding can do.
+        """
         _, squares = problem.positives
-        thresholds = torch.where(squares == -torch.inf, -torch.inf, -squares)
+        thresholds = torch.where(squares == -torch.inf, -torch.inf, -(squares + _rounding(problem, squares)))
         nothing = torch.full_like(thresholds, torch.finfo(thresholds.dtype).min)
         return torch.cat([row_table, thresholds, nothing, torch.full_like(thresholds, -1)]), None
 
@@ -95,6 +99,15 @@ class SemiHard(Hardest):
 
     def parts(self, *tables: Tensor | None, most: int):
         return parts_of(tables, _LEAD, 3, most)
+
+
+def _rounding(problem: Problem, squares: Tensor) -> Tensor:
+    """Of a negative's square ``|x_i|^2 + |x_n|^2 - 2 <x_i, x_n>`` that should be one of ``squares[p, N]``.
+
+    The norms' sum is 3 |x_i|^2 + 2 |x_i - x_n|^2 at most, and the sum over d features errs by some sqrt(d) / 2 units.
+    """
+    eps, d = torch.finfo(squares.dtype).eps, problem.query.shape[1]
+    return eps * (2 + d**0.5 / 2) * (3 * problem.squares + 2 * squares)
 
 
 def triplets_of(problem: Problem, row_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:

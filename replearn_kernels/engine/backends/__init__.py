@@ -63,14 +63,21 @@ def warn_without_native() -> str:
     return "torch"
 
 
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels; torch.compile cannot trace the question."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
 def _triton_problem(device: torch.device, dtype: torch.dtype) -> Exception | None:
     """Why Triton kernels cannot run on these inputs, or None."""
     try:
-        import triton
+        import triton  # noqa: F401
     except ImportError as error:
         return RuntimeError(f"backend='triton' needs the triton package (>= 3.6): {error}")
-    interpreted = triton.knobs.runtime.interpret
-    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
         return RuntimeError(
             f"backend='triton' needs tensors on a GPU, got tensors on {device} "
             "(or TRITON_INTERPRET=1 in the environment, to run the kernels in Triton's interpreter)"
