@@ -106,11 +106,12 @@ def draw_plots(groups: Groups, directory: Path) -> dict[GroupKey, Path]:
         print(f"no plots: {missing}")
         return {}
     drawn = {}
-    for index, (key, points) in enumerate(groups.items()):
+    for key, points in groups.items():
         _, case, device, dtype, d = key
         path = directory / f"{case}_{device.replace(':', '')}_{dtype}_d{d}.png"
-        if path in drawn.values():  # the same point on another machine
-            path = path.with_stem(f"{path.stem}_{index}")
+        same = sum(other.stem.startswith(path.stem) for other in drawn.values())
+        if same:  # the same point on another machine
+            path = path.with_stem(f"{path.stem}_{same}")
         draw(points, title=f"{heading(key)}: forward + backward", subtitle=key[0], path=path)
         drawn[key] = path
     return drawn
