@@ -1,6 +1,6 @@
 """Tables of everything measured, as Markdown."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -105,13 +105,13 @@ def draw_plots(groups: Groups, directory: Path) -> dict[GroupKey, Path]:
     except ImportError as missing:
         print(f"no plots: {missing}")
         return {}
-    drawn = {}
+    drawn, seen = {}, Counter()
     for key, points in groups.items():
         _, case, device, dtype, d = key
         path = directory / f"{case}_{device.replace(':', '')}_{dtype}_d{d}.png"
-        same = sum(other.stem.startswith(path.stem) for other in drawn.values())
-        if same:  # the same point on another machine
-            path = path.with_stem(f"{path.stem}_{same}")
+        seen[path] += 1
+        if seen[path] > 1:  # the same point on another machine
+            path = path.with_stem(f"{path.stem}_{seen[path]}")
         draw(points, title=f"{heading(key)}: forward + backward", subtitle=key[0], path=path)
         drawn[key] = path
     return drawn
