@@ -212,7 +212,7 @@ def _inputs(variant: Variant, query, key, row_table=None, column_table=None) -> 
     rows, columns = len(query), len(key)
     points = None
     if variant.distance:
-        points = Points.of(query, key, torch.empty(rows), torch.empty(columns), 16, variant.distance == "square")
+        points = Points.of(query, key, torch.empty(rows), torch.empty(columns), variant.distance == "square")
     return TileInputs.of(
         (rows, columns), torch.empty(()), torch.empty(()) if variant.epilogue == "sigmoid" else 0.0,
         ids(variant.target, rows), ids(variant.groups, rows), ids(variant.groups, columns),

@@ -55,14 +55,13 @@ class Points(NamedTuple):
     width: int
     row_squares: Tensor  # [rows]: |x|^2 of the centred rows, whose products the tile holds
     column_squares: Tensor  # [columns]
-    first_row: int  # of the tile
     squared: tl.constexpr  # bool: v is the negative square of the distance
 
     @classmethod
-    def of(cls, rows, columns, row_squares, column_squares, first_row, squared: bool) -> Points:
+    def of(cls, rows, columns, row_squares, column_squares, squared: bool) -> Points:
         return cls(
             rows, rows.stride(0), columns, columns.stride(0), rows.shape[1], row_squares, column_squares,
-            first_row, tl.constexpr(squared),
+            tl.constexpr(squared),
         )  # fmt: skip
 
 

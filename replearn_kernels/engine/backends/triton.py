@@ -127,7 +127,7 @@ class TritonBackend(Backend):
     def _points(self, problem: Problem, tile: Tile) -> Points:
         rows, columns = (problem.given_rows[part] for part in (tile.rows, tile.columns))
         squares = problem.squares[tile.rows], problem.squares[tile.columns]
-        return Points.of(rows, columns, *squares, tile.rows.start, self.objective.by_distance == "square")
+        return Points.of(rows, columns, *squares, self.objective.by_distance == "square")
 
     @staticmethod
     def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
