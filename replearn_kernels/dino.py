@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from . import functional as F
 from .engine import validation
-from .engine.world import SharesGroup, World
+from .engine.shards import agree
+from .engine.world import SharesGroup, World, telling
 from .functional.distillation import check_dino_options, check_dino_temperature
 
 _SUM_ROWS = 4096  # prototypes whose mean logits are formed at once
@@ -23,8 +24,9 @@ class DINOLoss(SharesGroup, nn.Module):
     In training mode every call, after its loss, moves the center to
     ``center_momentum * center + (1 - center_momentum) * mean``, with the mean of the teacher's logits over views and
     batch, over all processes of ``group`` where torch.distributed is initialised: all call in the same mode, as each
-    training step exchanges the mean. The center is a buffer of fp32, also where features are fp64 (``double()`` makes
-    it fp64), and does not follow the module to half precision.
+    training step exchanges the mean (one that evaluates keeps the others waiting until the group's timeout). An error
+    on one is an error on all. The center is a buffer of fp32, also where features are fp64 (``double()`` makes it
+    fp64), and does not follow the module to half precision.
 
     Centering keeps the teacher from one prototype, its low temperature from the uniform distribution. A loss that rises
     to log K and stays has collapsed to the latter: the head's outputs share too large a mean for the temperature.
@@ -41,7 +43,8 @@ class DINOLoss(SharesGroup, nn.Module):
         group: a torch.distributed process group. Default None: the default group, if there is one.
 
     Raises:
-        TypeError, ValueError: as :func:`dino_loss`, or an argument is not of the type or range above.
+        TypeError, ValueError: as :func:`dino_loss`, or an argument is not of the type or range above; or the processes
+            differ in K, in ``center_momentum`` or in the center's dtype.
     """
 
     def __init__(
@@ -72,12 +75,13 @@ class DINOLoss(SharesGroup, nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, epoch: float = 0) -> Tensor:
         """The loss of ``[V, B, K]`` and ``[U, B, K]`` in this epoch, counted from 0."""
-        center = self.center.clone()  # the backward pass needs it as it was
-        loss = F.dino_loss(student_logits, teacher_logits, center, **self._options(epoch))
+        center, world = self.center.clone(), self._world()  # the backward pass needs it as it was
+        with telling(world):
+            loss = F.dino_loss(student_logits, teacher_logits, center, **self._options(epoch))
         if self.training:
             with torch.no_grad():
                 total = teacher_logits.sum((0, 1), dtype=self.center.dtype)
-                self._move_center(*self._over_ranks(total, teacher_logits.shape[:2].numel()))
+                self._move_center(*self._over_ranks(total, teacher_logits.shape[:2].numel(), world))
         return loss
 
     def teacher_temp_at(self, epoch: float) -> float:
@@ -104,12 +108,25 @@ class DINOLoss(SharesGroup, nn.Module):
             backend=self.backend,
         )
 
-    def _over_ranks(self, total: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    def _world(self) -> World | None:
+        """Those who move the center together."""
+        if not (self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        return World.of(self.group or dist.group.WORLD)
+
+    def _over_ranks(self, total: Tensor, rows: int, world: World | None) -> tuple[Tensor, Tensor]:
         """The mean of rows that sum to ``total``, and their number; over all processes, as all ranks have them."""
         total = torch.cat([total.to(self.center.dtype), self.center.new_full((1,), rows)])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1:
-            dist.all_reduce(total, group=self.group)
+        if world is not None:
+            self._exchange(total, world)
         return total[:-1] / total[-1].clamp(min=1), total[-1]
+
+    @torch._disable_dynamo
+    def _exchange(self, total: Tensor, world: World) -> None:
+        name, width = type(self).__name__, len(total) - 1
+        alike = {"loss": name, "teacher's width": width, "center_momentum": self.center_momentum}
+        agree(world, {**alike, "center.dtype": str(total.dtype)}, {})
+        dist.all_reduce(total, group=world.group)
 
     def _move_center(self, mean: Tensor, count: Tensor) -> None:
         """Towards the mean of ``count`` rows of logits. No rows: it stays."""
@@ -157,15 +174,16 @@ class DINOHeadLoss(DINOLoss):
         epoch: float = 0,
     ) -> Tensor:
         """The loss of ``[V, B, d]`` and ``[U, B, d]`` under each side's ``[K, d]`` in this epoch, counted from 0."""
-        center = self.center.clone()  # the backward pass needs it as it was
-        loss = F.dino_head_loss(
-            student_features, teacher_features, student_weight, teacher_weight, center,
-            group=self.group, shard_prototypes=self.shard_prototypes, **self._options(epoch),
-        )  # fmt: skip
+        center, world = self.center.clone(), self._world()  # the backward pass needs it as it was
+        with telling(world if self.group is None else None):  # with a group the loss does
+            loss = F.dino_head_loss(
+                student_features, teacher_features, student_weight, teacher_weight, center,
+                group=self.group, shard_prototypes=self.shard_prototypes, **self._options(epoch),
+            )  # fmt: skip
         if self.training:
             with torch.no_grad():
                 total = teacher_features.sum((0, 1), dtype=self.center.dtype)
-                mean, count = self._over_ranks(total, teacher_features.shape[:2].numel())
+                mean, count = self._over_ranks(total, teacher_features.shape[:2].numel(), world)
                 # Not a matrix product, which autocast would round; a tile, which keeps half weights from a whole copy.
                 means = [(weight * mean).sum(1) for weight in teacher_weight.split(_SUM_ROWS)]
                 self._move_center(torch.cat(means), count)

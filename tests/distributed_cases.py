@@ -117,6 +117,9 @@ LOSSES = {
     "triplet_batch_all_cosine": lambda b, **k: triplet_margin_loss(
         b.x, b.labels, margin=1.0, mining="batch_all", distance="cosine", **k
     ),
+    "triplet_batch_all_violated": lambda b, **k: triplet_margin_loss(
+        b.x, b.labels, margin=1.0, mining="batch_all", **{"reduction": "mean_nonzero", **k}
+    ),
     "sup_con_views": lambda b, **k: sup_con_loss(b.views, temperature=0.3, **k),
 }
 

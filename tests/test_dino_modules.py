@@ -1,8 +1,11 @@
 """The DINO modules: center and warm-up, in one process and in two; and bad input, to modules and functions."""
 
+import copy
+
 import pytest
 import torch
 from dino_oracle import DTYPES, head_loss, heads, logits
+from processes import Ranks, needs_gloo
 
 from replearn_kernels import DINOHeadLoss, DINOLoss, dino_head_loss, dino_loss
 
@@ -85,25 +88,53 @@ def test_repr():
     )
 
 
-def update_center(rank: int, store: str) -> None:
+def update_center(rank):
     """One of two processes, with batches of 3 and 1."""
-    torch.set_num_threads(1)  # a forked process has none of its parent's threads
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     rng = torch.Generator().manual_seed(0)
     student, weight, teacher, teacher_weight, _ = heads(rng, 3, 2, 4, 20, 6, torch.float32)
     own = slice(0, 3) if rank == 0 else slice(3, 4)
     module, head = DINOLoss(20), DINOHeadLoss(20)
-    module(student[:, own] @ weight.t(), teacher[:, own] @ teacher_weight.t())
+    for loss in (module, torch.compile(copy.deepcopy(module), backend="eager")):
+        loss(student[:, own] @ weight.t(), teacher[:, own] @ teacher_weight.t())
+        expected = 0.1 * (teacher @ teacher_weight.t()).mean((0, 1))
+        torch.testing.assert_close(loss.center, expected)
     head(student[:, own], teacher[:, own], weight, teacher_weight)
-    expected = 0.1 * (teacher @ teacher_weight.t()).mean((0, 1))
-    torch.testing.assert_close(module.center, expected)
     torch.testing.assert_close(head.center, expected)
-    torch.distributed.destroy_process_group()
 
 
-def test_center_over_processes(tmp_path):
-    """Forked, which spares them a new start of everything."""
-    torch.multiprocessing.start_processes(update_center, (str(tmp_path / "store"),), nprocs=2, start_method="fork")
+def differ(rank, change):
+    """What is wrong on rank 1, and what each of the two says."""
+    student, teacher, _ = logits(torch.Generator().manual_seed(0), 3, 2, 4, 6, torch.float32)
+    module = DINOLoss(6, center_momentum=0.5 if (rank, change) == (1, "momentum") else 0.9)
+    if rank == 1 and change == "dtype":
+        module.double()
+    if rank == 1 and change == "shape":
+        student = student[..., :5]
+    try:
+        module(student, teacher)
+    except ValueError as error:
+        return str(error)
+
+
+def evaluate(rank):
+    """Alone: nothing is exchanged."""
+    student, teacher, _ = logits(torch.Generator().manual_seed(rank), 3, 2, 4, 6, torch.float32)
+    if rank == 1:
+        torch.testing.assert_close(
+            DINOLoss(6).eval()(student, teacher), dino_loss(student, teacher, torch.zeros(6))
+        )  # fmt: skip
+
+
+@needs_gloo
+def test_two_processes(tmp_path):
+    with Ranks(2, tmp_path) as ranks:
+        ranks.run(update_center)
+        ranks.run(evaluate)
+        momentum = "center_momentum must be the same on every rank of the group, got 0.9 on rank 0 and 0.5 on rank 1"
+        assert ranks.run(differ, "momentum") == [momentum] * 2
+        assert all("center.dtype must be the same" in message for message in ranks.run(differ, "dtype"))
+        told, own = ranks.run(differ, "shape")
+        assert "the same number of prototypes K" in own and f"rank 1: ValueError: {own}" in told
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from replearn_kernels import count_work, lifted_structure_loss, triplet_margin_l
 from replearn_kernels.engine import shards
 from replearn_kernels.engine.remote_rows import fetch_rows
 from replearn_kernels.engine.world import World
+from replearn_kernels.functional import fetched as triplets_over_ranks
 
 pytestmark = needs_gloo
 
@@ -130,12 +131,14 @@ def test_memory_and_traffic_of_the_ring(ranks, name):
     assert sum(sent) <= world * units * rows * d + 40 * world * batch
 
 
-def in_parts(rank, name, sizes):
-    shards._FETCHED_ELEMENTS = 40
+def few_held(rank, function, *arguments):
+    """With parts of the pairs' rows, and of the triplets', that are small here."""
+    before = shards._FETCHED_ELEMENTS, triplets_over_ranks._HELD_ROWS
+    shards._FETCHED_ELEMENTS, triplets_over_ranks._HELD_ROWS = 40, 1
     try:
-        return on_one_rank(rank, name, sizes, dict(strategy="ring"))
+        return function(rank, *arguments)
     finally:
-        shards._FETCHED_ELEMENTS = 2**22
+        shards._FETCHED_ELEMENTS, triplets_over_ranks._HELD_ROWS = before
 
 
 @pytest.mark.parametrize("name", ["lifted", "triplet_semi_hard_cosine"])
@@ -143,10 +146,40 @@ def test_pairs_across_ranks_some_at_a_time(ranks, name):
     """All ranks fetch as often, also those with no pair."""
     for sizes in SIZES[ranks.world_size]:
         _, values, expected = in_one_process(name, sizes)
-        for rank, (loss, gradients) in enumerate(ranks.run(in_parts, name, sizes)):
+        for rank, (loss, gradients) in enumerate(ranks.run(few_held, on_one_rank, name, sizes, dict(strategy="ring"))):
             torch.testing.assert_close(loss.item(), values[rank], rtol=1e-12, atol=1e-12)
             own = len(sizes) * expected.x.grad.split(list(sizes))[rank]
             np.testing.assert_allclose(gradients["x"], own.numpy(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["triplet_semi_hard", "triplet_batch_hard"])
+def test_triplets_some_at_a_time(ranks, name):
+    """Their rows are fetched again in the backward pass, by all ranks as often, also those without a triplet."""
+    factors = (2.0, -0.5, 3.0, 1.0)[: ranks.world_size]
+    for sizes in SIZES[ranks.world_size]:
+        _, values, expected = in_one_process(name, sizes, factors)
+        answers = ranks.run(few_held, on_one_rank, name, sizes, dict(strategy="ring"), None, factors)
+        for rank, (loss, gradients) in enumerate(answers):
+            torch.testing.assert_close(loss.item(), values[rank], rtol=1e-12, atol=1e-12)
+            own = len(sizes) * expected.x.grad.split(list(sizes))[rank]
+            np.testing.assert_allclose(gradients["x"], own.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def rows_held(rank, rows, d):
+    torch.manual_seed(rank)
+    x, labels = torch.randn(rows, d).requires_grad_(), torch.arange(rows) % 2
+    with count_work() as work:
+        triplet_margin_loss(x, labels, group=dist.group.WORLD, strategy="ring").backward()
+    return work.workspace_bytes
+
+
+def test_triplets_of_few_classes_do_not_gather_the_batch(ranks):
+    """Two classes: every row is chosen by some anchor of every rank, and held for some of the anchors only."""
+    rows, d = 40, 2048
+    whole, in_parts = max(ranks.run(rows_held, rows, d)), max(ranks.run(few_held, rows_held, rows, d))
+    shard = rows * d * 4
+    assert whole >= 3 * ranks.world_size * shard  # those given, and those that came, before and after they were sorted
+    assert in_parts <= 8 * shard  # the ring's blocks
 
 
 def without_features(rank, name):

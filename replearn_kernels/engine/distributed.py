@@ -47,12 +47,12 @@ class Schedules(NamedTuple):
             run = _Run.of(inputs, config, self.layout)
             if _gradients_in_forward(config):
                 tables, gradients = run.new_tables(), run.new_gradients()
-                losses, results = _sweep_gradients(run, tables, gradients, run.new_kept(0), run.share, with_losses=True)
-                return losses.sum() * run.share, results, True
+                loss, results = _sweep_gradients(run, tables, gradients, run.new_kept(0), with_losses=True)
+                return loss, results, True
             kept = run.new_kept(run.kept_elements)
             tables = _sweep_statistics(run, kept)
             losses = run.objective.row_losses(run.shard, *tables)
-            loss = losses if config.reduction == "none" else losses.sum() * run.share
+            loss = losses if config.reduction == "none" else losses.sum() * run.share_after(tables[0])
             saved = [kept.buffer, *(table for table in tables if table is not None)]
             return loss, saved if any(config.needs_grad) else [], False
 
@@ -73,11 +73,10 @@ class Schedules(NamedTuple):
                 weights, factor = _row_weights(grad_loss, upstream, len(inputs.query))
                 tables, gradients = (row_table, *(column_table or [None])), run.new_gradients()
                 coefficients = run.objective.coefficients(run.shard, *tables, weights, gradients.query)
-                factor = factor * run.share
                 if run.objective.sweeps_gradients:
                     _, results = _sweep_gradients(run, coefficients, gradients, KeptTiles(kept), factor)
                 else:
-                    results = run.results(gradients, coefficients[0], factor)
+                    results = run.results(gradients, coefficients[0], factor * run.share_after(coefficients[0]))
             return [
                 result.to(tensor.dtype) if needs else inputs.query.new_empty(0)
                 for tensor, result, needs in zip(inputs.differentiable, results, config.needs_grad)
@@ -103,18 +102,12 @@ class _Run:
     config: Config
     layout: Layout
     runner: Backend
-    share: float | Tensor = 1.0  # of a row in the loss
 
     @classmethod
     def of(cls, inputs: Inputs, config: Config, layout: Layout) -> _Run:
         objective = config.make_objective()
         shard = Shard.of(inputs, config.needs_grad, objective, layout)
-        run = cls(shard, config, layout, make_backend(config.backend, objective))
-        if config.reduction == "mean":
-            counted = torch.as_tensor(objective.rows_counted(shard), device=inputs.query.device)
-            total = layout.world.sum(counted.to(shard.statistics_dtype))
-            run.share = layout.world.size / total.clamp(min=1)
-        return run
+        return cls(shard, config, layout, make_backend(config.backend, objective))
 
     @property
     def objective(self):
@@ -128,6 +121,14 @@ class _Run:
     def needs_grad_of_scalars(self) -> list[bool]:
         """Of the scale, and of the bias if there is one."""
         return self.config.needs_grad[1 + (0 if self.is_batch else len(self.shard.sources)) :]
+
+    def share_after(self, row_table: Tensor) -> float | Tensor:
+        """Of a row in the loss, as the finished sweep tells. All ranks ask."""
+        if self.config.reduction != "mean":
+            return 1.0
+        counted = torch.as_tensor(self.objective.rows_counted(self.shard, row_table), device=row_table.device)
+        total = self.layout.world.sum(counted.to(self.shard.statistics_dtype))
+        return self.layout.world.size / total.clamp(min=1)
 
     def new_tables(self) -> Tables:
         """Statistics of nothing, for the own rows and columns."""
@@ -341,15 +342,16 @@ def _sweep_statistics(run: _Run, kept: KeptTiles) -> Tables:
 
 
 def _sweep_gradients(
-    run: _Run, coefficients: Tables, gradients: Gradients, kept: KeptTiles, factor, with_losses: bool = False
+    run: _Run, coefficients: Tables, gradients: Gradients, kept: KeptTiles, factor=1.0, with_losses: bool = False
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """The losses, if asked for, and the gradients: what the sweep adds to those that are there."""
+    """The loss, if asked for, and the gradients: what the sweep adds to those that are there."""
     tour = _GradientsTour(run, kept, coefficients, gradients, with_losses)
     tour.finish(run.travel(tour))
     count_workspace(*tour.held())
     run.objective.add_pair_gradients(run.shard, coefficients[0], gradients.query)
-    losses = run.objective.row_losses(run.shard, *coefficients) if with_losses else None
-    return losses, run.results(tour.gradients, coefficients[0], factor)
+    share = run.share_after(coefficients[0])
+    loss = run.objective.row_losses(run.shard, *coefficients).sum() * share if with_losses else None
+    return loss, run.results(tour.gradients, coefficients[0], factor * share)
 
 
 def _gradients_in_forward(config: Config) -> bool:

@@ -221,7 +221,7 @@ class Shard(Problem):
         world, own, width = self.layout.world, self.rows, self.query.shape[1]
         first, count, partners = self._members(among)
         start = count.cumsum(0) - count  # of each row's pairs, counted through all rows
-        parts = -(-world.most(count.sum()) * max(width, 1) // _FETCHED_ELEMENTS)
+        parts = min(-(-world.most(count.sum()) * max(width, 1) // _FETCHED_ELEMENTS), max(self.layout.rows))
         for part in range(parts):
             block = slice(own * part // parts, own * (part + 1) // parts)
             i = torch.repeat_interleave(torch.arange(own, device=told.device)[block], count[block])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ class World:
     def __init__(self, group: dist.ProcessGroup):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.keywords: dict = {}  # of the call, which must be the same on every rank
-        self.has_met = False  # an error before all have met is told to the others, who would wait for this rank
+        self.has_met = False
 
     @classmethod
     def of(cls, group) -> World | None:
@@ -113,6 +114,17 @@ class SharesGroup:
         memo[id(self)] = copied
         copied.__dict__ = copy.deepcopy(self.__dict__, memo)
         return copied
+
+
+@contextmanager
+def telling(world: World | None) -> Iterator[None]:
+    """What fails here before all ranks have met is told to the others, who would wait for this one."""
+    try:
+        yield
+    except Exception as error:
+        if world is not None and not world.has_met:
+            world.tell({"error": f"{type(error).__name__}: {error}"})
+        raise
 
 
 def wait(pending: list[dist.Work]) -> None:

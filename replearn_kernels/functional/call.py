@@ -16,7 +16,7 @@ from ..engine.operators import pair_loss, refuse_transforms, refuse_wrapped
 from ..engine.problem import Inputs, statistics_dtype
 from ..engine.schedules import Config, on_device_of
 from ..engine.shards import meet
-from ..engine.world import World
+from ..engine.world import World, telling
 from ..objectives import Objective
 
 
@@ -73,17 +73,13 @@ def in_group(function):
 @torch._disable_dynamo
 def _in_group(function, group, args, keywords):
     world = World.of(group)
-    if world is not None:
-        world.keywords = _plain_keywords(function, args, keywords)
-    try:
-        if world is not None:
-            refuse_transforms()
-            refuse_wrapped(*(value for value in (*args, *keywords.values()) if isinstance(value, Tensor)))
+    if world is None:
+        return function(*args, group=None, **keywords)
+    world.keywords = _plain_keywords(function, args, keywords)
+    with telling(world):
+        refuse_transforms()
+        refuse_wrapped(*(value for value in (*args, *keywords.values()) if isinstance(value, Tensor)))
         return function(*args, group=world, **keywords)
-    except Exception as error:
-        if world is not None and not world.has_met:
-            world.tell({"error": f"{type(error).__name__}: {error}"})
-        raise
 
 
 def _plain_keywords(function, args, keywords) -> dict:

@@ -92,8 +92,8 @@ def triplet_margin_loss(
     Raises:
         TypeError: an argument is not of the type or dtype above.
         ValueError: wrong rank or shape, another device, triplets out of range, a margin that is negative or not finite,
-            an unknown mining, distance, reduction or backend; neither labels nor triplets; with a group: given
-            triplets, or "mean_nonzero" of batch_all.
+            an unknown mining, distance, reduction or backend; neither labels nor triplets; given triplets with
+            a group.
         RuntimeError: the backend asked for is not available here.
     """
     margin = validation.check_margin(margin)
@@ -119,8 +119,6 @@ def triplet_margin_loss(
         objective = BatchHard(margin, measure) if mining == "batch_hard" else SemiHard(measure)
         return triplets_over_ranks(inputs, objective, margin, options, reduction)
     if mining == "batch_all":
-        if group is not None and reduction == "mean_nonzero":
-            raise ValueError("reduction='mean_nonzero' of mining='batch_all' takes no group")
         return _batch_all(inputs, BatchAll(margin, measure, reduction == "mean_nonzero"), options, reduction)
     if mining == "semi_hard":
         return _semi_hard(inputs, margin, measure, options.backend, reduction)
