@@ -79,6 +79,10 @@ class Training:
         """One step of the optimizer and of its schedule."""
         self.optimizer.zero_grad()
         loss.backward()
+        self.update()
+        self.losses.append(loss.item())
+
+    def update(self) -> None:
+        """With the gradients that are there."""
         self.optimizer.step()
         self.schedule.step()
-        self.losses.append(loss.item())

@@ -1,8 +1,9 @@
-"""The distributed example: training on two ranks, and with a checkpoint on after one of them was killed."""
+"""The distributed examples: CLIP with a checkpoint after a rank was killed, and classes spread over the ranks."""
 
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import Ranks, needs_gloo
@@ -75,3 +76,63 @@ def test_a_cached_gradient_is_the_gradient():
         results.append([value, *(parameter.grad.clone() for parameter in model.parameters())])
     for one, other in zip(*results):
         torch.testing.assert_close(one, other)
+
+
+def from_one_weight(rank, classes):
+    """One epoch from the same encoder and centres, whatever the number of ranks: the encoder after it."""
+    import train_arcface_distributed as example
+    from augment import turned
+    from digits import load_images
+
+    torch.manual_seed(0)
+    data, f = turned(load_images()[:512]), example.encoder()
+    whole = torch.randn(classes, example.FEATURES)
+    loss = example.ArcFaceLoss(example.FEATURES, classes, scale=example.SCALE, group=torch.distributed.group.WORLD)
+    with torch.no_grad():
+        loss.weight.copy_(whole[loss.first_class :][: len(loss.weight)])
+    torch.manual_seed(1)
+    example.train(f, loss, data, 1)
+    return torch.cat([parameter.detach().flatten() for parameter in f.parameters()]).numpy()
+
+
+@needs_gloo
+def test_spread_classes_train_as_those_of_one_rank_do(tmp_path):
+    """Clipping included, whose norm is over the classes of all ranks: the same weights, up to rounding."""
+    of_world = []
+    for world in (1, 3):
+        directory = tmp_path / str(world)
+        directory.mkdir()
+        with Ranks(world, directory) as ranks:
+            of_ranks = ranks.run(from_one_weight, 40)
+        assert all((weights == of_ranks[0]).all() for weights in of_ranks)
+        of_world.append(of_ranks[0])
+    np.testing.assert_allclose(*of_world, rtol=1e-3, atol=1e-4)
+
+
+def clipped(rank):
+    import train_arcface_distributed as example
+
+    torch.manual_seed(0)
+    common, classes = torch.nn.Parameter(torch.zeros(4)), torch.nn.Parameter(torch.zeros(rank + 1, 3))
+    of_common, of_classes = torch.randn(4), torch.randn(3, 3)
+    own, expected = of_classes[rank : 2 * rank + 1], torch.cat([of_common, of_classes.flatten()]).norm()
+    common.grad, classes.grad = of_common.clone(), own.clone()
+    torch.testing.assert_close(example.clip_over_ranks([common], [classes], 0.5), expected)
+    torch.testing.assert_close(common.grad, of_common * 0.5 / expected)
+    torch.testing.assert_close(classes.grad, own * 0.5 / expected)
+
+
+@needs_gloo
+def test_classes_spread_over_two_ranks(tmp_path):
+    with Ranks(2, tmp_path) as ranks:
+        ranks.run(clipped)
+        (of_unseen, accuracy), _ = ranks.run(train_arcface, 10)
+    assert accuracy > 20 / 28  # 28 classes
+    assert of_unseen["recall@1, unseen digits"] > 0.9 and of_unseen["verification AUC, unseen digits"] > 0.8
+
+
+def train_arcface(rank, epochs):
+    import train_arcface_distributed as example
+
+    example.console.quiet = True
+    return example.run(epochs, 0, torch.device("cpu"))

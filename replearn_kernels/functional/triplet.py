@@ -80,10 +80,10 @@ def triplet_margin_loss(
             4 positives of a row at a time: semi_hard and batch_all take one sweep for every 4 rows of a label.
         memory_budget: bytes of distances that may be kept. No mode keeps any at present.
         group: a torch.distributed process group, each of whose ranks passes its shard of the batch: triplets are mined
-            across ranks. Default None. Blocks of rows go round the ranks, and positives and chosen rows are fetched:
-            O(local N (d + P)) memory, and for semi_hard O(d) for every row that is chosen. The value of rank r is R
-            times its own rows' part of the mean over all ranks' triplets: DDP's average over the R ranks, of values
-            and of gradients, is that of the whole batch (docs/design.md, "Many ranks").
+            across ranks. Default None. Blocks of rows go round the ranks, and positives and chosen rows are fetched,
+            some at a time: O(local N (d + P)) memory. The value of rank r is R times its own rows' part of the mean
+            over all ranks' triplets: DDP's average over the R ranks, of values and of gradients, is that of the whole
+            batch (docs/design.md, "Many ranks").
         strategy: how shards meet: "ring", "gather", or "auto", as in :func:`~replearn_kernels.info_nce_loss`.
 
     Returns:
@@ -92,8 +92,7 @@ def triplet_margin_loss(
     Raises:
         TypeError: an argument is not of the type or dtype above.
         ValueError: wrong rank or shape, another device, triplets out of range, a margin that is negative or not finite,
-            an unknown mining, distance, reduction or backend; neither labels nor triplets; given triplets with
-            a group.
+            an unknown mining, distance, reduction or backend; neither labels nor triplets; triplets and a group.
         RuntimeError: the backend asked for is not available here.
     """
     margin = validation.check_margin(margin)
