@@ -175,7 +175,7 @@ def rows_held(rank, rows, d):
 
 def test_triplets_of_few_classes_do_not_gather_the_batch(ranks):
     """Two classes: every row is chosen by some anchor of every rank, and held for some of the anchors only."""
-    rows, d = 40, 2048
+    rows, d = 16, 2048
     whole, in_parts = max(ranks.run(rows_held, rows, d)), max(ranks.run(few_held, rows_held, rows, d))
     shard = rows * d * 4
     assert whole >= 3 * ranks.world_size * shard  # those given, and those that came, before and after they were sorted
