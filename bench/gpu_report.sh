@@ -115,7 +115,7 @@ if [[ $dry == yes ]]; then
     backends=(--backend auto)
     if "$python" -c 'import triton' 2>/dev/null; then backends+=(--backend triton); fi
     step tests rehearse_tests
-    tiled=(--case clip --case info_nce --case siglip --case nt_xent --case sup_con --case arcface --case lifted --case contrastive --case batch_hard)
+    tiled=(--case clip --case info_nce --case siglip --case nt_xent --case sup_con --case arcface --case lifted --case contrastive --case batch_hard --case semi_hard --case batch_all)
     measure speed "${tiled[@]}" "${backends[@]}" --n 16 --n 32 --d 16 --rounds 2 --seconds 0 --no-compiled --no-memory
     measure memory --case clip --n 32 --d 16 --no-speed --implementation ours
 else
@@ -125,7 +125,7 @@ else
     measure info_nce_bf16 --case info_nce --dtype bf16 --n 1024 --n 4096 --n 16384 --n 65536 --d 512
     measure siglip_bf16 --case siglip --dtype bf16 --n 4096 --n 16384 --n 65536 --d 512 --d 768
     measure batch_bf16 --case nt_xent --case sup_con --dtype bf16 --n 4096 --n 16384 --n 65536 --d 128 --d 512
-    measure distances_bf16 --case lifted --case contrastive --case batch_hard --dtype bf16 --n 4096 --n 16384 --n 65536 --d 128 --d 512
+    measure distances_bf16 --case lifted --case contrastive --case batch_hard --case semi_hard --case batch_all --dtype bf16 --n 4096 --n 16384 --n 65536 --d 128 --d 512
     measure classes_bf16 --case arcface --dtype bf16 --n 100000 --n 1000000 --d 512
     measure prototypes_bf16 --case dino_head --dtype bf16 --n 64 --d 256
     step regression "$python" -m pytest bench/regression.py --benchmark-json "$output/regression.json"
