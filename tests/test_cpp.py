@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -52,6 +53,7 @@ print(json.dumps(results))
 """
 
 
+@cache
 def run_with(instruction_set: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "REPLEARN_KERNELS_INSTRUCTION_SET": instruction_set}
     return subprocess.run([sys.executable, "-c", SETS], env=environment, capture_output=True, text=True)
