@@ -17,7 +17,7 @@ console = Console()
 
 Epochs = Annotated[int, typer.Option(help="Passes over the training images.", min=1)]
 OutputDir = Annotated[Path, typer.Option(help="Where the PNG goes.")]
-Seed = Annotated[int, typer.Option(help="Of split, weights, batches and views.")]
+Seed = Annotated[int, typer.Option(help="Of split, weights, batches and views.", min=0)]
 Device = Annotated[str, typer.Option(help="Where torch computes.")]
 
 

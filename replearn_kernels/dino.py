@@ -25,8 +25,8 @@ class DINOLoss(SharesGroup, nn.Module):
     ``center_momentum * center + (1 - center_momentum) * mean``, with the mean of the teacher's logits over views and
     batch, over all processes of ``group`` where torch.distributed is initialised: all call in the same mode, as each
     training step exchanges the mean (one that evaluates keeps the others waiting until the group's timeout). An error
-    on one is an error on all. The center is a buffer of fp32, also where features are fp64 (``double()`` makes it
-    fp64), and does not follow the module to half precision.
+    on one is an error on all, and such a step a break of torch.compile's graph. The center is a buffer of fp32, also
+    where features are fp64 (``double()`` makes it fp64), and does not follow the module to half precision.
 
     Centering keeps the teacher from one prototype, its low temperature from the uniform distribution. A loss that rises
     to log K and stays has collapsed to the latter: the head's outputs share too large a mean for the temperature.
@@ -44,7 +44,7 @@ class DINOLoss(SharesGroup, nn.Module):
 
     Raises:
         TypeError, ValueError: as :func:`dino_loss`, or an argument is not of the type or range above; or the processes
-            differ in K, in ``center_momentum`` or in the center's dtype.
+            differ in ``out_dim``, ``center_momentum``, the center's dtype or the teacher's width.
     """
 
     def __init__(
@@ -75,14 +75,62 @@ class DINOLoss(SharesGroup, nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, epoch: float = 0) -> Tensor:
         """The loss of ``[V, B, K]`` and ``[U, B, K]`` in this epoch, counted from 0."""
-        center, world = self.center.clone(), self._world()  # the backward pass needs it as it was
+        return self._step(student_logits, teacher_logits, epoch=epoch)
+
+    def _step(self, *tensors: Tensor, epoch: float) -> Tensor:
+        """The loss, and in training mode the center's move after it; the first two tensors are the two sides."""
+        if self._meets and (self.group is not None or (dist.is_available() and dist.is_initialized())):
+            return self._step_in_group(tensors, epoch)
+        return self._step_of(None, tensors, epoch)
+
+    @torch._disable_dynamo
+    def _step_in_group(self, tensors: tuple[Tensor, ...], epoch: float) -> Tensor:
+        return self._step_of(World.of(dist.group.WORLD if self.group is None else self.group), tensors, epoch)
+
+    def _step_of(self, world: World | None, tensors: tuple[Tensor, ...], epoch: float) -> Tensor:
+        center = self.center.clone()  # the backward pass needs it as it was
         with telling(world):
-            loss = F.dino_loss(student_logits, teacher_logits, center, **self._options(epoch))
+            options = self._options(epoch)
+        with telling(None if self._loss_meets else world):
+            loss = self._loss(*tensors, center, options)
+        if world is not None:
+            agree(world, {"loss": type(self).__name__, **self._alike(tensors)}, {})
         if self.training:
             with torch.no_grad():
-                total = teacher_logits.sum((0, 1), dtype=self.center.dtype)
-                self._move_center(*self._over_ranks(total, teacher_logits.shape[:2].numel(), world))
+                teacher, dtype = tensors[1], self.center.dtype
+                count = self.center.new_full((1,), teacher.shape[:2].numel())
+                total = torch.cat([teacher.sum((0, 1), dtype=dtype).to(dtype), count])
+                if world is not None:
+                    dist.all_reduce(total, group=world.group)
+                count = total[-1]
+                self._move_center(self._mean_logits(total[:-1] / count.clamp(min=1), tensors), count)
         return loss
+
+    @property
+    def _loss_meets(self) -> bool:
+        """Whether the loss itself exchanges something with the ranks of the group."""
+        return False
+
+    @property
+    def _meets(self) -> bool:
+        return self.training or self._loss_meets
+
+    def _loss(self, student_logits: Tensor, teacher_logits: Tensor, center: Tensor, options: dict) -> Tensor:
+        return F.dino_loss(student_logits, teacher_logits, center, **options)
+
+    def _mean_logits(self, mean: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        """From the mean of the teacher's tensor over views and batch."""
+        return mean
+
+    def _alike(self, tensors: tuple[Tensor, ...]) -> dict:
+        """What all ranks must have alike, to move the center together."""
+        return {
+            "training": self.training,
+            "teacher's width": tensors[1].shape[-1],
+            "out_dim": len(self.center),
+            "center_momentum": self.center_momentum,
+            "center.dtype": str(self.center.dtype),
+        }
 
     def teacher_temp_at(self, epoch: float) -> float:
         """The teacher's temperature in this epoch, counted from 0."""
@@ -107,26 +155,6 @@ class DINOLoss(SharesGroup, nn.Module):
             reduction=self.reduction,
             backend=self.backend,
         )
-
-    def _world(self) -> World | None:
-        """Those who move the center together."""
-        if not (self.training and dist.is_available() and dist.is_initialized()):
-            return None
-        return World.of(self.group or dist.group.WORLD)
-
-    def _over_ranks(self, total: Tensor, rows: int, world: World | None) -> tuple[Tensor, Tensor]:
-        """The mean of rows that sum to ``total``, and their number; over all processes, as all ranks have them."""
-        total = torch.cat([total.to(self.center.dtype), self.center.new_full((1,), rows)])
-        if world is not None:
-            self._exchange(total, world)
-        return total[:-1] / total[-1].clamp(min=1), total[-1]
-
-    @torch._disable_dynamo
-    def _exchange(self, total: Tensor, world: World) -> None:
-        name, width = type(self).__name__, len(total) - 1
-        alike = {"loss": name, "teacher's width": width, "center_momentum": self.center_momentum}
-        agree(world, {**alike, "center.dtype": str(total.dtype)}, {})
-        dist.all_reduce(total, group=world.group)
 
     def _move_center(self, mean: Tensor, count: Tensor) -> None:
         """Towards the mean of ``count`` rows of logits. No rows: it stays."""
@@ -174,17 +202,32 @@ class DINOHeadLoss(DINOLoss):
         epoch: float = 0,
     ) -> Tensor:
         """The loss of ``[V, B, d]`` and ``[U, B, d]`` under each side's ``[K, d]`` in this epoch, counted from 0."""
-        center, world = self.center.clone(), self._world()  # the backward pass needs it as it was
-        with telling(world if self.group is None else None):  # with a group the loss does
-            loss = F.dino_head_loss(
-                student_features, teacher_features, student_weight, teacher_weight, center,
-                group=self.group, shard_prototypes=self.shard_prototypes, **self._options(epoch),
-            )  # fmt: skip
-        if self.training:
-            with torch.no_grad():
-                total = teacher_features.sum((0, 1), dtype=self.center.dtype)
-                mean, count = self._over_ranks(total, teacher_features.shape[:2].numel(), world)
-                # Not a matrix product, which autocast would round; a tile, which keeps half weights from a whole copy.
-                means = [(weight * mean).sum(1) for weight in teacher_weight.split(_SUM_ROWS)]
-                self._move_center(torch.cat(means), count)
-        return loss
+        return self._step(student_features, teacher_features, student_weight, teacher_weight, epoch=epoch)
+
+    @property
+    def _loss_meets(self) -> bool:
+        return self.group is not None
+
+    def _loss(
+        self,
+        student_features: Tensor,
+        teacher_features: Tensor,
+        student_weight: Tensor,
+        teacher_weight: Tensor,
+        center: Tensor,
+        options: dict,
+    ) -> Tensor:
+        return F.dino_head_loss(
+            student_features, teacher_features, student_weight, teacher_weight, center,
+            group=self.group, shard_prototypes=self.shard_prototypes, **options,
+        )  # fmt: skip
+
+    def _mean_logits(self, mean: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+        # Not a matrix product, which autocast would round; a tile, which keeps half weights from a whole copy.
+        return torch.cat([(weight * mean).sum(1) for weight in tensors[3].split(_SUM_ROWS)])
+
+    def _alike(self, tensors: tuple[Tensor, ...]) -> dict:
+        alike = super()._alike(tensors)
+        if self.group is not None and self.shard_prototypes:
+            del alike["out_dim"]
+        return alike

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from dino_oracle import DTYPES, head_loss, heads, logits
 from processes import Ranks, needs_gloo
 
@@ -102,16 +103,27 @@ def update_center(rank):
     torch.testing.assert_close(head.center, expected)
 
 
-def differ(rank, change):
+def differ(rank, change, head):
     """What is wrong on rank 1, and what each of the two says."""
-    student, teacher, _ = logits(torch.Generator().manual_seed(0), 3, 2, 4, 6, torch.float32)
-    module = DINOLoss(6, center_momentum=0.5 if (rank, change) == (1, "momentum") else 0.9)
+    rng = torch.Generator().manual_seed(0)
+    student, weight, teacher, teacher_weight, _ = heads(rng, 3, 2, 4, 6, 5, torch.float32)
+    options = dict(center_momentum=0.5 if (rank, change) == (1, "momentum") else 0.9)
+    if head == "group":
+        module = DINOHeadLoss(6, group=dist.group.WORLD, **options)
+    else:
+        module = (DINOHeadLoss if head else DINOLoss)(6, **options)
     if rank == 1 and change == "dtype":
         module.double()
+    if rank == 1 and change == "training":
+        module.eval()
+    if not head:
+        student, teacher = student @ weight.t(), teacher @ teacher_weight.t()
     if rank == 1 and change == "shape":
-        student = student[..., :5]
+        student = student[..., :4]
+    call = torch.compile(module, backend="eager") if change == "shape" else module
     try:
-        module(student, teacher)
+        epoch = -1 if (rank, change) == (1, "epoch") else 0
+        call(student, teacher, *((weight, teacher_weight) if head else ()), epoch=epoch)
     except ValueError as error:
         return str(error)
 
@@ -130,11 +142,14 @@ def test_two_processes(tmp_path):
     with Ranks(2, tmp_path) as ranks:
         ranks.run(update_center)
         ranks.run(evaluate)
-        momentum = "center_momentum must be the same on every rank of the group, got 0.9 on rank 0 and 0.5 on rank 1"
-        assert ranks.run(differ, "momentum") == [momentum] * 2
-        assert all("center.dtype must be the same" in message for message in ranks.run(differ, "dtype"))
-        told, own = ranks.run(differ, "shape")
-        assert "the same number of prototypes K" in own and f"rank 1: ValueError: {own}" in told
+        for head in (False, True, "group"):
+            message = "center_momentum must be the same on every rank of the group, got 0.9 on rank 0 and 0.5 on rank 1"
+            assert ranks.run(differ, "momentum", head) == [message] * 2
+            assert all("center.dtype must be the same" in message for message in ranks.run(differ, "dtype", head))
+            for change, error in (("shape", "the same"), ("epoch", "epoch must be at least 0, got -1")):
+                told, own = ranks.run(differ, change, head)
+                assert error in own and f"rank 1: ValueError: {own}" in told
+        assert all("training must be the same" in message for message in ranks.run(differ, "training", "group"))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import Ranks, needs_gloo
+from torch.autograd import forward_ad
 
 from replearn_kernels import (
     clip_loss,
@@ -104,6 +105,18 @@ def negatives(odd):
     return in_group(info_nce_loss, features(), features(), negatives=features(2).detach() if odd else None)
 
 
+def another_name(odd):
+    """Two functions of one objective."""
+    if odd:
+        return in_group(sup_con_loss, features(8), torch.arange(8) % 2, temperature=0.5)
+    return in_group(nt_xent_loss, features(), features(), temperature=0.5)
+
+
+def labels_on_some(odd):
+    views = torch.ones(4, 2, 3, dtype=torch.float64)
+    return in_group(sup_con_loss, views, labels() if odd else None)
+
+
 MISMATCHES = [
     (width, "d must be the same on every rank of the group, got 3 on rank 0, 2 and 5 on rank 1"),
     (dtype, "dtype must be the same .* got torch.float64 on rank 0, 2 and torch.float32 on rank 1"),
@@ -118,6 +131,8 @@ MISMATCHES = [
     (frozen_rows, r"requires_grad must be the same .* got .*True.* on rank 0, 2 and .*False.* on rank 1"),
     (normalize, "normalize must be the same .* got False on rank 0, 2 and True on rank 1"),
     (distance, "distance must be the same .* got euclidean on rank 0, 2 and cosine on rank 1"),
+    (another_name, "function must be the same .* got nt_xent_loss on rank 0, 2 and sup_con_loss on rank 1"),
+    (labels_on_some, "labels must be the same .* got None on rank 0, 2 and a tensor on rank 1"),
     (negatives, "negatives must be the same .* got None on rank 0, 2 and queue on rank 1"),
 ]
 
@@ -149,7 +164,21 @@ def labels_of_wrong_shape(odd):
     return in_group(sup_con_loss, features(), torch.zeros(3 if odd else 4, dtype=torch.int64))
 
 
+def beyond_any_float(odd):
+    return in_group(triplet_margin_loss, features(), labels(), margin=10**400 if odd else 1.0)
+
+
+def in_forward_mode(odd):
+    if not odd:
+        return in_group(triplet_margin_loss, features(), labels())
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(features().detach(), features().detach())
+        return in_group(triplet_margin_loss, x, labels())
+
+
 WRONG_ON_ONE = [
+    (beyond_any_float, OverflowError, "int too large to convert to float"),
+    (in_forward_mode, NotImplementedError, "replearn_kernels losses have no rule for forward-mode"),
     (unequal_pair, ValueError, "image_features and text_features must have the same number of rows, got 4 and 3"),
     (not_a_tensor, TypeError, "text_features must be a torch.Tensor, got NoneType"),
     (nan_scale, ValueError, "logit_scale must be finite in torch.float64, got nan"),

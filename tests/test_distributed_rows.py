@@ -11,7 +11,7 @@ from processes import Ranks, needs_gloo
 
 from replearn_kernels import count_work, lifted_structure_loss, triplet_margin_loss
 from replearn_kernels.engine import shards
-from replearn_kernels.engine.remote_rows import fetch_rows
+from replearn_kernels.engine.remote_rows import Route
 from replearn_kernels.engine.world import World
 from replearn_kernels.functional import fetched as triplets_over_ranks
 
@@ -35,12 +35,11 @@ def problem(sizes, dtype=torch.float64):
 
 def fetched(rank, sizes, dtype):
     rows, wanted, upstream = problem(sizes, dtype)
-    own = rows.split(list(sizes))[rank].clone().requires_grad_()
-    world = World(dist.group.WORLD)
     with count_work() as work:
-        found = fetch_rows(own, world, list(sizes), wanted[rank])
-        found.backward(upstream[rank])
-    return found.detach().double().numpy(), own.grad.double().numpy(), work.sent_elements
+        route = Route(World(dist.group.WORLD), list(sizes), wanted[rank])
+        found = route.fetch(rows.split(list(sizes))[rank])
+        gradient = route.send_back(upstream[rank])
+    return found.double().numpy(), gradient.double().numpy(), work.sent_elements
 
 
 def owners(index, sizes):
@@ -163,6 +162,37 @@ def test_triplets_some_at_a_time(ranks, name):
             torch.testing.assert_close(loss.item(), values[rank], rtol=1e-12, atol=1e-12)
             own = len(sizes) * expected.x.grad.split(list(sizes))[rank]
             np.testing.assert_allclose(gradients["x"], own.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def in_half_precision(rank, rows):
+    """In two classes: a row's gradient is a sum of many terms."""
+    torch.manual_seed(rank)
+    x = torch.randn(rows, 4).abs().bfloat16().requires_grad_()
+    options = dict(margin=2.0, distance="squared_euclidean", group=dist.group.WORLD)
+    loss = triplet_margin_loss(x, torch.arange(rows) % 2, **options)
+    loss.backward()
+    return loss.item(), x.grad.float().numpy()
+
+
+def test_parts_do_not_round_the_sum(ranks):
+    for whole, parts in zip(ranks.run(in_half_precision, 64), ranks.run(few_held, in_half_precision, 64)):
+        np.testing.assert_allclose(parts[0], whole[0], rtol=1e-6)
+        np.testing.assert_allclose(parts[1], whole[1], rtol=2**-7, atol=1e-6)  # one unit in the last place
+
+
+def changed_in_place(rank):
+    """Rows that a backward pass has to fetch again."""
+    w = torch.randn(6, 3).requires_grad_()
+    x = w * 1
+    loss = triplet_margin_loss(x, torch.arange(6) % 2, margin=3.0, group=dist.group.WORLD)
+    torch.nn.functional.relu_(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_rows_changed_in_place_are_refused(ranks):
+    ranks.run(changed_in_place)
+    ranks.run(few_held, changed_in_place)
 
 
 def rows_held(rank, rows, d):

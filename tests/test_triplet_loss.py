@@ -330,3 +330,17 @@ def test_backward_twice(mining, backend, rng):
     (gradient,) = torch.autograd.grad(call(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
+@pytest.mark.parametrize("mining", ["batch_hard", "semi_hard", "batch_all"])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_rows_without_features(mining, distance, backend):
+    """All distances are 0, or 1 of cosines: every triplet's loss is the margin."""
+    x, labels = torch.zeros(5, 0, requires_grad=True), torch.tensor([0, 0, 1, 1, 1])
+    options = dict(mining=mining, distance=distance, margin=0.5, reduction="none")
+    loss = triplet_margin_loss(x, labels, backend=backend, **options)
+    torch.testing.assert_close(loss, triplet_margin_loss(x, labels, backend="eager", **options))
+    assert (loss >= 0.5).all() and (loss / 0.5 == (loss / 0.5).round()).all()
+    loss.sum().backward()
+    assert x.grad.shape == (5, 0)

@@ -28,7 +28,7 @@ template <typename T>
 class Distances {
  public:
   Distances(const GivenPoints& given, const Tile<T>& tile);
-  explicit operator bool() const { return points_.rows != nullptr; }
+  explicit operator bool() const { return points_.column_squares != nullptr; }  // points without features have no rows
   Points<T> of_rows(int64_t first) const;
   void form(const Tile<T>& slab, int64_t first) const {
     if (*this) kernels_of<T>().negative_distances(slab, of_rows(first));

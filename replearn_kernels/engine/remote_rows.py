@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .counters import count_workspace
 from .listed_pairs import add_rows_
-from .operators import differentiable_once
 from .world import World
 
 
-def fetch_rows(rows: Tensor, world: World, counts: list[int], index: Tensor) -> Tensor:
-    """``[M, d]``: the rows of all ranks at ``index[M]``, of which this one has ``rows[N_r, d]``; differentiable.
-
-    ``counts``: the rows of every rank.
-
-    All ranks must call it, and backward. What goes from rank to rank are numbers, rows and gradients of rows: for even
-    shards about 2 (R - 1) / R M d numbers are sent. A row's gradients are added in the order of the ranks, in fp32.
-    """
-    return _FetchRows.apply(rows, world, counts, index)
-
-
-class _FetchRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, world: World, counts: list[int], index: Tensor) -> Tensor:
-        ctx.route = Route(world, counts, index)
-        return ctx.route.fetch(rows)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        with torch.no_grad():
-            total = ctx.route.send_back(gradient)
-        return *differentiable_once([gradient], [total]), None, None, None
-
-
 class Route:
-    """Who asked whom for what: the way of rows, and back of their gradients, of :func:`fetch_rows`.
+    """The way of the rows of all ranks at ``index[M]`` to this one, and of their gradients back.
+
+    All ranks make one, and call what it has. What goes from rank to rank are numbers, rows and gradients of rows: for
+    even shards about (R - 1) / R M d numbers are sent either way. A row's gradients are added in the order of the
+    ranks, in fp32 at least. ``counts``: the rows of every rank.
 
     order: the asked numbers' places, by owner        asked: how many were asked of each rank
     places: the inverse of ``order``                  given: the own rows that each rank asked for
@@ -73,3 +54,37 @@ class Route:
         for place, part in zip(self.given, arriving):
             add_rows_(total, place, part.to(wide))
         return total.to(gradient.dtype)
+
+
+class RemotePairs:
+    """Pairs of own rows with rows of any rank, whose rows are fetched some at a time, each once.
+
+    All ranks make one, and iterate over it as often: they have the same number of parts.
+
+    Args:
+        own: of each pair the own row, ``[P]``.
+        number: the other row's number in the batch of all ranks, ``[P]``.
+        held: fetched rows at a time.
+    """
+
+    def __init__(self, world: World, counts: list[int], own: Tensor, number: Tensor, held: int):
+        self._own, self.pairs = own, len(own)
+        wanted, self._place = number.unique(return_inverse=True)
+        parts = max(world.most(torch.tensor(-(-len(wanted) // max(held, 1)), device=own.device)), 1)
+        self._ends = [len(wanted) * part // parts for part in range(parts + 1)]
+        self._routes = [
+            Route(world, counts, wanted[begin:end]) for begin, end in zip(self._ends, self._ends[1:])
+        ]  # fmt: skip
+
+    def __len__(self) -> int:
+        """The parts."""
+        return len(self._routes)
+
+    def __iter__(self) -> Iterator[tuple[Route, slice | Tensor, Tensor, Tensor]]:
+        """Of each part: the route of its rows, which pairs are of it, their own rows, the others' places there."""
+        if len(self) == 1:
+            yield self._routes[0], slice(None), self._own, self._place
+            return
+        for route, begin, end in zip(self._routes, self._ends, self._ends[1:]):
+            (pairs,) = ((self._place >= begin) & (self._place < end)).nonzero(as_tuple=True)
+            yield route, pairs, self._own[pairs], self._place[pairs] - begin

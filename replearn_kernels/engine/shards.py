@@ -17,7 +17,7 @@ from ..objectives import Objective
 from .columns import BatchColumns, SharedColumns, VisitingRows
 from .listed_pairs import add_pairs_, pair_squares
 from .problem import Inputs, Problem, centred, statistics_dtype, sum_at
-from .remote_rows import Route, fetch_rows
+from .remote_rows import Route
 from .validation import check_inside, check_values
 from .world import World
 
@@ -228,7 +228,7 @@ class Shard(Problem):
             pair = torch.arange(len(i), device=told.device) + start[block][:1]
             number = partners[first[i] + pair - start[i]]
             wanted, place = number.unique(return_inverse=True)
-            yield i, number, place, fetch_rows(told, world, self.layout.rows, wanted)
+            yield i, number, place, Route(world, self.layout.rows, wanted).fetch(told)
 
     def _members(self, among: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows ``among`` those of all ranks in the own rows' groups: of row i ``members[first[i]:][:count[i]]``."""

@@ -55,36 +55,53 @@ def _forward(rows, anchor, positive, negative, margin, distance, backend) -> tup
         plain = backend == "torch"
         for index in (anchor, positive, negative):
             validation.check_inside("triplets", index, rows.shape[0])
-        distances = torch.stack([pair_squares(rows, anchor, other, plain=plain) for other in (positive, negative)])
-        if distance == "euclidean":
-            distances.sqrt_()
-        elif distance == "cosine":
-            distances.mul_(0.5).masked_fill_(_from_zero(rows, anchor, positive, negative), 1)
-        loss = (distances[0] - distances[1]).add_(margin).clamp_(min=0)
-        return loss, distances
+        squares = torch.stack([pair_squares(rows, anchor, other, plain=plain) for other in (positive, negative)])
+        distances = to_distances_(squares, distance, _from_zero(rows, anchor, positive, negative, distance))
+        return losses_of(distances, margin), distances
 
 
 def _backward(grad, distances, rows, anchor, positive, negative, margin, distance, backend) -> Tensor:
     with on_device_of(rows):
-        to_positive, to_negative = distances
-        grad = grad.masked_fill((to_positive - to_negative).add_(margin) <= 0, 0)
-        weight = torch.stack([grad, -grad])
-        if distance == "euclidean":
-            weight.div_(distances).masked_fill_(distances == 0, 0)
-        elif distance == "squared_euclidean":
-            weight.mul_(2)
-        else:
-            weight.masked_fill_(_from_zero(rows, anchor, positive, negative), 0)
-        # Sums of few or of millions of terms: in fp64.
-        plain = backend == "torch"
-        gradient = torch.zeros_like(rows, dtype=torch.float64 if plain else rows.dtype)
+        from_zero = _from_zero(rows, anchor, positive, negative, distance)
+        weight = pair_weights(grad, distances, margin, distance, from_zero)
+        gradient, plain = new_sums(rows, backend), backend == "torch"
         pairs = anchor.repeat(2), torch.cat([positive, negative]), weight.flatten()
         add_differences_(gradient, rows, *pairs, plain=plain)
         return gradient.to(rows.dtype)
 
 
-def _from_zero(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """Which distances ``[2, T]`` are from a row of zeros."""
+def to_distances_(squares: Tensor, distance: str, from_zero: Tensor | None) -> Tensor:
+    """Of squares ``[2, T]``, to positives and to negatives, in place; ``from_zero``: for "cosine", those of zeros."""
+    if distance == "euclidean":
+        squares.sqrt_()
+    elif distance == "cosine":
+        squares.mul_(0.5).masked_fill_(from_zero, 1)
+    return squares
+
+
+def losses_of(distances: Tensor, margin: float) -> Tensor:
+    return (distances[0] - distances[1]).add_(margin).clamp_(min=0)
+
+
+def pair_weights(grad: Tensor, distances: Tensor, margin: float, distance: str, from_zero: Tensor | None) -> Tensor:
+    """What the difference of each pair's rows is multiplied by in the gradient, ``[2, T]``."""
+    to_positive, to_negative = distances
+    grad = grad.masked_fill((to_positive - to_negative).add_(margin) <= 0, 0)
+    weight = torch.stack([grad, -grad])
+    if distance == "euclidean":
+        return weight.div_(distances).masked_fill_(distances == 0, 0)
+    return weight.mul_(2) if distance == "squared_euclidean" else weight.masked_fill_(from_zero, 0)
+
+
+def new_sums(rows: Tensor, backend: str) -> Tensor:
+    """Zeros for the gradient of ``rows``: of few or of millions of terms, which PyTorch adds one by one, so in fp64."""
+    return torch.zeros_like(rows, dtype=torch.float64 if backend == "torch" else rows.dtype)
+
+
+def _from_zero(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor, distance: str) -> Tensor | None:
+    """For "cosine": which distances ``[2, T]`` are from a row of zeros."""
+    if distance != "cosine":
+        return None
     zero = (rows == 0).all(dim=1)
     return torch.stack([zero[positive], zero[negative]]).logical_or_(zero[anchor])
 

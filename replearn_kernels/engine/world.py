@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -123,7 +123,8 @@ def telling(world: World | None) -> Iterator[None]:
         yield
     except Exception as error:
         if world is not None and not world.has_met:
-            world.tell({"error": f"{type(error).__name__}: {error}"})
+            with suppress(RuntimeError):  # the others are gone: the error that came first says more
+                world.tell({"error": f"{type(error).__name__}: {error}"})
         raise
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..engine import distributed, validation
 from ..engine.backends import resolve_backend
-from ..engine.operators import pair_loss, refuse_transforms, refuse_wrapped
+from ..engine.operators import pair_loss, refuse_forward_mode, refuse_transforms, refuse_wrapped
 from ..engine.problem import Inputs, statistics_dtype
 from ..engine.schedules import Config, on_device_of
 from ..engine.shards import meet
@@ -75,23 +75,35 @@ def _in_group(function, group, args, keywords):
     world = World.of(group)
     if world is None:
         return function(*args, group=None, **keywords)
-    world.keywords = _plain_keywords(function, args, keywords)
     with telling(world):
+        world.keywords = _described(function, args, keywords)
+        tensors = [value for value in (*args, *keywords.values()) if isinstance(value, Tensor)]
         refuse_transforms()
-        refuse_wrapped(*(value for value in (*args, *keywords.values()) if isinstance(value, Tensor)))
+        refuse_wrapped(*tensors)
+        for tensor in tensors:
+            refuse_forward_mode(tensor)
         return function(*args, group=world, **keywords)
 
 
-def _plain_keywords(function, args, keywords) -> dict:
-    """The call's options by the caller's names: all but tensors, and what each rank is free to choose."""
+def _described(function, args, keywords) -> dict:
+    """The function and its arguments as every rank must have them: all but what each is free to choose."""
     try:
         bound = inspect.signature(function).bind(*args, group=None, **keywords)
     except TypeError:  # the call itself will tell
         return {}
     bound.apply_defaults()
     own = ("backend", "memory_budget", "group")
-    plain = {k: v for k, v in bound.arguments.items() if k not in own and isinstance(v, (bool, int, float, str))}
-    return {k: v if isinstance(v, (bool, str)) else float(v) for k, v in plain.items()}  # 1 and 1.0 are the same
+    given = {name: _described_value(value) for name, value in bound.arguments.items() if name not in own}
+    return {"function": function.__name__, **given}
+
+
+def _described_value(value):
+    """Numbers and words by what they are, where 1 and 1.0 are the same; others by their kind."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)):
+        return float(value)
+    return "a tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
 def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[[], Tensor]) -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..engine import distributed
+from ..engine.listed_pairs import add_differences_, pair_squares
 from ..engine.mining import Triplets
-from ..engine.problem import Inputs, Problem
-from ..engine.remote_rows import fetch_rows
-from ..engine.shards import Layout, meet
-from ..engine.triplets import triplet_loss_at
-from ..engine.world import World
+from ..engine.operators import differentiable_once
+from ..engine.problem import Inputs, Problem, statistics_dtype
+from ..engine.remote_rows import RemotePairs
+from ..engine.schedules import on_device_of
+from ..engine.shards import meet
+from ..engine.triplets import losses_of, new_sums, pair_weights, to_distances_
 from ..objectives import BatchHard, SemiHard
 from ..objectives.hardest import hardest_negatives, hardest_positives
 from ..objectives.semi_hard import triplets_of
@@ -35,34 +36,63 @@ def triplets_over_ranks(
         shard, table = distributed.row_statistics(found, config_of(found, objective, options), layout)
         find = triplets_of if isinstance(objective, SemiHard) else _hardest_triplets
         anchor, positive, negative = find(shard, table)
-    kernel = objective.distance.name, "cpp" if options.backend == "cpp" else "torch"
-
-    def losses_of(anchor: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        wanted, place = torch.cat([positive, negative]).unique(return_inverse=True)
-        places = (place + len(rows)).tensor_split(2)
-        chosen = fetch_rows(rows, world, layout.rows, wanted)
-        return triplet_loss_at(torch.cat([rows, chosen]), anchor, *places, margin, *kernel)
-
-    parts = _parts(world, layout, positive, negative)
-    if parts == 1:
-        losses = losses_of(anchor, positive, negative)
-    else:  # fetched again in the backward pass, so that rows are held for a part at a time
-        of_parts = zip(*(index.tensor_split(parts) for index in (anchor, positive, negative)))
-        losses = torch.cat([checkpoint(losses_of, *part, use_reentrant=False) for part in of_parts])
+    pairs = anchor.repeat(2), torch.cat([positive, negative])
+    others = RemotePairs(world, layout.rows, *pairs, held=_HELD_ROWS * max(layout.rows))
+    how = margin, objective.distance.name, "cpp" if options.backend == "cpp" else "torch"
+    losses = _TripletLosses.apply(rows, others, *how)
     counted = (losses > 0).sum() if reduction == "mean_nonzero" else torch.tensor(len(anchor), device=rows.device)
     losses = losses.new_zeros(len(rows)).index_add(0, anchor, losses) + shard.squares * 0  # a NaN shows, on every rank
     return reduced(losses, world.sum(counted), reduction, world)
-
-
-def _parts(world: World, layout: Layout, positive: Tensor, negative: Tensor) -> int:
-    """Of the triplets, on every rank, so that no part is of more rows than may be held."""
-    held = _HELD_ROWS * max(layout.rows)
-    chosen = torch.cat([positive, negative])
-    fits = len(chosen) <= held or len(chosen.unique()) <= held
-    return world.most(torch.tensor(1 if fits else -(-len(chosen) // held), device=chosen.device))
 
 
 def _hardest_triplets(problem: Problem, row_table: Tensor) -> Triplets:
     (has_positive, positive), (has_negative, negative) = hardest_positives(row_table), hardest_negatives(row_table)
     (anchor,) = (has_positive & has_negative).nonzero(as_tuple=True)
     return anchor, positive[anchor], negative[anchor]
+
+
+class _TripletLosses(torch.autograd.Function):
+    """:func:`~replearn_kernels.engine.triplets.triplet_loss_at` of rows that are fetched: in parts, in both passes."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, others: RemotePairs, margin: float, distance: str, backend: str) -> Tensor:
+        wide = statistics_dtype(rows.dtype)
+        squares = rows.new_empty(others.pairs, dtype=wide)
+        from_zero = torch.zeros_like(squares, dtype=torch.bool) if distance == "cosine" else None
+        with on_device_of(rows):
+            for route, pairs, i, j in others:
+                both = torch.cat([rows, route.fetch(rows)]).to(wide)
+                squares[pairs] = pair_squares(both, i, len(rows) + j, plain=backend == "torch")
+                if from_zero is not None:
+                    zero = (both == 0).all(dim=1)
+                    from_zero[pairs] = zero[i] | zero[len(rows) + j]
+            from_zero = None if from_zero is None else from_zero.view(2, -1)
+            distances = to_distances_(squares.view(2, -1), distance, from_zero)
+            losses = losses_of(distances, margin)
+        ctx.others, ctx.how = others, (margin, distance, backend)
+        kept = both if len(others) == 1 else None  # fetched again otherwise
+        ctx.save_for_backward(rows, distances, from_zero, kept)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        with torch.no_grad():
+            total = _TripletLosses._gradient(ctx, grad)
+        return *differentiable_once([grad, ctx.saved_tensors[0]], [total]), None, None, None, None
+
+    @staticmethod
+    def _gradient(ctx, grad: Tensor) -> Tensor:
+        rows, distances, from_zero, both = ctx.saved_tensors
+        margin, distance, backend = ctx.how
+        with on_device_of(rows):
+            weight = pair_weights(grad, distances, margin, distance, from_zero).flatten()
+            total = rows.new_zeros(rows.shape, dtype=distances.dtype)
+            for route, pairs, i, j in ctx.others:
+                if len(ctx.others) > 1:
+                    both = torch.cat([rows, route.fetch(rows)]).to(distances.dtype)
+                gradient = new_sums(both, backend)
+                add_differences_(gradient, both, i, len(rows) + j, weight[pairs], plain=backend == "torch")
+                own, shares = gradient.to(total.dtype).tensor_split([len(rows)])
+                total += own
+                total += route.send_back(shares)
+            return total.to(rows.dtype)
