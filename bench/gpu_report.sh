@@ -115,8 +115,10 @@ if [[ $dry == yes ]]; then
     backends=(--backend auto)
     if "$python" -c 'import triton' 2>/dev/null; then backends+=(--backend triton); fi
     step tests rehearse_tests
-    tiled=(--case clip --case info_nce --case siglip --case nt_xent --case sup_con --case arcface --case lifted --case contrastive --case batch_hard --case semi_hard --case batch_all)
-    measure speed "${tiled[@]}" "${backends[@]}" --n 16 --n 32 --d 16 --rounds 2 --seconds 0 --no-compiled --no-memory
+    tiled=(--case info_nce --case siglip --case nt_xent --case sup_con --case arcface --case lifted --case contrastive --case batch_hard --case semi_hard --case batch_all)
+    short=("${backends[@]}" --d 16 --rounds 2 --seconds 0 --no-compiled --no-memory)
+    measure sizes --case clip --n 16 --n 32 "${short[@]}"
+    measure speed "${tiled[@]}" --n 16 "${short[@]}"
     measure memory --case clip --n 32 --d 16 --no-speed --implementation ours
 else
     step tests "$python" -m pytest -m gpu --continue-on-collection-errors tests
