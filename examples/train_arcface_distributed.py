@@ -7,9 +7,6 @@ optimizer state, and the rows of the batch travel. Three things look at all para
 ranks' classes: initial weights, clipping by norm, and predictions.
 """
 
-import datetime
-import os
-
 import torch
 import torch.distributed as dist
 import typer
@@ -18,6 +15,7 @@ from digits import Digits, load_images, load_split
 from digits_arcface import CHANCE, SCALE, SEEN_DIGITS, scores
 from encoders import FEATURES, encoder
 from evaluate import Scores, encode
+from ranks import join
 from torch import Tensor, nn
 from training import Epochs, Seed, Training, console
 
@@ -91,12 +89,7 @@ def run(epochs: int, seed: int, device: torch.device) -> tuple[Scores, float]:
 
 def main(epochs: Epochs = 20, seed: Seed = 0) -> None:
     """Train an encoder of the digits 0 to 6 with ArcFace on all ranks that torchrun starts, each with its classes."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    torch.set_num_threads(1)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(minutes=1))
+    device = join(timeout=60)
     console.quiet = dist.get_rank() > 0
     of_unseen, accuracy = run(epochs, seed, device)
     for name, value in of_unseen.items():

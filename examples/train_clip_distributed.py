@@ -9,7 +9,6 @@ and end with the same weights: epochs draw their images and captions from seeds 
 encoders' activations of 60 images at a time (gradient_cache.py), with the gradients of the whole batch.
 """
 
-import datetime
 import os
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ import torch.distributed as dist
 import typer
 from digits import CHANCE, Digits, DualEncoder, draw_captions, load_split
 from gradient_cache import cached_backward
+from ranks import join, starts_before
 from torch import nn
 from training import Epochs, Seed
 from zero_shot import evaluate
@@ -99,13 +99,8 @@ def main(
     chunk: Annotated[int, typer.Option(help="Images whose activations are held at a time.", min=1)] = BATCH_SIZE,
 ) -> None:
     """Train CLIP on handwritten digits on all ranks that torchrun starts, and name held-out digits zero-shot."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    torch.set_num_threads(1)
-    # The timeout bounds what a lost rank costs: the others fail, and torchrun starts all again.
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(seconds=timeout))
-    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    accuracy = train(epochs, checkpoint, seed, device, fail_in_epoch if first_start else -1, chunk)
+    device = join(timeout)
+    accuracy = train(epochs, checkpoint, seed, device, fail_in_epoch if starts_before() == 0 else -1, chunk)
     if accuracy is not None:
         print(f"zero-shot accuracy {accuracy:.1%} (chance {CHANCE:.0%})", flush=True)
     dist.destroy_process_group()

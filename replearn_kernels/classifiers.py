@@ -52,9 +52,9 @@ class ArcFaceLoss(_MarginLoss):
     """:func:`~replearn_kernels.arcface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
 
     Its parameter belongs in the optimizer, beside the encoder's. With a ``group`` each rank owns a part of the
-    ``classes``, which are those of all ranks: keep the module out of DistributedDataParallel, save it on every rank,
-    and for clipping and gradient scalers see docs/design.md, "Classes and prototypes". ``shard_classes=False``: every
-    rank has all of them, as a part of the model that DistributedDataParallel wraps.
+    ``classes``, which are those of all ranks: keep the module out of DistributedDataParallel, save its state_dict
+    on every rank, and for clipping and gradient scalers see docs/design.md, "Classes and prototypes".
+    ``shard_classes=False``: every rank has all of them, as a part of the model that DistributedDataParallel wraps.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class CosFaceLoss(_MarginLoss):
     """:func:`~replearn_kernels.cosface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
 
     Its parameter belongs in the optimizer, beside the encoder's. With a ``group`` each rank owns a part of the
-    ``classes``, which are those of all ranks: keep the module out of DistributedDataParallel, save it on every rank,
-    and for clipping and gradient scalers see docs/design.md, "Classes and prototypes". ``shard_classes=False``: every
-    rank has all of them, as a part of the model that DistributedDataParallel wraps.
+    ``classes``, which are those of all ranks: keep the module out of DistributedDataParallel, save its state_dict
+    on every rank, and for clipping and gradient scalers see docs/design.md, "Classes and prototypes".
+    ``shard_classes=False``: every rank has all of them, as a part of the model that DistributedDataParallel wraps.
     """
 
     def __init__(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional as F
 from .engine import validation
 from .engine.plan import DEFAULT_MEMORY_BUDGET
-from .engine.world import SharesGroup
+from .engine.world import SharesGroup, World, telling
 
 
 class _Loss(SharesGroup, nn.Module):
@@ -282,8 +283,14 @@ def _group_of(loss: ClipLoss | SigLipLoss):
         raise RuntimeError(f"world_size={loss.world_size} needs torch.distributed.init_process_group")
     group = dist.group.WORLD if loss.group is None else loss.group
     if loss.world_size != dist.get_world_size(group):
-        raise ValueError(f"world_size must be the group's, {dist.get_world_size(group)}, got {loss.world_size}")
+        _refuse_world_size(loss.world_size, group)
     return group
+
+
+@torch._disable_dynamo
+def _refuse_world_size(given: int, group) -> None:
+    with telling(World.of(group)):
+        raise ValueError(f"world_size must be the group's, {dist.get_world_size(group)}, got {given}")
 
 
 def _mean_over_ranks(loss: Tensor, group) -> Tensor:

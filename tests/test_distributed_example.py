@@ -1,5 +1,6 @@
 """The distributed examples: CLIP with a checkpoint after a rank was killed, and classes spread over the ranks."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from processes import Ranks, needs_gloo
 for library in ("sklearn", "rich", "typer"):
     pytest.importorskip(library)
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
 
 EPOCHS = 12
 
@@ -37,6 +39,17 @@ def test_training_resumes_after_a_rank_was_killed(tmp_path):
         again, _ = ranks.run(train, checkpoints[1])
     undisturbed, killed = (torch.load(checkpoint)["model"] for checkpoint in checkpoints)
     assert again == accuracy and all(torch.equal(undisturbed[name], killed[name]) for name in undisturbed)
+
+
+@needs_gloo
+def test_torchrun_starts_killed_ranks_again(tmp_path):
+    """The command of the example's first lines, one of whose ranks dies in its second epoch."""
+    example, checkpoint = EXAMPLES / "train_clip_distributed.py", tmp_path / "clip.pt"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--epochs", "2", "--fail-in-epoch", "1", "--checkpoint", str(checkpoint)]
+    done = subprocess.run([*torchrun, "--max-restarts", "1", str(example), *options], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"epochs done: 1" in done.stdout and torch.load(checkpoint)["epochs_done"] == 2
 
 
 def in_chunks(rank, checkpoint, chunk):

@@ -11,6 +11,7 @@ from processes import Ranks, needs_gloo
 from torch.autograd import forward_ad
 
 from replearn_kernels import (
+    ClipLoss,
     clip_loss,
     info_nce_loss,
     lifted_structure_loss,
@@ -176,7 +177,12 @@ def in_forward_mode(odd):
         return in_group(triplet_margin_loss, x, labels())
 
 
+def another_world_size(odd):
+    return ClipLoss(world_size=2 if odd else 3)(features(), features(), 1.0)
+
+
 WRONG_ON_ONE = [
+    (another_world_size, ValueError, "world_size must be the group's, 3, got 2"),
     (beyond_any_float, OverflowError, "int too large to convert to float"),
     (in_forward_mode, NotImplementedError, "replearn_kernels losses have no rule for forward-mode"),
     (unequal_pair, ValueError, "image_features and text_features must have the same number of rows, got 4 and 3"),
