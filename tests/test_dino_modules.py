@@ -132,9 +132,7 @@ def evaluate(rank):
     """Alone: nothing is exchanged."""
     student, teacher, _ = logits(torch.Generator().manual_seed(rank), 3, 2, 4, 6, torch.float32)
     if rank == 1:
-        torch.testing.assert_close(
-            DINOLoss(6).eval()(student, teacher), dino_loss(student, teacher, torch.zeros(6))
-        )  # fmt: skip
+        torch.testing.assert_close(DINOLoss(6).eval()(student, teacher), dino_loss(student, teacher, torch.zeros(6)))
 
 
 @needs_gloo

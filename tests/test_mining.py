@@ -316,4 +316,4 @@ peak, _ = host_peak(lambda: triplets.extend(mine_triplets(x, labels, mining="{mi
 print(peak - sum(t.nbytes for t in triplets))
 """)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 64e6
+    assert int(done.stdout) < 16e6

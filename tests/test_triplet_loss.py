@@ -332,9 +332,8 @@ def test_backward_twice(mining, backend, rng):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("distance", ["euclidean", "squared_euclidean", "cosine"])
-@pytest.mark.parametrize("mining", ["batch_hard", "semi_hard", "batch_all"])
-@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@EVERY
+@EVERY_DISTANCE
 def test_rows_without_features(mining, distance, backend):
     """All distances are 0, or 1 of cosines: every triplet's loss is the margin."""
     x, labels = torch.zeros(5, 0, requires_grad=True), torch.tensor([0, 0, 1, 1, 1])

@@ -253,7 +253,6 @@ class TestInterpreter:
             evaluate(loss_fn, inputs, "triton")
         assert work.units(64, 64, CASES["batch hard"]["d"]) == 0.75
 
-
     @pytest.mark.parametrize("name", ["lifted", "semi hard", "batch all"])
     def test_compiles(self, name):
         torch._dynamo.reset()

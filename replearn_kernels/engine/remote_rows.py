@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -72,9 +73,7 @@ class RemotePairs:
         wanted, self._place = number.unique(return_inverse=True)
         parts = max(world.most(torch.tensor(-(-len(wanted) // max(held, 1)), device=own.device)), 1)
         self._ends = [len(wanted) * part // parts for part in range(parts + 1)]
-        self._routes = [
-            Route(world, counts, wanted[begin:end]) for begin, end in zip(self._ends, self._ends[1:])
-        ]  # fmt: skip
+        self._routes = [Route(world, counts, wanted[begin:end]) for begin, end in pairwise(self._ends)]
 
     def __len__(self) -> int:
         """The parts."""
@@ -85,6 +84,6 @@ class RemotePairs:
         if len(self) == 1:
             yield self._routes[0], slice(None), self._own, self._place
             return
-        for route, begin, end in zip(self._routes, self._ends, self._ends[1:]):
+        for route, (begin, end) in zip(self._routes, pairwise(self._ends)):
             (pairs,) = ((self._place >= begin) & (self._place < end)).nonzero(as_tuple=True)
             yield route, pairs, self._own[pairs], self._place[pairs] - begin

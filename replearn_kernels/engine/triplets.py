@@ -98,12 +98,17 @@ def new_sums(rows: Tensor, backend: str) -> Tensor:
     return torch.zeros_like(rows, dtype=torch.float64 if backend == "torch" else rows.dtype)
 
 
+def pairs_from_zero(rows: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Which of the pairs have a row of zeros."""
+    zero = (rows == 0).all(dim=1)
+    return zero[i] | zero[j]
+
+
 def _from_zero(rows: Tensor, anchor: Tensor, positive: Tensor, negative: Tensor, distance: str) -> Tensor | None:
     """For "cosine": which distances ``[2, T]`` are from a row of zeros."""
     if distance != "cosine":
         return None
-    zero = (rows == 0).all(dim=1)
-    return torch.stack([zero[positive], zero[negative]]).logical_or_(zero[anchor])
+    return pairs_from_zero(rows, anchor, torch.stack([positive, negative]))
 
 
 def _fake_forward(rows, anchor, *others) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from ..engine.problem import Inputs, Problem, statistics_dtype
 from ..engine.remote_rows import RemotePairs
 from ..engine.schedules import on_device_of
 from ..engine.shards import meet
-from ..engine.triplets import losses_of, new_sums, pair_weights, to_distances_
+from ..engine.triplets import losses_of, new_sums, pair_weights, pairs_from_zero, to_distances_
 from ..objectives import BatchHard, SemiHard
 from ..objectives.hardest import hardest_negatives, hardest_positives
 from ..objectives.semi_hard import triplets_of
@@ -64,8 +64,7 @@ class _TripletLosses(torch.autograd.Function):
                 both = torch.cat([rows, route.fetch(rows)]).to(wide)
                 squares[pairs] = pair_squares(both, i, len(rows) + j, plain=backend == "torch")
                 if from_zero is not None:
-                    zero = (both == 0).all(dim=1)
-                    from_zero[pairs] = zero[i] | zero[len(rows) + j]
+                    from_zero[pairs] = pairs_from_zero(both, i, len(rows) + j)
             from_zero = None if from_zero is None else from_zero.view(2, -1)
             distances = to_distances_(squares.view(2, -1), distance, from_zero)
             losses = losses_of(distances, margin)
