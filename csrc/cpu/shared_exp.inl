@@ -27,11 +27,13 @@ struct Range {
 
 template <typename T>
 inline Range<T> range_of(const T* values, int64_t count, Range<T> range) {
-  for (int64_t k = 0; k < count; ++k) {
-    range.low = values[k] < range.low ? values[k] : range.low;
-    range.high = values[k] > range.high ? values[k] : range.high;
-  }
-  return range;
+  Vec<T> low = splat<T>(range.low), high = splat<T>(range.high);
+  for_vectors<T>(0, count, [&](int64_t k, auto n) {
+    const Vec<T> v = load(values + k, n);
+    low = only<T>(v < low ? v : low, n, range.low);
+    high = only<T>(v > high ? v : high, n, range.high);
+  });
+  return {-horizontal_max<T>(-low), horizontal_max<T>(high)};
 }
 
 template <typename T>
@@ -64,25 +66,37 @@ class SharedExp {
     lowest_ = (c - kBias - T(0.25)) / bits_;  // whose power of two is exactly 0
   }
 
-  // Of v up to the largest of the range.
-  Vec<T> operator()(Vec<T> v) const {
+  // Of v up to the largest of the range, in place. Step by step for all R, which are independent: a processor's scheduler
+  // holds some hundred operations, five chains of these one after another, and those hide half of each other's latency.
+  template <int R>
+  void operator()(Vec<T> (&v)[R]) const {
     const Vec<T> lowest = splat<T>(lowest_);
-    v = lowest > v ? lowest : v;  // a NaN stays
-    const Vec<T> shifted = multiply_add(v, splat<T>(bits_), splat<T>(round_));
-    const Vec<T> minus_n = round_ - shifted;
-    const Vec<T> f = multiply_add(v, splat<T>(rest_), multiply_add(v, splat<T>(bits_), minus_n));
-    Vec<T> p = splat<T>(kPowers.of[C::degree]);
+    Vec<T> shifted[R], f[R];
+    for (int r = 0; r < R; ++r) {
+      v[r] = lowest > v[r] ? lowest : v[r];  // a NaN stays
+      shifted[r] = multiply_add(v[r], splat<T>(bits_), splat<T>(round_));
+    }
+    for (int r = 0; r < R; ++r) f[r] = round_ - shifted[r];
+    for (int r = 0; r < R; ++r) f[r] = multiply_add(v[r], splat<T>(bits_), f[r]);
+    for (int r = 0; r < R; ++r) f[r] = multiply_add(v[r], splat<T>(rest_), f[r]);
+    for (int r = 0; r < R; ++r) v[r] = splat<T>(kPowers.of[C::degree]);
 #pragma GCC unroll 16
-    for (int k = C::degree - 1; k >= 0; --k) p = p * f + kPowers.of[k];
-    Bits<T> exponent;
-    __builtin_memcpy(&exponent, &shifted, sizeof(exponent));
-    exponent <<= C::mantissa;
-    Vec<T> power;
-    __builtin_memcpy(&power, &exponent, sizeof(power));
-    return p * power;
+    for (int k = C::degree - 1; k >= 0; --k)
+      for (int r = 0; r < R; ++r) v[r] = v[r] * f[r] + kPowers.of[k];
+    for (int r = 0; r < R; ++r) {
+      Bits<T> exponent;
+      __builtin_memcpy(&exponent, &shifted[r], sizeof(exponent));
+      exponent <<= C::mantissa;
+      Vec<T> power;
+      __builtin_memcpy(&power, &exponent, sizeof(power));
+      v[r] *= power;
+    }
   }
-
-  T of(T v) const { return (*this)(splat<T>(v))[0]; }
+  Vec<T> operator()(Vec<T> v) const {
+    Vec<T> one[] = {v};
+    (*this)(one);
+    return one[0];
+  }
 
  private:
   // exp's polynomial, in f = r / ln 2, times 2.

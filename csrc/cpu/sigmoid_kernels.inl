@@ -6,20 +6,27 @@ inline void sigmoid_rows(
     const Tile<T>& tile, int64_t first, T* out, int64_t out_stride, const T* weight, T* loss, T* weight_sum) {
   Vec<T> losses[R] = {}, weights[R] = {};
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
+    Bits<T> positive[R];
+    Vec<T> wrong[R], u[R], log1p_u[R];  // how far the logit is on the wrong side; exp(-|wrong|)
     for (int r = 0; r < R; ++r) {
       const int64_t i = first + r;
-      const Bits<T> positive =
-          tile.row_group ? same_group<T>(tile.row_group[i], tile.column_group, j, count)
-          : tile.target  ? lane_index<T>(j) == Bits<T>{} + static_cast<Group<T>>(tile.target[i] - tile.first_column)
-                         : Bits<T>{};
+      positive[r] = tile.row_group ? same_group<T>(tile.row_group[i], tile.column_group, j, count)
+                    : tile.target
+                        ? lane_index<T>(j) == Bits<T>{} + static_cast<Group<T>>(tile.target[i] - tile.first_column)
+                        : Bits<T>{};
       const Vec<T> l = load(tile.s + i * tile.stride + j, count) * tile.scale + tile.bias;
-      const Vec<T> wrong = positive ? -l : l;  // how far the logit is on the wrong side
-      const Vec<T> u = exp<T>(wrong > Vec<T>{} ? -wrong : wrong);
-      const Vec<T> w = (wrong > Vec<T>{} ? splat<T>(1) : u) / (u + T(1));
-      losses[r] += only<T>((wrong > Vec<T>{} ? wrong : Vec<T>{}) + log1p<T>(u), count, 0);
-      const Vec<T> signed_w = only<T>(positive ? -w : w, count, 0);
+      wrong[r] = positive[r] ? -l : l;
+      u[r] = wrong[r] > Vec<T>{} ? -wrong[r] : wrong[r];
+    }
+    exp<T>(u);
+    for (int r = 0; r < R; ++r) log1p_u[r] = u[r];
+    log1p<T>(log1p_u);
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> w = (wrong[r] > Vec<T>{} ? splat<T>(1) : u[r]) / (u[r] + T(1));
+      losses[r] += only<T>((wrong[r] > Vec<T>{} ? wrong[r] : Vec<T>{}) + log1p_u[r], count, 0);
+      const Vec<T> signed_w = only<T>(positive[r] ? -w : w, count, 0);
       weights[r] += signed_w;
-      if (Write) store(out + i * out_stride + j, signed_w * weight[i], count);
+      if (Write) store(out + (first + r) * out_stride + j, signed_w * weight[first + r], count);
     }
   });
   for (int r = 0; r < R; ++r) {

@@ -62,61 +62,76 @@ template <int R, typename T>
 inline void fold_max(const Tile<T>& tile, int64_t first, T* tile_max, T* column_max) {
   Vec<T> largest[R];
   for (int r = 0; r < R; ++r) largest[r] = splat<T>(kLowest<T>);
-  const T* s = tile.s + first * tile.stride;
+  const T *s = tile.s + first * tile.stride, *next = next_rows<R>(tile, first);
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
     Vec<T> of_columns = column_max ? load(column_max + j) : Vec<T>{};
     for (int r = 0; r < R; ++r) {
+      if (next) __builtin_prefetch(next + r * tile.stride + j);
       const Vec<T> v = only<T>(load(s + r * tile.stride + j, count) * tile.sign, count, kLowest<T>);
       largest[r] = max(v, largest[r]);
       of_columns = max(v, of_columns);
     }
     if (column_max) store(column_max + j, of_columns);
   });
-  for (int r = 0; r < R; ++r) tile_max[r] = horizontal_max<T>(largest[r]);
+  for (int r = 0; r < R; ++r) tile_max[first + r] = horizontal_max<T>(largest[r]);
 }
 
-template <int R, typename T>
-inline void raise_rows(const Tile<T>& tile, int64_t first, Statistics<T> rows, T* column_max) {
-  T tile_max[R];
-  fold_max<R>(tile, first, tile_max, column_max);
-  for (int r = 0; r < R; ++r) {
-    const int64_t i = first + r;
-    const T raised = tile_max[r] > rows.max[i] ? tile_max[r] : rows.max[i];
-    rows.sum[i] *= exp_of<T>((rows.max[i] - raised) * tile.steepness);
-    rows.max[i] = raised;
-  }
+// The maxima of all rows, raised by the tile's, and their sums scaled down to match.
+template <typename T>
+inline void raise_rows(const Tile<T>& tile, Statistics<T> rows, T* column_max) {
+  T tile_max[replearn::kSlabRows];
+  int64_t i = 0;
+  for (; i + kRows <= tile.rows; i += kRows) fold_max<kRows>(tile, i, tile_max, column_max);
+  for (; i < tile.rows; ++i) fold_max<1>(tile, i, tile_max, column_max);
+  for_vectors<T>(0, tile.rows, [&](int64_t k, auto count) {
+    const Vec<T> old = load(rows.max + k, count), raised = max(load(tile_max + k, count), old);
+    store(rows.sum + k, load(rows.sum + k, count) * exp<T>((old - raised) * tile.steepness), count);
+    store(rows.max + k, raised, count);
+  });
 }
 
 // Rows [first, first + R): the sums of exp(steepness (v - max)) over each row, added to each column's: of an exp of its
-// own, or of the row's, which `shared` forms and whose factor 1 / shared(column's max) comes later.
+// own, or of the row's, which `shared` forms and whose factors 1 / shared(max) come later.
 template <int R, ColumnExp Mode, typename T>
-inline void fold_sum(
-    const Tile<T>& tile, int64_t first, Statistics<T> rows, const SharedExp<T>* shared, Statistics<T> columns) {
+inline void fold_sum(const Tile<T>& tile, int64_t first, const T* row_max, T* total, const SharedExp<T>* shared,
+                     Statistics<T> columns) {
   Vec<T> sum[R] = {};
-  const T *s = tile.s + first * tile.stride, *row_max = rows.max + first;
+  const T* s = tile.s + first * tile.stride;
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
     const Vec<T> column_max = Mode == ColumnExp::own ? load(columns.max + j) : Vec<T>{};
     Vec<T> column_sum = Mode == ColumnExp::none ? Vec<T>{} : load(columns.sum + j);
+    Vec<T> e[R], of_columns[R];
+    for (int r = 0; r < R; ++r) e[r] = load(s + r * tile.stride + j, count) * tile.sign;
+    if constexpr (Mode == ColumnExp::own) {
+      for (int r = 0; r < R; ++r) of_columns[r] = (e[r] - column_max) * tile.steepness;
+      exp<T>(of_columns);
+    }
+    if constexpr (Mode == ColumnExp::shared) {
+      (*shared)(e);
+    } else {
+      for (int r = 0; r < R; ++r) e[r] = (e[r] - row_max[first + r]) * tile.steepness;
+      exp<T>(e);
+    }
     for (int r = 0; r < R; ++r) {
-      const Vec<T> v = load(s + r * tile.stride + j, count) * tile.sign;
-      const Vec<T> e = Mode == ColumnExp::shared ? (*shared)(v) : exp<T>((v - row_max[r]) * tile.steepness);
-      sum[r] += only<T>(e, count, 0);
-      if (Mode == ColumnExp::shared) column_sum += e;
-      if (Mode == ColumnExp::own) column_sum += exp<T>((v - column_max) * tile.steepness);
+      sum[r] += only<T>(e[r], count, 0);
+      if (Mode != ColumnExp::none) column_sum += Mode == ColumnExp::shared ? e[r] : of_columns[r];
     }
     if (Mode != ColumnExp::none) store(columns.sum + j, column_sum);
   });
-  for (int r = 0; r < R; ++r) {
-    const T total = horizontal_sum<T>(sum[r]);
-    rows.sum[first + r] += Mode == ColumnExp::shared ? total / shared->of(row_max[r]) : total;
-  }
+  for (int r = 0; r < R; ++r) total[first + r] = horizontal_sum<T>(sum[r]);
 }
 
 template <ColumnExp Mode, typename T>
 inline void fold_sums(const Tile<T>& tile, Statistics<T> rows, const SharedExp<T>* shared, Statistics<T> columns) {
+  T total[replearn::kSlabRows];
   int64_t i = 0;
-  for (; i + kRows <= tile.rows; i += kRows) fold_sum<kRows, Mode>(tile, i, rows, shared, columns);
-  for (; i < tile.rows; ++i) fold_sum<1, Mode>(tile, i, rows, shared, columns);
+  for (; i + kRows <= tile.rows; i += kRows) fold_sum<kRows, Mode>(tile, i, rows.max, total, shared, columns);
+  for (; i < tile.rows; ++i) fold_sum<1, Mode>(tile, i, rows.max, total, shared, columns);
+  for_vectors<T>(0, tile.rows, [&](int64_t k, auto count) {
+    Vec<T> of_tile = load(total + k, count);
+    if (Mode == ColumnExp::shared) of_tile /= (*shared)(load(rows.max + k, count));
+    store(rows.sum + k, load(rows.sum + k, count) + of_tile, count);
+  });
 }
 
 template <typename T>
@@ -128,9 +143,7 @@ void softmax_statistics(const Tile<T>& tile, SoftmaxRoles roles, Statistics<T> r
   }
   pick_positives(tile, roles, rows.positive, partial.positive);
   mask(tile, roles);
-  int64_t i = 0;
-  for (; i + kRows <= tile.rows; i += kRows) raise_rows<kRows>(tile, i, rows, partial.max);
-  for (; i < tile.rows; ++i) raise_rows<1>(tile, i, rows, partial.max);
+  raise_rows(tile, rows, partial.max);
   if (!partial.max || tile.columns == 0) return fold_sums<ColumnExp::none, T>(tile, rows, nullptr, partial);
   const Range<T> range = range_of(rows.max, tile.rows, range_of(partial.max, tile.columns, {rows.max[0], rows.max[0]}));
   if (!SharedExp<T>::serves(tile, range)) return fold_sums<ColumnExp::own, T>(tile, rows, nullptr, partial);
@@ -170,13 +183,9 @@ constexpr int64_t kWide = 256;
 // Rows [first, first + R) of columns [begin, end) of W = e share_i + (column's e) share_j - offsets.
 template <int R, ColumnExp Mode, typename T>
 inline void form_weights(const Tile<T>& tile, int64_t first, int64_t begin, int64_t end, T* out, int64_t out_stride,
-                         Coefficients<T> rows, const SharedExp<T>* shared, Coefficients<T> columns,
+                         Coefficients<T> rows, const T* row_share, const SharedExp<T>* shared, Coefficients<T> columns,
                          const T* column_share) {
-  T share[R];
-  for (int r = 0; r < R; ++r) {
-    const T part = rows.weight[first + r] * exp_of<T>(-rows.log_sum[first + r]);
-    share[r] = Mode == ColumnExp::shared ? part / shared->of(rows.max[first + r]) : part;
-  }
+  const T *s = tile.s + first * tile.stride, *next = next_rows<R>(tile, first);
   for_vectors<T>(begin, end, [&](int64_t j, auto count) {
     Vec<T> max_j{}, share_j{}, offset_j{};
     if (Mode == ColumnExp::own) max_j = load(columns.max + j, count);
@@ -184,17 +193,36 @@ inline void form_weights(const Tile<T>& tile, int64_t first, int64_t begin, int6
       share_j = load(column_share + (j - begin));
       offset_j = load(columns.offset + j, count);
     }
+    Vec<T> e[R], of_columns[R];
     for (int r = 0; r < R; ++r) {
-      const int64_t i = first + r;
-      const Vec<T> v = load(tile.s + i * tile.stride + j, count) * tile.sign;
-      Vec<T> w;
-      if (Mode == ColumnExp::shared)
-        w = (*shared)(v) * (share_j + share[r]);
-      else
-        w = exp<T>((v - rows.max[i]) * tile.steepness) * share[r];
-      if (Mode == ColumnExp::own) w += exp<T>((v - max_j) * tile.steepness) * share_j;
-      store(out + i * out_stride + j, w - (offset_j + rows.offset[i]), count);
+      if (next) __builtin_prefetch(next + r * tile.stride + j);
+      e[r] = load(s + r * tile.stride + j, count) * tile.sign;
     }
+    if constexpr (Mode == ColumnExp::own) {
+      for (int r = 0; r < R; ++r) of_columns[r] = (e[r] - max_j) * tile.steepness;
+      exp<T>(of_columns);
+    }
+    if constexpr (Mode == ColumnExp::shared) {
+      (*shared)(e);
+    } else {
+      for (int r = 0; r < R; ++r) e[r] = (e[r] - rows.max[first + r]) * tile.steepness;
+      exp<T>(e);
+    }
+    for (int r = 0; r < R; ++r) {
+      Vec<T> w = e[r] * (Mode == ColumnExp::shared ? share_j + row_share[first + r] : splat<T>(row_share[first + r]));
+      if (Mode == ColumnExp::own) w += of_columns[r] * share_j;
+      store(out + (first + r) * out_stride + j, w - (offset_j + rows.offset[first + r]), count);
+    }
+  });
+}
+
+// The share of rows or columns [0, count): their weight over their sum, and over shared(max) where that is the exp.
+template <ColumnExp Mode, typename T>
+inline void shares(int64_t count, Coefficients<T> of, const SharedExp<T>* shared, T* share) {
+  for_vectors<T>(0, count, [&](int64_t k, auto n) {
+    Vec<T> part = exp<T>(-load(of.log_sum + k, n)) * load(of.weight + k, n);
+    if (Mode == ColumnExp::shared) part /= (*shared)(load(of.max + k, n));
+    store(share + k, part);
   });
 }
 
@@ -202,18 +230,17 @@ inline void form_weights(const Tile<T>& tile, int64_t first, int64_t begin, int6
 template <ColumnExp Mode, typename T>
 inline void all_weights(const Tile<T>& tile, int64_t begin, int64_t end, T* out, int64_t out_stride,
                         Coefficients<T> rows, const SharedExp<T>* shared, Coefficients<T> columns) {
-  T column_share[kWide + lanes<T>];
-  if (Mode != ColumnExp::none)
-    for_vectors<T>(begin, end, [&](int64_t j, auto count) {
-      Vec<T> share = exp<T>(-load(columns.log_sum + j, count)) * load(columns.weight + j, count);
-      if (Mode == ColumnExp::shared) share /= (*shared)(load(columns.max + j, count));
-      store(column_share + (j - begin), share);
-    });
+  T row_share[replearn::kSlabRows + lanes<T>], column_share[kWide + lanes<T>];
+  shares<Mode>(tile.rows, rows, shared, row_share);
+  if (Mode != ColumnExp::none) {
+    const Coefficients<T> block{columns.max + begin, columns.log_sum + begin, columns.weight + begin, nullptr, nullptr};
+    shares<Mode>(end - begin, block, shared, column_share);
+  }
   int64_t i = 0;
   for (; i + kRows <= tile.rows; i += kRows)
-    form_weights<kRows, Mode>(tile, i, begin, end, out, out_stride, rows, shared, columns, column_share);
+    form_weights<kRows, Mode>(tile, i, begin, end, out, out_stride, rows, row_share, shared, columns, column_share);
   for (; i < tile.rows; ++i)
-    form_weights<1, Mode>(tile, i, begin, end, out, out_stride, rows, shared, columns, column_share);
+    form_weights<1, Mode>(tile, i, begin, end, out, out_stride, rows, row_share, shared, columns, column_share);
 }
 
 // W of the rows' targets, each with exps of its own: a target that takes all of the softmax leaves exactly 0.

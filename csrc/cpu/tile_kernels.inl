@@ -37,6 +37,12 @@ inline Vec<T> only(Vec<T> v, Part part, T fill) {
   return v;
 }
 
+// The rows after [first, first + R), for whoever fetches them into the first cache ahead of time, or null.
+template <int R, typename T>
+inline const T* next_rows(const Tile<T>& tile, int64_t first) {
+  return first + 2 * R <= tile.rows ? tile.s + (first + R) * tile.stride : nullptr;
+}
+
 template <typename T>
 inline T exp_of(T x) {
   return exp<T>(splat<T>(x))[0];

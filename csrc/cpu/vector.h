@@ -144,18 +144,25 @@ inline bool any(Bits<T> mask) {
   return lane_bits(mask) != 0;
 }
 
+// Folded in halves: lane by lane, each step would wait for the last one.
 template <typename T>
 inline T horizontal_sum(Vec<T> v) {
-  T total = 0;
-  for (int64_t k = 0; k < lanes<T>; ++k) total += v[k];
-  return total;
+  T part[lanes<T>];
+  __builtin_memcpy(part, &v, sizeof(v));
+#pragma GCC unroll 4
+  for (int64_t half = lanes<T> / 2; half; half /= 2)
+    for (int64_t k = 0; k < half; ++k) part[k] += part[k + half];
+  return part[0];
 }
 
 template <typename T>
 inline T horizontal_max(Vec<T> v) {
-  T largest = v[0];
-  for (int64_t k = 1; k < lanes<T>; ++k) largest = v[k] > largest ? v[k] : largest;
-  return largest;
+  T part[lanes<T>];
+  __builtin_memcpy(part, &v, sizeof(v));
+#pragma GCC unroll 4
+  for (int64_t half = lanes<T> / 2; half; half /= 2)
+    for (int64_t k = 0; k < half; ++k) part[k] = part[k] > part[k + half] ? part[k] : part[k + half];
+  return part[0];
 }
 
 // exp's constants. ln 2 is split so that n * ln2_high is exact for every n that occurs. The polynomials are minimax in
@@ -187,25 +194,41 @@ struct Exp<double> {
 // exp(x) for x <= 0 (all that a difference from a maximum can be; right up to 88, fp64: 709), to one unit in the last
 // place (tests/test_cpp.py): x = n ln 2 + r, exp(x) = 2^n exp(r). NaN stays NaN, and what would be below the smallest
 // normal number is 0: arithmetic on subnormal numbers is a hundred times slower, and no sum that holds exp(0) sees them.
-template <typename T>
-inline Vec<T> exp(Vec<T> x) {
+// Of R vectors in place, step by step for all: a processor's scheduler holds some hundred operations, which are five of
+// these chains one after another, too few to hide each other's latency.
+template <typename T, int R>
+inline void exp(Vec<T> (&x)[R]) {
   using C = Exp<T>;
   const Vec<T> lowest = splat<T>(C::lowest);
-  const auto vanishes = x < lowest;
-  x = lowest > x ? lowest : x;
-  const Vec<T> shifted = x * C::log2e + C::round;
-  const Vec<T> n = shifted - C::round;
-  const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
-  Vec<T> p = splat<T>(C::coefficients[C::degree]);
+  Bits<T> vanishes[R];
+  Vec<T> shifted[R], r[R];
+  for (int i = 0; i < R; ++i) {
+    vanishes[i] = x[i] < lowest;
+    x[i] = vanishes[i] ? lowest : x[i];
+    shifted[i] = x[i] * C::log2e + C::round;
+  }
+  for (int i = 0; i < R; ++i) {
+    const Vec<T> n = shifted[i] - C::round;
+    r[i] = (x[i] - n * C::ln2_high) - n * C::ln2_low;
+  }
+  for (int i = 0; i < R; ++i) x[i] = splat<T>(C::coefficients[C::degree]);
 #pragma GCC unroll 16
-  for (int k = C::degree - 1; k >= 0; --k) p = p * r + C::coefficients[k];
-  Bits<T> bits;
-  __builtin_memcpy(&bits, &shifted, sizeof(bits));
-  bits <<= C::mantissa;
-  Vec<T> power;
-  __builtin_memcpy(&power, &bits, sizeof(power));
-  const Vec<T> result = p * power;
-  return vanishes ? Vec<T>{} : result;
+  for (int k = C::degree - 1; k >= 0; --k)
+    for (int i = 0; i < R; ++i) x[i] = x[i] * r[i] + C::coefficients[k];
+  for (int i = 0; i < R; ++i) {
+    Bits<T> bits;
+    __builtin_memcpy(&bits, &shifted[i], sizeof(bits));
+    bits <<= C::mantissa;
+    Vec<T> power;
+    __builtin_memcpy(&power, &bits, sizeof(power));
+    x[i] = vanishes[i] ? Vec<T>{} : x[i] * power;
+  }
+}
+template <typename T>
+inline Vec<T> exp(Vec<T> x) {
+  Vec<T> one[] = {x};
+  exp<T>(one);
+  return one[0];
 }
 
 // log1p's constants: minimax polynomials of log1p(u) / u in u - 1/2, relative error over 0 <= u <= 1.
@@ -230,13 +253,23 @@ struct Log1p<double> {
       0.000024437973948580947113};
 };
 
-// log1p(u) for 0 <= u <= 1, to two units in the last place (tests/test_cpp.py), however small u is.
+// log1p(u) for 0 <= u <= 1, to two units in the last place (tests/test_cpp.py), however small u is. Of R vectors in place.
+template <typename T, int R>
+inline void log1p(Vec<T> (&u)[R]) {
+  using C = Log1p<T>;
+  Vec<T> x[R], p[R];
+  for (int i = 0; i < R; ++i) {
+    x[i] = u[i] - T(0.5);
+    p[i] = splat<T>(C::coefficients[C::degree]);
+  }
+#pragma GCC unroll 32
+  for (int k = C::degree - 1; k >= 0; --k)
+    for (int i = 0; i < R; ++i) p[i] = p[i] * x[i] + C::coefficients[k];
+  for (int i = 0; i < R; ++i) u[i] *= p[i];
+}
 template <typename T>
 inline Vec<T> log1p(Vec<T> u) {
-  using C = Log1p<T>;
-  const Vec<T> x = u - T(0.5);
-  Vec<T> p = splat<T>(C::coefficients[C::degree]);
-#pragma GCC unroll 32
-  for (int k = C::degree - 1; k >= 0; --k) p = p * x + C::coefficients[k];
-  return u * p;
+  Vec<T> one[] = {u};
+  log1p<T>(one);
+  return one[0];
 }
