@@ -21,26 +21,34 @@ def nothing_held():
 
 
 def test_a_free_buffer_is_taken_again_and_one_in_use_is_not():
-    first = workspace.kept_buffer(ELEMENTS, torch.float32)
-    second = workspace.kept_buffer(ELEMENTS, torch.float32)
+    first = workspace.kept.take(ELEMENTS, torch.float32)
+    second = workspace.kept.take(ELEMENTS, torch.float32)
     assert first.data_ptr() != second.data_ptr()
     place = first.data_ptr()
     view = first[5:]
     del first
-    assert workspace.kept_buffer(ELEMENTS, torch.float32).data_ptr() != place  # a view is a use
+    assert workspace.kept.take(ELEMENTS, torch.float32).data_ptr() != place  # a view is a use
     del view
-    smaller = workspace.kept_buffer(ELEMENTS // 2, torch.float64)
+    smaller = workspace.kept.take(ELEMENTS // 2, torch.float64)
     assert smaller.data_ptr() == place and smaller.dtype == torch.float64 and smaller.shape == (ELEMENTS // 2,)
     del smaller
-    assert workspace.kept_buffer(2 * ELEMENTS, torch.float32).shape == (2 * ELEMENTS,)  # replaced by a larger one
-    assert workspace.kept_buffer(8, torch.float32).untyped_storage().nbytes() == 32  # small ones are nobody's
+    assert workspace.kept.take(2 * ELEMENTS, torch.float32).shape == (2 * ELEMENTS,)  # replaced by a larger one
+    assert workspace.kept.take(8, torch.float32).untyped_storage().nbytes() == 32  # small ones are nobody's
 
 
 def test_what_is_held_can_be_given_back():
-    buffer = workspace.kept_buffer(ELEMENTS, torch.float32)
+    buffer = workspace.kept.take(ELEMENTS, torch.float32)
     buffer.fill_(3)
     empty_cache()
-    assert workspace._held is None and (buffer == 3).all()
+    assert workspace.kept._buffer is None and (buffer == 3).all()
+
+
+def test_tiles_lie_in_huge_pages():
+    buffer = workspace.tile.take(2**20, torch.float32)
+    assert buffer.data_ptr() % 2**21 == 0 and buffer.shape == (2**20,)
+    place = buffer.data_ptr()
+    del buffer
+    assert workspace.tile.take(2**19, torch.float64).data_ptr() == place
 
 
 def test_steps_that_overlap_do_not_disturb_each_other(rng):
@@ -65,7 +73,7 @@ def test_threads_never_share_a_buffer():
 
     def take():
         barrier.wait()
-        buffer = workspace.kept_buffer(ELEMENTS, torch.float32)
+        buffer = workspace.kept.take(ELEMENTS, torch.float32)
         barrier.wait()
         places.append(buffer.data_ptr())
 

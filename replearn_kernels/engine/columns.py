@@ -7,14 +7,18 @@ to form a tile of products, and how to turn a tile of dL/dS into gradients; it k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .counters import count_product
+
+Step = Callable[[], object]
+"""A call that is ready to be made: sweeps.py tells why."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,19 +52,21 @@ class SharedColumns:
             features = features * self.inverse_norms[tile.columns].unsqueeze(1)
         return features.to(tile.query.dtype)
 
-    def product(self, tile: Tile, out: Tensor) -> Tensor:
+    def product(self, tile: Tile, out: Tensor) -> Step:
         """``out[R, C] = query[R, d] @ features[C, d].T``."""
         count_product(tile.query, out.shape[1])
-        return torch.mm(tile.query, self.block(tile).t(), out=out)
+        return partial(torch.mm, tile.query, self.block(tile).t(), out=out)
 
-    def accumulate(self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None):
+    def output_products(
+        self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None
+    ) -> Iterator[Step]:
         """``d_query[rows] += W @ features``, ``d_features[columns] += W.T @ query``."""
         if d_query is not None:
             count_product(tile.query, weights.shape[1])
-            addmm_(d_query[tile.rows], weights, self.block(tile))
+            yield partial(addmm_, d_query[tile.rows], weights, self.block(tile))
         if d_features is not None:
             count_product(tile.query, weights.shape[1])
-            addmm_(d_features[tile.columns], weights.t(), tile.query)
+            yield partial(addmm_, d_features[tile.columns], weights.t(), tile.query)
 
 
 @dataclass(slots=True, eq=False)
@@ -78,9 +84,12 @@ class BatchColumns(SharedColumns):
         for columns in blocks(self.width - rows.stop, size):
             yield slice(columns.start + rows.stop, columns.stop + rows.stop)
 
-    def accumulate(self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None):
+    def output_products(
+        self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None
+    ) -> Iterator[Step]:
         """``d_query[rows] += W @ features``, and above the diagonal ``d_query[columns] += W.T @ query``."""
-        SharedColumns.accumulate(self, tile, weights, addmm_, d_query, None if tile.diagonal else d_query)
+        mirror = None if tile.diagonal else d_query
+        return SharedColumns.output_products(self, tile, weights, addmm_, d_query, mirror)
 
 
 @dataclass(slots=True, eq=False)
@@ -124,19 +133,25 @@ class OwnColumns:
     def block(self, tile: Tile) -> Tensor:
         return self.features[tile.rows, tile.columns].to(tile.query.dtype)
 
-    def product(self, tile: Tile, out: Tensor) -> Tensor:
+    def product(self, tile: Tile, out: Tensor) -> Step:
         count_product(tile.query, out.shape[1])
-        torch.bmm(self.block(tile), tile.query.unsqueeze(2), out=out.unsqueeze(2))
-        return out
+        return partial(torch.bmm, self.block(tile), tile.query.unsqueeze(2), out=out.unsqueeze(2))
 
-    def accumulate(self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None):
-        weights = weights.to(tile.query.dtype)
+    def output_products(
+        self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None
+    ) -> Iterator[Step]:
         if d_query is not None:
             count_product(tile.query, weights.shape[1])
-            d_query[tile.rows] += torch.bmm(weights.unsqueeze(1), self.block(tile)).squeeze(1)
+            yield partial(_add_own_products_, d_query[tile.rows], weights, self.block(tile))
         if d_features is not None:
             count_product(tile.query, weights.shape[1])
-            d_features[tile.rows, tile.columns] = weights.unsqueeze(2) * tile.query.unsqueeze(1)
+            outer = d_features[tile.rows, tile.columns]
+            yield partial(torch.mul, weights.unsqueeze(2), tile.query.unsqueeze(1), out=outer)
+
+
+def _add_own_products_(d_query: Tensor, weights: Tensor, block: Tensor) -> None:
+    """``d_query[R, d] += W[R, C] block[R, C, d]``, row by row."""
+    d_query += torch.bmm(weights.unsqueeze(1), block).squeeze(1)
 
 
 Source = SharedColumns | BatchColumns | OwnColumns
@@ -164,6 +179,11 @@ class Tile(NamedTuple):
     def mirrored(self) -> bool:
         """Whether the tile stands for its mirror image too: its columns are rows elsewhere."""
         return isinstance(self.source, BatchColumns) and self.columns != self.rows
+
+
+def run(steps: Iterable[Step]) -> None:
+    for step in steps:
+        step()
 
 
 def blocks(count: int, size: int) -> Iterator[slice]:

@@ -1,13 +1,14 @@
-"""What a backend provides: the two tile passes, and the accumulation of the output products."""
+"""What a backend provides: the steps that a tile takes in either sweep."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..columns import Tile
+from ..columns import Step, Tile
 from ..problem import Problem
 
 
@@ -57,19 +58,15 @@ class Backend(ABC):
         """The dtype in which features enter the products."""
 
     @abstractmethod
-    def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
+    def statistics_steps(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> Iterable[Step]:
         """Sweep 1 on one tile: fold it into the statistics, and leave its similarities in ``kept``."""
 
     @abstractmethod
-    def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
-        """``W = dL/dl`` of one tile, from ``kept`` similarities or from new ones."""
-
-    def accumulate_gradients(
+    def gradient_steps(
         self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients, d_query, d_source
-    ) -> None:
-        """Sweep 2 on one tile: ``d_query[rows] += W Y``, ``d_source[columns] += W.T X``, each unless it is None."""
-        weights = self.weights(problem, tile, kept, coefficients)
-        tile.source.accumulate(tile, weights, self.addmm_, d_query, d_source)
+    ) -> Iterable[Step]:
+        """Sweep 2 on one tile: ``W = dL/dl`` from ``kept`` similarities or new ones, and its products
+        ``d_query[rows] += W Y``, ``d_source[columns] += W.T X``, each unless it is None."""
 
     @staticmethod
     def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .. import distances
-from ..columns import Tile
+from .. import distances, workspace
+from ..columns import Step, Tile
 from ..counters import count_product
 from ..problem import Pairs, Problem, statistics_dtype
-from ..workspace import kept_buffer
 from .base import Backend, coefficients_of, statistics_of
 
 # Rows a power of two apart fall into the same few cache sets, and W.T @ X reads W down its columns: at 1024 x 1024 and
@@ -38,50 +40,59 @@ class TorchBackend(Backend):
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return statistics_dtype(dtype)
 
-    def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
-        s = tile.source.product(tile, self._tile_buffer(tile) if kept is None else kept)
-        self._statistics_pass(problem, tile, s, *statistics_of(tile, *statistics))
+    def statistics_steps(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> Iterator[Step]:
+        s = self._tile_buffer(tile) if kept is None else kept
+        yield tile.source.product(tile, s)
+        yield self._statistics_pass(problem, tile, s, *statistics_of(tile, *statistics))
 
-    def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
-        out = self._tile_buffer(tile)
-        s = tile.source.product(tile, out) if kept is None else kept
-        self._weights_pass(problem, tile, s, out, *coefficients_of(tile, *coefficients))
-        return out
-
-    def accumulate_gradients(
+    def gradient_steps(
         self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients, d_query, d_source
-    ) -> None:
-        if not self.objective.by_distance:
-            return super().accumulate_gradients(problem, tile, kept, coefficients, d_query, d_source)
-        formed, w = kept is not None, self._tile_buffer(tile)
-        # The distances are needed beside the weights.
-        v = kept if formed else tile.source.product(tile, self._tile_buffer(tile, "distances"))
-        self._distance_weights_pass(problem, tile, v, formed, w, d_query, *coefficients_of(tile, *coefficients))
-        tile.source.accumulate(tile, w, self.addmm_, d_query, d_source)
+    ) -> Iterator[Step]:
+        w, s = self._tile_buffer(tile), kept
+        if kept is None:
+            # Distances are needed beside the weights.
+            s = self._tile_buffer(tile, "distances") if self.objective.by_distance else w
+            yield tile.source.product(tile, s)
+        tables = coefficients_of(tile, *coefficients)
+        if self.objective.by_distance:
+            yield self._distance_weights_pass(problem, tile, s, kept is not None, w, d_query, *tables)
+        else:
+            yield self._weights_pass(problem, tile, s, w, *tables)
+        yield from tile.source.output_products(tile, w, self.addmm_, d_query, d_source)
 
     def workspace(self) -> tuple[Tensor, ...]:
         return tuple(self._buffers.values())
 
-    def _statistics_pass(self, problem: Problem, tile: Tile, s: Tensor, row_table, column_table) -> None:
+    def _statistics_pass(self, problem: Problem, tile: Tile, s: Tensor, row_table, column_table) -> Step:
         """Folds products ``s`` into the tables; where similarities are distances, leaves those in ``s``."""
-        if self.objective.by_distance:
-            distances.negative_distances_(s, self._points(problem, tile))
-        self.objective.update_statistics(s, self._pairs(problem, tile), row_table, column_table)
+        pairs = self._pairs(problem, tile)
+        if not self.objective.by_distance:
+            return partial(self.objective.update_statistics, s, pairs, row_table, column_table)
 
-    def _weights_pass(self, problem: Problem, tile: Tile, s: Tensor, out: Tensor, row_table, column_table) -> None:
+        def fold() -> None:
+            distances.negative_distances_(s, self._points(problem, tile))
+            self.objective.update_statistics(s, pairs, row_table, column_table)
+
+        return fold
+
+    def _weights_pass(self, problem: Problem, tile: Tile, s: Tensor, out: Tensor, row_table, column_table) -> Step:
         """``out`` = W of products ``s``."""
-        self.objective.weights(s, out, self._pairs(problem, tile), row_table, column_table)
+        return partial(self.objective.weights, s, out, self._pairs(problem, tile), row_table, column_table)
 
     def _distance_weights_pass(
         self, problem: Problem, tile: Tile, v: Tensor, formed: bool, out: Tensor, d_query, row_table, column_table
-    ) -> None:
+    ) -> Step:
         """``out`` = dL/d products, of distances ``v`` or of products; the rest of the gradient goes to d_query."""
-        points = self._points(problem, tile)
-        if not formed:
-            distances.negative_distances_(v, points)
-        self.objective.weights(v, out, self._pairs(problem, tile), row_table, column_table)
-        sums = distances.chain_(out, v, points)
-        distances.finish_tile_(problem.given_rows, problem.query, tile, sums, d_query)
+
+        def form() -> None:
+            points = self._points(problem, tile)
+            if not formed:
+                distances.negative_distances_(v, points)
+            self.objective.weights(v, out, self._pairs(problem, tile), row_table, column_table)
+            sums = distances.chain_(out, v, points)
+            distances.finish_tile_(problem.given_rows, problem.query, tile, sums, d_query)
+
+        return form
 
     def _points(self, problem: Problem, tile: Tile) -> distances.Points:
         return problem.points(tile, self.objective.by_distance == "square")
@@ -89,18 +100,21 @@ class TorchBackend(Backend):
     def _pairs(self, problem: Problem, tile: Tile) -> Pairs:
         return problem.pairs(tile, self.objective.uses_target)
 
-    def _tile_buffer(self, tile: Tile, purpose: str = "weights") -> Tensor:
+    def _tile_buffer(self, tile: Tile, purpose: str = "tile") -> Tensor:
         """Room for the tile, the same memory for all: a fresh buffer per tile would leave the caches."""
         rows, columns = tile.shape
         stride = columns + _ROW_PADDING
         buffer = self._buffers.get(purpose)
         if buffer is None or buffer.numel() < rows * stride:
-            buffer = self._buffers[purpose] = tile.query.new_empty(rows * stride)
+            buffer = self._buffers[purpose] = self._new_buffer(tile.query, rows * stride, purpose)
             self._views.clear()
         view = self._views.get((purpose, rows, columns))
         if view is None:
             view = self._views[purpose, rows, columns] = buffer[: rows * stride].view(rows, stride)[:, :columns]
         return view
+
+    def _new_buffer(self, like: Tensor, elements: int, purpose: str) -> Tensor:
+        return like.new_empty(elements)
 
 
 class CppBackend(TorchBackend):
@@ -122,28 +136,27 @@ class CppBackend(TorchBackend):
             return 1024, 1024
         return 2048, 512 if d < 256 else 1024
 
-    def _statistics_pass(self, problem: Problem, tile: Tile, s: Tensor, row_table, column_table) -> None:
+    def _statistics_pass(self, problem: Problem, tile: Tile, s: Tensor, row_table, column_table) -> Step:
         points = self._points(problem, tile)[:5] if self.objective.by_distance else ()
-        self._native("statistics")(
-            s, *self._pairs(problem, tile), *self.objective.roles, row_table, column_table, *points
-        )
+        return self._native("statistics", (s,), problem, tile, row_table, column_table, *points)
 
-    def _weights_pass(self, problem: Problem, tile: Tile, s: Tensor, out: Tensor, row_table, column_table) -> None:
-        self._native("weights")(
-            s, out, *self._pairs(problem, tile), *self.objective.roles, row_table, column_table
-        )
+    def _weights_pass(self, problem: Problem, tile: Tile, s: Tensor, out: Tensor, row_table, column_table) -> Step:
+        return self._native("weights", (s, out), problem, tile, row_table, column_table)
 
     def _distance_weights_pass(
         self, problem: Problem, tile: Tile, v: Tensor, formed: bool, out: Tensor, d_query, row_table, column_table
-    ) -> None:
+    ) -> Step:
         of_columns = (None, None) if tile.diagonal else (tile.source.block(tile), d_query[tile.columns])
-        self._native("weights")(
-            v, out, *self._pairs(problem, tile), *self.objective.roles, row_table, column_table,
-            *self._points(problem, tile)[:5], formed, tile.query, d_query[tile.rows], *of_columns,
+        points = self._points(problem, tile)[:5]
+        return self._native(
+            "weights", (v, out), problem, tile, row_table, column_table,
+            *points, formed, tile.query, d_query[tile.rows], *of_columns,
         )  # fmt: skip
 
-    def _native(self, sweep: str):
-        return getattr(torch.ops.replearn_kernels, f"{self.objective.family}_{sweep}_").default
+    def _native(self, sweep: str, matrices: tuple[Tensor, ...], problem: Problem, tile: Tile, *rest) -> Step:
+        operator = getattr(torch.ops.replearn_kernels, f"{self.objective.family}_{sweep}_").default
+        return partial(operator, *matrices, *self._pairs(problem, tile), *self.objective.roles, *rest)
+
 
     def _pairs(self, problem: Problem, tile: Tile) -> Pairs:
         pairs = super()._pairs(problem, tile)
@@ -155,7 +168,10 @@ class CppBackend(TorchBackend):
         return pairs._replace(row_group=rows[tile.rows], column_group=columns[tile.columns])
 
     def new_kept(self, problem: Problem, elements: int) -> Tensor:
-        return kept_buffer(elements, problem.statistics_dtype)
+        return workspace.kept.take(elements, problem.statistics_dtype)
+
+    def _new_buffer(self, like: Tensor, elements: int, purpose: str) -> Tensor:
+        return getattr(workspace, purpose).take(elements, like.dtype)
 
     def one_tile(self, problem: Problem, share: float, needs_query: bool) -> tuple[Tensor, list[Tensor]] | None:
         source, *others = problem.sources

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ...triton_kernels import EPILOGUES, Points, TileInputs, accumulate_gradient, form_weights, update_statistics
-from ..columns import OwnColumns, Tile
+from ..columns import OwnColumns, Step, Tile, run
 from ..counters import count_product
 from ..distances import TileSums, finish_tile_
 from ..problem import Problem
@@ -51,9 +53,12 @@ class TritonBackend(Backend):
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def update_statistics(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> None:
+    def statistics_steps(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> list[Step]:
+        return [partial(self._update_statistics, problem, tile, statistics)]
+
+    def _update_statistics(self, problem: Problem, tile: Tile, statistics) -> None:
         if isinstance(tile.source, OwnColumns):
-            return self._own.update_statistics(problem, _upcast(tile, problem), None, statistics)
+            return run(self._own.statistics_steps(problem, _upcast(tile, problem), None, statistics))
         key = tile.source.block(tile)
         for tables in self._parts(*statistics_of(tile, *statistics)):
             read = self._read_on(tile, *tables) if self._epilogue.reads_tables else (None, None)
@@ -61,9 +66,6 @@ class TritonBackend(Backend):
             self._partials = ()
             inputs = self._inputs(problem, tile, *read)
             self._partials = update_statistics(self._epilogue, tile.query, key, inputs, *tables)
-
-    def weights(self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients) -> Tensor:
-        return self._weights_of(problem, tile, *statistics_of(tile, *coefficients))
 
     def _weights_of(self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         out = self._weights_buffer(tile)
@@ -83,16 +85,20 @@ class TritonBackend(Backend):
         """The tables that a kernel reads: a tile on the diagonal is its own mirror image."""
         return row_table, row_table if tile.diagonal else column_table
 
-    def accumulate_gradients(
+    def gradient_steps(
         self, problem: Problem, tile: Tile, kept: Tensor | None, coefficients, d_query, d_source
-    ) -> None:
+    ) -> list[Step]:
+        return [partial(self._accumulate_gradients, problem, tile, coefficients, d_query, d_source)]
+
+    def _accumulate_gradients(self, problem: Problem, tile: Tile, coefficients, d_query, d_source) -> None:
         if isinstance(tile.source, OwnColumns):
             tile = _upcast(tile, problem)
-            return self._own.accumulate_gradients(problem, tile, None, coefficients, d_query, d_source)
+            return run(self._own.gradient_steps(problem, tile, None, coefficients, d_query, d_source))
         if self.objective.by_distance:
             return self._accumulate_over_distances(problem, tile, coefficients, d_query)
         if not _fused(tile.query.shape[1], self.objective, problem.is_batch):
-            return super().accumulate_gradients(problem, tile, kept, coefficients, d_query, d_source)
+            w = self._weights_of(problem, tile, *statistics_of(tile, *coefficients))
+            return run(tile.source.output_products(tile, w, self.addmm_, d_query, d_source))
         inputs = self._inputs(problem, tile, *coefficients_of(tile, *coefficients))
         query, key = tile.query, tile.source.block(tile)
         if d_query is not None:
@@ -113,7 +119,7 @@ class TritonBackend(Backend):
             self._accumulate_weights(problem, tile, self._weights_of(problem, tile, *tables), d_query)
 
     def _accumulate_weights(self, problem: Problem, tile: Tile, w: Tensor, d_query: Tensor) -> None:
-        tile.source.accumulate(tile, w, self.addmm_, d_query, None)
+        run(tile.source.output_products(tile, w, self.addmm_, d_query, None))
         of_columns = w.sum(0, dtype=d_query.dtype) if tile.mirrored else None
         none = torch.empty(0, dtype=torch.int64, device=w.device)
         sums = TileSums(w.sum(1, dtype=d_query.dtype), of_columns, none, none, none)
