@@ -73,7 +73,7 @@ class SharedExp {
     const Vec<T> lowest = splat<T>(lowest_);
     Vec<T> shifted[R], f[R];
     for (int r = 0; r < R; ++r) {
-      v[r] = lowest > v[r] ? lowest : v[r];  // a NaN stays
+      v[r] = max(lowest, v[r]);  // a NaN stays
       shifted[r] = multiply_add(v[r], splat<T>(bits_), splat<T>(round_));
     }
     for (int r = 0; r < R; ++r) f[r] = round_ - shifted[r];

@@ -62,11 +62,10 @@ template <int R, typename T>
 inline void fold_max(const Tile<T>& tile, int64_t first, T* tile_max, T* column_max) {
   Vec<T> largest[R];
   for (int r = 0; r < R; ++r) largest[r] = splat<T>(kLowest<T>);
-  const T *s = tile.s + first * tile.stride, *next = next_rows<R>(tile, first);
+  const T* s = tile.s + first * tile.stride;
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
     Vec<T> of_columns = column_max ? load(column_max + j) : Vec<T>{};
     for (int r = 0; r < R; ++r) {
-      if (next) __builtin_prefetch(next + r * tile.stride + j);
       const Vec<T> v = only<T>(load(s + r * tile.stride + j, count) * tile.sign, count, kLowest<T>);
       largest[r] = max(v, largest[r]);
       of_columns = max(v, of_columns);
@@ -91,17 +90,21 @@ inline void raise_rows(const Tile<T>& tile, Statistics<T> rows, T* column_max) {
 }
 
 // Rows [first, first + R): the sums of exp(steepness (v - max)) over each row, added to each column's: of an exp of its
-// own, or of the row's, which `shared` forms and whose factors 1 / shared(max) come later.
+// own, or of the row's, which `shared` forms and whose factors 1 / shared(max) come later. Meanwhile the next slab, which
+// the product has left in the last cache, is fetched into the second.
 template <int R, ColumnExp Mode, typename T>
 inline void fold_sum(const Tile<T>& tile, int64_t first, const T* row_max, T* total, const SharedExp<T>* shared,
                      Statistics<T> columns) {
   Vec<T> sum[R] = {};
-  const T* s = tile.s + first * tile.stride;
+  const T *s = tile.s + first * tile.stride, *next = rows_ahead<R>(tile, first, replearn::kSlabRows);
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
     const Vec<T> column_max = Mode == ColumnExp::own ? load(columns.max + j) : Vec<T>{};
     Vec<T> column_sum = Mode == ColumnExp::none ? Vec<T>{} : load(columns.sum + j);
     Vec<T> e[R], of_columns[R];
-    for (int r = 0; r < R; ++r) e[r] = load(s + r * tile.stride + j, count) * tile.sign;
+    for (int r = 0; r < R; ++r) {
+      if (next) __builtin_prefetch(next + r * tile.stride + j, 0, 2);
+      e[r] = load(s + r * tile.stride + j, count) * tile.sign;
+    }
     if constexpr (Mode == ColumnExp::own) {
       for (int r = 0; r < R; ++r) of_columns[r] = (e[r] - column_max) * tile.steepness;
       exp<T>(of_columns);
@@ -185,7 +188,7 @@ template <int R, ColumnExp Mode, typename T>
 inline void form_weights(const Tile<T>& tile, int64_t first, int64_t begin, int64_t end, T* out, int64_t out_stride,
                          Coefficients<T> rows, const T* row_share, const SharedExp<T>* shared, Coefficients<T> columns,
                          const T* column_share) {
-  const T *s = tile.s + first * tile.stride, *next = next_rows<R>(tile, first);
+  const T *s = tile.s + first * tile.stride, *next = rows_ahead<R>(tile, first, R);
   for_vectors<T>(begin, end, [&](int64_t j, auto count) {
     Vec<T> max_j{}, share_j{}, offset_j{};
     if (Mode == ColumnExp::own) max_j = load(columns.max + j, count);

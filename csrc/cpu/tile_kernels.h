@@ -28,7 +28,7 @@ struct Tile {
   int64_t first_column;   // the tile's, counted the same way
   const Group<T>*row_group, *column_group;  // [rows] and [columns], or null
   bool diagonal;                            // rows and columns are the same: the pairs (i, i) do not count
-  int64_t first_row;                        // of these rows in the whole tile, for its diagonal
+  int64_t first_row, rows_after;            // of these rows in the whole tile, and how many come after them
 };
 
 // The quantities of the softmax family, each a contiguous array over the tile's rows or columns; what they mean

@@ -37,10 +37,11 @@ inline Vec<T> only(Vec<T> v, Part part, T fill) {
   return v;
 }
 
-// The rows after [first, first + R), for whoever fetches them into the first cache ahead of time, or null.
+// The R rows that come `ahead` rows after `first`, of this slab or a later one, for whoever fetches them ahead of time;
+// null if there are not as many.
 template <int R, typename T>
-inline const T* next_rows(const Tile<T>& tile, int64_t first) {
-  return first + 2 * R <= tile.rows ? tile.s + (first + R) * tile.stride : nullptr;
+inline const T* rows_ahead(const Tile<T>& tile, int64_t first, int64_t ahead) {
+  return first + ahead + R <= tile.rows + tile.rows_after ? tile.s + (first + ahead) * tile.stride : nullptr;
 }
 
 template <typename T>

@@ -77,13 +77,14 @@ Tile<T> tile_of(const Tensor& s, const Pairs& pairs) {
           static_cast<T>(scale), static_cast<T>(pairs.bias), static_cast<T>(sign), static_cast<T>(scale * sign),
           vector_of<int64_t>(pairs.target, "target", "row", rows), pairs.first_column,
           vector_of<Group<T>>(pairs.row_group, "row_group", "row", rows),
-          vector_of<Group<T>>(pairs.column_group, "column_group", "column", columns), pairs.diagonal, 0};
+          vector_of<Group<T>>(pairs.column_group, "column_group", "column", columns), pairs.diagonal, 0, 0};
 }
 
 // Rows [first, first + count) of a tile.
 template <typename T>
 Tile<T> rows_of(Tile<T> tile, int64_t first, int64_t count) {
   tile.s += first * tile.stride;
+  tile.rows_after += tile.rows - (first + count);
   tile.rows = count;
   tile.first_row += first;
   if (tile.target) tile.target += first;

@@ -68,10 +68,8 @@ class Backend(ABC):
         """Sweep 2 on one tile: ``W = dL/dl`` from ``kept`` similarities or new ones, and its products
         ``d_query[rows] += W Y``, ``d_source[columns] += W.T X``, each unless it is None."""
 
-    @staticmethod
-    def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-        """``accumulator += a @ b``, accumulated in the accumulator's dtype."""
-        accumulator.addmm_(a, b)
+    addmm_ = staticmethod(Tensor.addmm_)
+    """``addmm_(accumulator, a, b)``: ``accumulator += a @ b``, accumulated in the accumulator's dtype."""
 
     def new_kept(self, problem: Problem, elements: int) -> Tensor:
         """An uninitialised buffer for kept similarities."""
