@@ -61,7 +61,7 @@ def pair_loss(inputs: Inputs, config: Config, of_group=None) -> Tensor:
     refuse_transforms()
     if of_group is None and needs_dispatcher(*inputs.differentiable):
         return torch.ops.replearn_kernels.pair_loss(*inputs, *config)[0]
-    return _PairLoss.apply(of_group or schedules, config, _Form.of(inputs), *_flat(inputs))
+    return _PairLoss.apply(of_group or schedules, config, _Form.of(inputs), inputs, *_flat(inputs))
 
 
 def refuse_transforms() -> None:
@@ -130,14 +130,14 @@ def _flat(inputs: Inputs) -> list[Tensor]:
 
 class _PairLoss(torch.autograd.Function):
     """The eager route: the rule of the operators, without the dispatcher. ``route``: whose forward and backward.
+    ``inputs`` and ``tensors`` are the same: autograd sees tensors that are arguments themselves.
 
     Gradients that came with the forward call are handed over to the first backward call, which scales them in place:
     keeping them for a second would double the memory. Should it come (retain_graph=True), they are computed again.
     """
 
     @staticmethod
-    def forward(ctx, route, config, form, *tensors):
-        inputs, _ = form.split(tensors)
+    def forward(ctx, route, config, form, inputs, *tensors):
         loss, saved, ctx.gradients_in_forward = route.forward(inputs, config)
         ctx.route, ctx.gradients = route, None
         if ctx.gradients_in_forward:
@@ -164,7 +164,7 @@ class _PairLoss(torch.autograd.Function):
 def _arranged(ctx, gradients) -> tuple[Tensor | None, ...]:
     """Gradients, an empty tensor for each that is not due, for the arguments of ``_PairLoss.forward``."""
     due = (gradient if needs else None for gradient, needs in zip(gradients, ctx.config.needs_grad))
-    return None, None, None, *due, *(None for there in ctx.form[3:] if there)
+    return None, None, None, None, *due, *(None for there in ctx.form[3:] if there)
 
 
 def differentiable_once(sources: list[Tensor], gradients) -> tuple[Tensor | None, ...]:
