@@ -1,8 +1,8 @@
 """The large buffers of a run on a CPU, held from one step to the next.
 
 A fresh one of 256 MiB has to be mapped and zeroed page by page, which takes as long as the product that it saves; and
-products read tiles in pages of 2 MiB, which only mapped memory has, some 10 % faster (d = 128). So the largest that was
-asked for stays, as PyTorch's allocator does on a GPU, until :func:`empty_cache`.
+products read tiles faster in pages of 2 MiB, which only mapped memory has (2 to 3 % of a step at d = 128). So the
+largest that was asked for stays, as PyTorch's allocator does on a GPU, until :func:`empty_cache`.
 """
 
 from __future__ import annotations
