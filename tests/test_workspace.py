@@ -40,7 +40,7 @@ def test_what_is_held_can_be_given_back():
     buffer = workspace.kept.take(ELEMENTS, torch.float32)
     buffer.fill_(3)
     empty_cache()
-    assert workspace.kept._buffer is None and (buffer == 3).all()
+    assert not workspace.kept._buffers and (buffer == 3).all()
 
 
 def test_tiles_lie_in_huge_pages():

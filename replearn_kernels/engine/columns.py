@@ -20,6 +20,10 @@ from .counters import count_product
 Step = Callable[[], object]
 """A call that is ready to be made: sweeps.py tells why."""
 
+# Of a tile on the diagonal, 1024 x 1024 at d = 512 on two cores: 3.3 ms whole, 2.8 by strips of 512 rows, 2.6 of 256;
+# at d = 128 0.82, 0.75, 0.77.
+_STRIP_ROWS = 256
+
 
 @dataclass(slots=True, eq=False)
 class SharedColumns:
@@ -52,10 +56,10 @@ class SharedColumns:
             features = features * self.inverse_norms[tile.columns].unsqueeze(1)
         return features.to(tile.query.dtype)
 
-    def product(self, tile: Tile, out: Tensor) -> Step:
+    def products(self, tile: Tile, out: Tensor) -> Iterator[Step]:
         """``out[R, C] = query[R, d] @ features[C, d].T``."""
         count_product(tile.query, out.shape[1])
-        return partial(torch.mm, tile.query, self.block(tile).t(), out=out)
+        yield partial(torch.mm, tile.query, self.block(tile).t(), out=out)
 
     def output_products(
         self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None
@@ -83,6 +87,19 @@ class BatchColumns(SharedColumns):
         yield rows
         for columns in blocks(self.width - rows.stop, size):
             yield slice(columns.start + rows.stop, columns.stop + rows.stop)
+
+    def products(self, tile: Tile, out: Tensor) -> Iterator[Step]:
+        """On the diagonal, of each strip of rows what is on and above it; the rest is the mirror image of that."""
+        if not (tile.diagonal and out.is_cpu):
+            yield from SharedColumns.products(self, tile, out)
+            return
+        columns = self.block(tile).t()
+        for strip in blocks(out.shape[0], _STRIP_ROWS):
+            query = tile.query[strip]
+            count_product(query, out.shape[1] - strip.start)
+            yield partial(torch.mm, query, columns[:, strip.start :], out=out[strip, strip.start :])
+            if strip.stop < out.shape[0]:
+                yield partial(out[strip.stop :, strip].copy_, out[strip, strip.stop :].t())
 
     def output_products(
         self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None
@@ -133,9 +150,9 @@ class OwnColumns:
     def block(self, tile: Tile) -> Tensor:
         return self.features[tile.rows, tile.columns].to(tile.query.dtype)
 
-    def product(self, tile: Tile, out: Tensor) -> Step:
+    def products(self, tile: Tile, out: Tensor) -> Iterator[Step]:
         count_product(tile.query, out.shape[1])
-        return partial(torch.bmm, self.block(tile), tile.query.unsqueeze(2), out=out.unsqueeze(2))
+        yield partial(torch.bmm, self.block(tile), tile.query.unsqueeze(2), out=out.unsqueeze(2))
 
     def output_products(
         self, tile: Tile, weights: Tensor, addmm_, d_query: Tensor | None, d_features: Tensor | None

@@ -12,55 +12,66 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from . import native
+
 _HUGE_PAGE = 2**21
 
 
 class Held:
-    """One buffer for one purpose, which is asked for again and again."""
+    """Buffers for one purpose, which is asked for again and again: ``count`` at most."""
 
-    def __init__(self, least_bytes: int):
+    def __init__(self, least_bytes: int, count: int = 1):
         self._least_bytes = least_bytes  # less is left to the C library's allocator, which keeps freed memory itself
+        self._count = count
         self._lock = Lock()  # two threads must not find the same buffer free
-        self._buffer: Tensor | None = None
-        self._uses_when_free = 0
+        self._buffers: list[tuple[Tensor, int]] = []  # and the uses of each when it is free
 
     def take(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised, ``[elements]``: the held buffer, or where that is in use or too small a new one."""
+        """Uninitialised, ``[elements]``: a held buffer, or where those are in use or too small a new one."""
         size = elements * dtype.itemsize
         if size < self._least_bytes:
             return torch.empty(elements, dtype=dtype)
         with self._lock:
-            free = self._buffer is None or _uses(self._buffer) == self._uses_when_free
-            if free and (self._buffer is None or self._buffer.numel() < size):
-                self._buffer = None  # before the new one is there
-                self._buffer = _new(size)
-                self._uses_when_free = _uses(self._buffer)
-            buffer = self._buffer if free else _new(size)
-            return buffer[:size].view(dtype)
+            return self._take(size).view(dtype)
+
+    def _take(self, size: int) -> Tensor:
+        free = [k for k, (buffer, uses) in enumerate(self._buffers) if _uses(buffer) == uses]
+        for k in free:
+            if self._buffers[k][0].numel() >= size:
+                return self._buffers[k][0][:size]
+        if free:
+            del self._buffers[free[0]]  # before the new one is there
+        buffer = _new(size)
+        if len(self._buffers) < self._count:
+            self._buffers.append((buffer, _uses(buffer)))
+        return buffer[:size]
 
     def drop(self) -> None:
         with self._lock:
-            self._buffer = None
+            self._buffers.clear()
 
 
 kept = Held(least_bytes=32 * 2**20)  # similarities, from one sweep to the other
 tile = Held(least_bytes=_HUGE_PAGE)  # the products of one tile, or their W
 distances = Held(least_bytes=_HUGE_PAGE)  # the distances of one tile, where they are needed beside W
+rows = Held(least_bytes=_HUGE_PAGE, count=2)  # normalised or stacked, of both sides, from the forward call to the other
 
 
 def empty_cache() -> None:
-    """Give back the memory that is held between steps on the CPU: the largest ``memory_budget`` of a loss, and tiles.
+    """Give back the memory that is held between steps on the CPU: the largest ``memory_budget`` of a loss, tiles, and
+    normalised rows.
 
     A loss whose backward pass is still to come keeps what it needs.
     """
-    for held in (kept, tile, distances):
+    for held in (kept, tile, distances, rows):
         held.drop()
 
 
 def _new(size: int) -> Tensor:
-    """At least ``size`` bytes, from the start of a huge page on."""
+    """``size`` bytes, from the start of a huge page on."""
     room = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
-    torch.ops.replearn_kernels.advise_huge_pages_.default(room)
+    if native.available():
+        torch.ops.replearn_kernels.advise_huge_pages_.default(room)
     start = -room.data_ptr() % _HUGE_PAGE
     return room[start : start + size]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine import distributed, validation
 from ..engine.backends import resolve_backend
 from ..engine.operators import pair_loss, refuse_forward_mode, refuse_transforms, refuse_wrapped
-from ..engine.problem import Inputs, statistics_dtype
+from ..engine.problem import Inputs
 from ..engine.schedules import Config, on_device_of
 from ..engine.shards import meet
 from ..engine.world import World, telling
@@ -125,19 +125,6 @@ def config_of(inputs: Inputs, objective: Objective, options: Options) -> Config:
     needs_grad = [enabled and tensor.requires_grad for tensor in inputs.differentiable]
     how = options.reduction, options.backend, options.memory_budget
     return Config(objective.name, objective.parameters, *how, needs_grad)
-
-
-def unit_rows(features: Tensor) -> Tensor:
-    """F.normalize in fp32 (fp64), in which a norm does not overflow; a row of zeros has the gradient 0.
-
-    F.normalize divides such a row by 1e-12: in fp16 0 / 0, and elsewhere a gradient 1e12 times the others. Rows are
-    normalised as far as their squares are in range: in fp32 from 1e-19 to 1e19.
-    """
-    rows = features.to(statistics_dtype(features.dtype))
-    squares = rows.square().sum(-1, keepdim=True)  # no vecdot: autocast would round it
-    # Divided by infinity, a row of zeros and its derivatives become 0 without another pass over all rows.
-    lengths = torch.where(squares == 0, torch.inf, squares.clamp(min=torch.finfo(rows.dtype).tiny)).sqrt()
-    return (rows / lengths).to(features.dtype)
 
 
 def autocast(*features: Tensor | None) -> tuple[Tensor | None, ...]:

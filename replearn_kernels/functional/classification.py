@@ -11,8 +11,9 @@ from ..engine import validation
 from ..engine.problem import Inputs
 from ..engine.world import World
 from ..objectives import MarginSoftmax
-from .call import Options, check_pair, in_group, run, unit_rows
+from .call import Options, check_pair, in_group, run
 from .gathered import loss_of_every_rank, loss_over_class_shards
+from .rows import unit_rows
 
 CLASSIFIER_BUDGET = 32 * 2**20
 """Bytes of cosines kept: with a million classes the weight is what fills the memory, and the loss should add little."""

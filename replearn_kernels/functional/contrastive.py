@@ -9,7 +9,8 @@ from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..objectives import Sigmoid, Softmax
-from .call import Options, autocast, check_pair, in_group, run, unit_rows
+from .call import Options, autocast, check_pair, in_group, run
+from .rows import unit_rows
 
 
 @in_group

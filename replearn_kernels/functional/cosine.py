@@ -9,7 +9,7 @@ from .. import reference
 from ..engine import validation
 from ..engine.operators import refuse_transforms
 from ..engine.problem import statistics_dtype
-from .call import unit_rows
+from .rows import unit_rows
 
 COSINE_BACKENDS = ("auto", "torch", "eager")
 

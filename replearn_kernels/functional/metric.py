@@ -11,7 +11,8 @@ from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs, statistics_dtype
 from ..engine.world import World
 from ..objectives import HardLifted, Lifted, MarginContrastive
-from .call import Options, autocast, in_group, run, unit_rows
+from .call import Options, autocast, in_group, run
+from .rows import unit_rows
 
 
 @in_group

@@ -11,7 +11,8 @@ from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..engine.world import World
 from ..objectives import SupCon
-from .call import Options, autocast, check_pair, in_group, run, unit_rows
+from .call import Options, autocast, check_pair, in_group, run
+from .rows import stacked, unit_rows
 
 
 @in_group
@@ -58,7 +59,7 @@ def nt_xent_loss(
     validation.check_same_rows("z_i", z_i, "z_j", z_j)
     sample = _own_samples(z_i.shape[0], z_i, group).repeat(2)
     options = reduction, backend, memory_budget, group, strategy
-    return _batch_loss(torch.cat([z_i, z_j]), sample, temperature, normalize, options)
+    return _batch_loss([z_i, z_j], sample, temperature, normalize, options)
 
 
 @in_group
@@ -108,7 +109,7 @@ def sup_con_loss(
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
     options = reduction, backend, memory_budget, group, strategy
-    return _batch_loss(features, labels, temperature, normalize, options)
+    return _batch_loss([features], labels, temperature, normalize, options)
 
 
 def _own_samples(count: int, features: Tensor, world: World | None) -> Tensor:
@@ -118,17 +119,16 @@ def _own_samples(count: int, features: Tensor, world: World | None) -> Tensor:
 
 
 def _batch_loss(
-    features: Tensor,
+    views: list[Tensor],
     labels: Tensor,
     temperature: float | Tensor,
     normalize: bool,
     options: tuple,
 ) -> Tensor:
-    """``options``: reduction, backend, memory_budget, group, strategy."""
+    """Of the views' rows, one view after the other. ``options``: reduction, backend, memory_budget, group, strategy."""
     reduction, backend, memory_budget, group, strategy = options
-    logit_scale = validation.check_temperature("temperature", temperature, features)
-    options = Options.of(reduction, backend, memory_budget, features, group, strategy)
-    if validation.check_flag("normalize", normalize):
-        features = unit_rows(features)
+    logit_scale = validation.check_temperature("temperature", temperature, views[0])
+    options = Options.of(reduction, backend, memory_budget, views[0], group, strategy)
+    features = unit_rows(*views) if validation.check_flag("normalize", normalize) else stacked(*views)
     inputs = Inputs(features, [], None, None, labels, None, logit_scale, None)
     return run(inputs, SupCon(), options, lambda: reference.sup_con_loss(inputs, reduction))

@@ -42,7 +42,7 @@ class TorchBackend(Backend):
 
     def statistics_steps(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> Iterator[Step]:
         s = self._tile_buffer(tile) if kept is None else kept
-        yield tile.source.product(tile, s)
+        yield from tile.source.products(tile, s)
         yield self._statistics_pass(problem, tile, s, *statistics_of(tile, *statistics))
 
     def gradient_steps(
@@ -52,7 +52,7 @@ class TorchBackend(Backend):
         if kept is None:
             # Distances are needed beside the weights.
             s = self._tile_buffer(tile, "distances") if self.objective.by_distance else w
-            yield tile.source.product(tile, s)
+            yield from tile.source.products(tile, s)
         tables = coefficients_of(tile, *coefficients)
         if self.objective.by_distance:
             yield self._distance_weights_pass(problem, tile, s, kept is not None, w, d_query, *tables)
@@ -131,7 +131,7 @@ class CppBackend(TorchBackend):
         # The three products of N = 8,192 on two cores: d = 128: 0.30 s at 2048 x 512, 0.33 s at 2048 x 1024;
         # d = 512: 1.20 s and 1.13 s, where one tile of 8 MB is still small beside the gradients.
         # Half of a symmetric matrix, N = 8,192, without keeping: d = 128: 0.28 s at 1024 x 1024, 0.31 s at 512 x 512;
-        # d = 512: 0.86 s and 0.90 s, although the tiles on the diagonal, which are formed whole, are larger.
+        # d = 512: 0.86 s and 0.90 s. 2048 x 2048 is no better.
         if is_batch:
             return 1024, 1024
         return 2048, 512 if d < 256 else 1024
