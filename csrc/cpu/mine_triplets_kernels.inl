@@ -153,9 +153,9 @@ inline void nearest_beyond(const T* row, int64_t columns, const T* than, Group<T
 
 template <typename T>
 void nearest_beyond(const T* row, int64_t columns, const T* than, int64_t count, Group<T>* index) {
-  int64_t i = 0;
-  for (; i + kRows <= count; i += kRows) nearest_beyond<kRows>(row, columns, than + i, index + i);
-  for (; i < count; ++i) nearest_beyond<1>(row, columns, than + i, index + i);
+  for_rows(count, [&](int64_t i, auto at_once) {
+    nearest_beyond<at_once.count>(row, columns, than + i, index + i);
+  });
 }
 
 // A binary search for all columns of a block at once, one level after the other: the loop over columns is vectorised.

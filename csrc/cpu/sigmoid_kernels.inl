@@ -37,10 +37,9 @@ inline void sigmoid_rows(
 
 template <bool Write, typename T>
 inline void sigmoid_tile(const Tile<T>& tile, T* out, int64_t out_stride, const T* weight, T* loss, T* weight_sum) {
-  int64_t i = 0;
-  for (; i + kRows <= tile.rows; i += kRows)
-    sigmoid_rows<kRows, Write>(tile, i, out, out_stride, weight, loss, weight_sum);
-  for (; i < tile.rows; ++i) sigmoid_rows<1, Write>(tile, i, out, out_stride, weight, loss, weight_sum);
+  for_rows(tile.rows, [&](int64_t i, auto at_once) {
+    sigmoid_rows<at_once.count, Write>(tile, i, out, out_stride, weight, loss, weight_sum);
+  });
 }
 
 template <typename T>

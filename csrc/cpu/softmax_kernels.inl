@@ -79,9 +79,7 @@ inline void fold_max(const Tile<T>& tile, int64_t first, T* tile_max, T* column_
 template <typename T>
 inline void raise_rows(const Tile<T>& tile, Statistics<T> rows, T* column_max) {
   T tile_max[replearn::kSlabRows];
-  int64_t i = 0;
-  for (; i + kRows <= tile.rows; i += kRows) fold_max<kRows>(tile, i, tile_max, column_max);
-  for (; i < tile.rows; ++i) fold_max<1>(tile, i, tile_max, column_max);
+  for_rows(tile.rows, [&](int64_t i, auto at_once) { fold_max<at_once.count>(tile, i, tile_max, column_max); });
   for_vectors<T>(0, tile.rows, [&](int64_t k, auto count) {
     const Vec<T> old = load(rows.max + k, count), raised = max(load(tile_max + k, count), old);
     store(rows.sum + k, load(rows.sum + k, count) * exp<T>((old - raised) * tile.steepness), count);
@@ -127,9 +125,9 @@ inline void fold_sum(const Tile<T>& tile, int64_t first, const T* row_max, T* to
 template <ColumnExp Mode, typename T>
 inline void fold_sums(const Tile<T>& tile, Statistics<T> rows, const SharedExp<T>* shared, Statistics<T> columns) {
   T total[replearn::kSlabRows];
-  int64_t i = 0;
-  for (; i + kRows <= tile.rows; i += kRows) fold_sum<kRows, Mode>(tile, i, rows.max, total, shared, columns);
-  for (; i < tile.rows; ++i) fold_sum<1, Mode>(tile, i, rows.max, total, shared, columns);
+  for_rows(tile.rows, [&](int64_t i, auto at_once) {
+    fold_sum<at_once.count, Mode>(tile, i, rows.max, total, shared, columns);
+  });
   for_vectors<T>(0, tile.rows, [&](int64_t k, auto count) {
     Vec<T> of_tile = load(total + k, count);
     if (Mode == ColumnExp::shared) of_tile /= (*shared)(load(rows.max + k, count));
@@ -239,11 +237,10 @@ inline void all_weights(const Tile<T>& tile, int64_t begin, int64_t end, T* out,
     const Coefficients<T> block{columns.max + begin, columns.log_sum + begin, columns.weight + begin, nullptr, nullptr};
     shares<Mode>(end - begin, block, shared, column_share);
   }
-  int64_t i = 0;
-  for (; i + kRows <= tile.rows; i += kRows)
-    form_weights<kRows, Mode>(tile, i, begin, end, out, out_stride, rows, row_share, shared, columns, column_share);
-  for (; i < tile.rows; ++i)
-    form_weights<1, Mode>(tile, i, begin, end, out, out_stride, rows, row_share, shared, columns, column_share);
+  for_rows(tile.rows, [&](int64_t i, auto at_once) {
+    form_weights<at_once.count, Mode>(
+        tile, i, begin, end, out, out_stride, rows, row_share, shared, columns, column_share);
+  });
 }
 
 // W of the rows' targets, each with exps of its own: a target that takes all of the softmax leaves exactly 0.

@@ -26,6 +26,19 @@ inline void for_vectors(int64_t begin, int64_t end, const F& body) {
   if (j < end) body(j, Part{end - j});
 }
 
+template <int R>
+struct Rows {
+  static constexpr int count = R;
+};
+
+// Calls body(i, at_once) for the rows [0, end): for kRows of them at a time, and one by one for those that are left.
+template <typename F>
+inline void for_rows(int64_t end, const F& body) {
+  int64_t i = 0;
+  for (; i + kRows <= end; i += kRows) body(i, Rows<kRows>{});
+  for (; i < end; ++i) body(i, Rows<1>{});
+}
+
 // `v` with the lanes that are no columns set to `fill`.
 template <typename T>
 inline Vec<T> only(Vec<T> v, Whole<T>, T) {

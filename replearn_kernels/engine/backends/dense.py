@@ -65,15 +65,13 @@ class TorchBackend(Backend):
 
     def _statistics_pass(self, problem: Problem, tile: Tile, s: Tensor, row_table, column_table) -> Step:
         """Folds products ``s`` into the tables; where similarities are distances, leaves those in ``s``."""
-        pairs = self._pairs(problem, tile)
-        if not self.objective.by_distance:
-            return partial(self.objective.update_statistics, s, pairs, row_table, column_table)
+        if self.objective.by_distance:
+            return partial(self._fold_distances, problem, tile, s, row_table, column_table)
+        return partial(self.objective.update_statistics, s, self._pairs(problem, tile), row_table, column_table)
 
-        def fold() -> None:
-            distances.negative_distances_(s, self._points(problem, tile))
-            self.objective.update_statistics(s, pairs, row_table, column_table)
-
-        return fold
+    def _fold_distances(self, problem: Problem, tile: Tile, s: Tensor, row_table, column_table) -> None:
+        distances.negative_distances_(s, self._points(problem, tile))
+        self.objective.update_statistics(s, self._pairs(problem, tile), row_table, column_table)
 
     def _weights_pass(self, problem: Problem, tile: Tile, s: Tensor, out: Tensor, row_table, column_table) -> Step:
         """``out`` = W of products ``s``."""
@@ -83,16 +81,17 @@ class TorchBackend(Backend):
         self, problem: Problem, tile: Tile, v: Tensor, formed: bool, out: Tensor, d_query, row_table, column_table
     ) -> Step:
         """``out`` = dL/d products, of distances ``v`` or of products; the rest of the gradient goes to d_query."""
+        return partial(self._weigh_distances, problem, tile, v, formed, out, d_query, row_table, column_table)
 
-        def form() -> None:
-            points = self._points(problem, tile)
-            if not formed:
-                distances.negative_distances_(v, points)
-            self.objective.weights(v, out, self._pairs(problem, tile), row_table, column_table)
-            sums = distances.chain_(out, v, points)
-            distances.finish_tile_(problem.given_rows, problem.query, tile, sums, d_query)
-
-        return form
+    def _weigh_distances(
+        self, problem: Problem, tile: Tile, v: Tensor, formed: bool, out: Tensor, d_query, row_table, column_table
+    ) -> None:
+        points = self._points(problem, tile)
+        if not formed:
+            distances.negative_distances_(v, points)
+        self.objective.weights(v, out, self._pairs(problem, tile), row_table, column_table)
+        sums = distances.chain_(out, v, points)
+        distances.finish_tile_(problem.given_rows, problem.query, tile, sums, d_query)
 
     def _points(self, problem: Problem, tile: Tile) -> distances.Points:
         return problem.points(tile, self.objective.by_distance == "square")
