@@ -58,12 +58,15 @@ def machine(device: str) -> dict[str, object]:
 
 
 def cpu_model() -> str:
+    """The name, and on x86 family and model: a virtual machine's name may be that of a dozen generations."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    known = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    name = known.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{key.removeprefix('cpu ')} {known[key]}" for key in ("cpu family", "model") if key in known]
+    return ", ".join([name, *numbers])
 
 
 def version(distribution: str) -> str:

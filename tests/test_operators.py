@@ -244,6 +244,38 @@ def test_compile_over_distances(name, backend, rng):
             torch.testing.assert_close(a, b)
 
 
+FORMULAS = {
+    "clip": lambda x, labels, s, **k: clip_loss(x, x.roll(1, 0), s, **k),
+    "info_nce": lambda x, labels, s, **k: info_nce_loss(x, x.roll(1, 0), target=labels, logit_scale=s, **k),
+    "siglip": lambda x, labels, s, **k: siglip_loss(x, x.roll(1, 0), s, s - 3, **k),
+    "sup_con": lambda x, labels, s, **k: sup_con_loss(x, labels, temperature=s, **k),
+    "arcface": lambda x, labels, s, **k: arcface_loss(x, x.roll(1, 0), labels, scale=3.0, **k) + s,
+    "lifted": lambda x, labels, s, **k: lifted_structure_loss(x, labels, **k) * s,
+    "batch_hard": lambda x, labels, s, **k: triplet_margin_loss(x, labels, mining="batch_hard", **k) * s,
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_compile_of_the_plain_formulas(name, rng):
+    """backend="eager" in one graph too: its checks of values become nodes of the graph."""
+    torch._dynamo.reset()
+    x, labels = torch.randn(10, 6, generator=rng), torch.tensor([0, 0, 1, 2, 1, 0, 3, 3, 4, 0])
+    step = partial(FORMULAS[name], backend="eager")
+    compiled, results = torch.compile(step, fullgraph=True, backend="aot_eager"), []
+    for function in (step, compiled):
+        leaves = [x.clone().requires_grad_(), torch.tensor(0.7).requires_grad_()]
+        loss = function(leaves[0], labels, leaves[1])
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+    if name in ("clip", "info_nce", "siglip", "sup_con"):
+        with pytest.raises(RuntimeError, match="(logit_scale|temperature) must be .*finite"):
+            compiled(x, labels, torch.tensor(torch.nan))
+    if name in ("info_nce", "arcface"):
+        with pytest.raises(RuntimeError, match=r"(target|labels) must be in \[0, 10\)"):
+            compiled(x, labels + 6, torch.tensor(0.7))
+
+
 def test_given_triplets_out_of_range_are_found_in_a_compiled_graph(backend):
     compiled = torch.compile(
         lambda x, n: triplet_margin_loss(x, triplets=(n, n, n), backend=backend), fullgraph=True, backend="aot_eager"
