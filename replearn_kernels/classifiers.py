@@ -11,6 +11,7 @@ from .engine.class_shards import own_classes
 from .engine.world import World
 from .functional.classification import CLASSIFIER_BUDGET, LARGEST_ARCFACE_MARGIN, LARGEST_COSFACE_MARGIN
 from .losses import _Loss
+from .reference import unit_rows
 
 
 class _MarginLoss(_Loss):
@@ -18,7 +19,7 @@ class _MarginLoss(_Loss):
 
     With a ``group`` and ``shard_classes`` those of this rank, about ``classes / R``: the first ranks have one more each
     where R does not divide ``classes``. ``classes`` and labels are those of all ranks, and ``first_class`` is the label
-    of ``weight[0]``.
+    of ``weight[0]``. It starts as normal numbers of variance ``2 / (classes + dim)``.
     """
 
     def __init__(self, dim: int, classes: int, *, scale: float, group, shard_classes: bool, **options):
@@ -41,8 +42,7 @@ class _MarginLoss(_Loss):
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """``scale * cos`` to the own classes, ``[B, C]``, without the margin: for inference, where C x B does fit."""
-        centres = nn.functional.normalize(self.weight, dim=1)
-        return self.options["scale"] * nn.functional.normalize(embeddings, dim=1) @ centres.t()
+        return self.options["scale"] * unit_rows(embeddings) @ unit_rows(self.weight).t()
 
     def extra_repr(self) -> str:
         return f"dim={self.weight.shape[1]}, classes={self.classes}, {super().extra_repr()}"
@@ -51,9 +51,10 @@ class _MarginLoss(_Loss):
 class ArcFaceLoss(_MarginLoss):
     """:func:`~replearn_kernels.arcface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
 
-    Its parameter belongs in the optimizer, beside the encoder's. With a ``group`` each rank owns a part of the
-    ``classes``, which are those of all ranks: keep the module out of DistributedDataParallel, save its state_dict
-    on every rank, and for clipping and gradient scalers see docs/design.md, "Classes and prototypes".
+    Its parameter belongs in the optimizer, beside the encoder's; :meth:`logits` are for inference. With a ``group``
+    each rank owns a part of the ``classes``, which are those of all ranks: keep the module out of
+    DistributedDataParallel, save its state_dict on every rank, and for clipping and gradient scalers see
+    docs/design.md, "Classes and prototypes".
     ``shard_classes=False``: every rank has all of them, as a part of the model that DistributedDataParallel wraps.
     """
 
@@ -83,15 +84,17 @@ class ArcFaceLoss(_MarginLoss):
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of ``embeddings[B, dim]`` with ``labels[B]``, int64 in ``[0, classes)``."""
         return F.arcface_loss(embeddings, self.weight, labels, classes=self.classes, **self.options)
 
 
 class CosFaceLoss(_MarginLoss):
     """:func:`~replearn_kernels.cosface_loss` as a module that owns the weight of ``classes`` centres of width ``dim``.
 
-    Its parameter belongs in the optimizer, beside the encoder's. With a ``group`` each rank owns a part of the
-    ``classes``, which are those of all ranks: keep the module out of DistributedDataParallel, save its state_dict
-    on every rank, and for clipping and gradient scalers see docs/design.md, "Classes and prototypes".
+    Its parameter belongs in the optimizer, beside the encoder's; :meth:`logits` are for inference. With a ``group``
+    each rank owns a part of the ``classes``, which are those of all ranks: keep the module out of
+    DistributedDataParallel, save its state_dict on every rank, and for clipping and gradient scalers see
+    docs/design.md, "Classes and prototypes".
     ``shard_classes=False``: every rank has all of them, as a part of the model that DistributedDataParallel wraps.
     """
 
@@ -121,4 +124,5 @@ class CosFaceLoss(_MarginLoss):
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of ``embeddings[B, dim]`` with ``labels[B]``, int64 in ``[0, classes)``."""
         return F.cosface_loss(embeddings, self.weight, labels, classes=self.classes, **self.options)

@@ -65,6 +65,7 @@ class InfoNCELoss(_Loss):
         negatives: Tensor | None = None,
         logit_scale: float | Tensor = 1.0,
     ) -> Tensor:
+        """The loss of ``query[N, d]`` with ``key[M, d]``; the other tensors as the function takes them."""
         return F.info_nce_loss(
             query, key, target=target, negatives=negatives, logit_scale=logit_scale, **self.options
         )
@@ -201,6 +202,7 @@ class NPairLoss(_Loss):
         )
 
     def forward(self, anchor: Tensor, positive: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The loss of ``anchor[N, d]`` with ``positive[N, d]``, and ``labels[N]`` where rows may share a class."""
         return F.n_pair_loss(anchor, positive, labels=labels, **self.options)
 
 
@@ -229,6 +231,7 @@ class NTXentLoss(_Loss):
         )
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        """The loss of two views ``[N, d]`` of N samples."""
         return F.nt_xent_loss(z_i, z_j, **self.options)
 
 
@@ -257,6 +260,7 @@ class SupConLoss(_Loss):
         )
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The loss of rows ``[N, d]`` with ``labels[N]``, or of views ``[B, V, d]`` with ``labels[B]`` or without."""
         return F.sup_con_loss(features, labels, **self.options)
 
 
@@ -269,6 +273,7 @@ class CosineSimilarityLoss(nn.Module):
         self.options = dict(reduction=reduction, backend=backend)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of ``embeddings[N, d]`` with ``labels[N]``."""
         return F.cosine_similarity_loss(embeddings, labels, **self.options)
 
     def extra_repr(self) -> str:

@@ -18,6 +18,22 @@ from .objectives import BatchAll, BatchHard, HardLifted, Lifted, MarginContrasti
 from .objectives.triplet_distance import TripletDistance
 
 
+def unit_rows(features: Tensor) -> Tensor:
+    """F.normalize in fp32 (fp64), in which a norm does not overflow; a row of zeros has the gradient 0.
+
+    F.normalize divides such a row by 1e-12: in fp16 0 / 0, and elsewhere a gradient 1e12 times the others. Rows are
+    normalised as far as their squares are in range: in fp32 from 1e-19 to 1e19.
+    """
+    rows = features.to(statistics_dtype(features.dtype))
+    return (rows / row_lengths(rows)).to(features.dtype)
+
+
+def row_lengths(rows: Tensor) -> Tensor:
+    """``[..., 1]``. Infinite for zeros: divided by it, such a row and its derivatives become 0 without another pass."""
+    squares = rows.square().sum(-1, keepdim=True)  # no vecdot: autocast would round it
+    return torch.where(squares == 0, torch.inf, squares.clamp(min=torch.finfo(rows.dtype).tiny)).sqrt()
+
+
 def softmax_loss(inputs: Inputs, objective: Softmax, reduction: str) -> Tensor:
     """Cross entropy of every row over keys, queue and own negatives; symmetric: averaged with the columns'."""
     query, key, *_ = _features(inputs)
@@ -62,7 +78,7 @@ def sup_con_loss(inputs: Inputs, reduction: str) -> Tensor:
 def margin_loss(inputs: Inputs, objective: MarginSoftmax, reduction: str) -> Tensor:
     """Cross entropy over cosines, the true class's with the margin."""
     query, weight = _features(inputs)
-    cosine = query @ F.normalize(weight, dim=1).t()
+    cosine = query @ unit_rows(weight).t()
     true = cosine.gather(1, inputs.target.unsqueeze(1))
     m = objective.margin
     if objective.angular:

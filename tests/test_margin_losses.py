@@ -97,6 +97,23 @@ def test_the_loss_falls_with_the_angle_past_pi(backend):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_lengths_of_rows_and_weights_do_not_matter(name, backend, rng):
+    x, weight = torch.randn(8, 4, generator=rng), torch.randn(5, 4, generator=rng)
+    labels, loss = torch.arange(8) % 5, LOSSES[name]
+    expected = loss(x, weight, labels, backend="eager")
+    for size in (2.0**-60, 2.0**60):
+        torch.testing.assert_close(loss(size * x, weight, labels, backend=backend), expected)
+        scaled = (size * weight).requires_grad_()
+        ours = loss(x, scaled, labels, backend=backend)
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(loss(x, scaled, labels, backend="eager"), expected)
+        ours.backward()
+        as_given = weight.clone().requires_grad_()
+        loss(x, as_given, labels, backend=backend).backward()
+        torch.testing.assert_close(scaled.grad * size, as_given.grad)
+
+
+@pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(name, reduction, backend):
     x, weight = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (5, 7))

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from accuracy import unit_rows
+from torch.autograd import forward_ad
 
 from replearn_kernels import (
     ClipLoss,
@@ -310,6 +311,31 @@ def test_second_derivative_through_the_dispatcher(backend):
     (gradient,) = torch.autograd.grad(loss, args[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiable once"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+@pytest.mark.parametrize("memory_budget", [0, 2**20])
+def test_upstream_gradients_that_are_dual_or_batched_are_refused(memory_budget, upstream, backend, rng):
+    """A tangent would be dropped by the C++ passes, and batches have no rule: the formula takes both."""
+    x, y = unit_rows(rng, 20, 8).requires_grad_(), unit_rows(rng, 20, 8)
+    for name in (backend, "eager"):
+        loss = clip_loss(x, y, 9.0, backend=name, memory_budget=memory_budget)
+        plain = torch.autograd.grad(loss, x, retain_graph=True)[0]
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(torch.tensor(upstream), torch.tensor(2.0))
+            if name == "eager":
+                (gradient,) = torch.autograd.grad(loss, x, dual, retain_graph=True)
+                torch.testing.assert_close(forward_ad.unpack_dual(gradient).tangent, 2 * plain)
+            else:
+                with pytest.raises(NotImplementedError, match="forward-mode"):
+                    torch.autograd.grad(loss, x, dual, retain_graph=True)
+        batch = torch.tensor([1.0, upstream])
+        if name == "eager":
+            (gradients,) = torch.autograd.grad(loss, x, batch, is_grads_batched=True)
+            torch.testing.assert_close(gradients[1], upstream * plain)
+        else:
+            with pytest.raises(NotImplementedError, match="is_grads_batched"):
+                torch.autograd.grad(loss, x, batch, is_grads_batched=True)
 
 
 def test_activation_checkpointing(backend, rng):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
-from replearn_kernels import clip_loss, empty_cache, nt_xent_loss
+from replearn_kernels import clip_loss, empty_cache, nt_xent_loss, reference
 from replearn_kernels.engine import workspace
 from replearn_kernels.functional import rows
 
@@ -88,7 +88,7 @@ def test_rows_out_of_range(rng):
     given[:6] = torch.tensor([0, 1e-30, 1e-21, 1e-20, 1e25, torch.nan]).unsqueeze(1)
     upstream = torch.randn(N, D, generator=rng)
     ours = results(rows.unit_rows, [given], upstream)
-    formula = results(lambda view: rows._unit_rows((view,)), [given], upstream)
+    formula = results(lambda view: reference.unit_rows(view), [given], upstream)
     for a, b in zip(ours, formula):
         assert (a[0] == 0).all() and a[5].isnan().all() and a[torch.arange(N) != 5].isfinite().all()
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -120,6 +120,20 @@ def test_forward_mode_and_transforms_take_the_formula(function, small_blocks, rn
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)
     central = (function(first + 1e-6 * tangent, second) - function(first - 1e-6 * tangent, second)) / 2e-6
     torch.testing.assert_close(expected, central, rtol=1e-6, atol=1e-8)
+
+
+def test_one_gradient_after_another_or_all_at_once(rng):
+    """is_grads_batched, and a dual upstream gradient."""
+    given = views(rng, 1)[0].requires_grad_()
+    out, upstream, tangent = rows.unit_rows(given), *torch.randn(2, N, D, generator=rng)
+    both = torch.stack([upstream, tangent])
+    (batched,) = torch.autograd.grad(out, given, both, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(out, given, one, retain_graph=True)[0] for one in both]
+    for a, b in zip(batched, alone):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    with forward_ad.dual_level():
+        (dual,) = torch.autograd.grad(out, given, forward_ad.make_dual(upstream, tangent))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, alone[1], rtol=1e-6, atol=1e-6)
 
 
 def test_memory_is_taken_again_once_nobody_has_it(rng):

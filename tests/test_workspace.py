@@ -6,7 +6,7 @@ import pytest
 import torch
 from accuracy import unit_rows
 
-from replearn_kernels import clip_loss, empty_cache
+from replearn_kernels import clip_loss, empty_cache, nt_xent_loss
 from replearn_kernels.engine import native, workspace
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
@@ -34,6 +34,25 @@ def test_a_free_buffer_is_taken_again_and_one_in_use_is_not():
     del smaller
     assert workspace.kept.take(2 * ELEMENTS, torch.float32).shape == (2 * ELEMENTS,)  # replaced by a larger one
     assert workspace.kept.take(8, torch.float32).untyped_storage().nbytes() == 32  # small ones are nobody's
+
+
+@pytest.mark.parametrize("storage_of", [torch.Tensor.untyped_storage, torch.Tensor.storage])
+def test_memory_of_which_somebody_has_the_storage_is_in_use(storage_of):
+    taken = workspace.kept.take(ELEMENTS, torch.float32)
+    place, storage = taken.data_ptr(), storage_of(taken)
+    del taken
+    assert workspace.kept.take(8 * 2**20, torch.float32).data_ptr() != place
+    del storage
+    assert workspace.kept.take(8 * 2**20, torch.float32).data_ptr() == place
+
+
+def test_another_default_device(rng):
+    """Held memory is the CPU's, whatever torch.device() is at the time."""
+    x, y = unit_rows(rng, 3072, 200), unit_rows(rng, 3072, 200)
+    with torch.device("meta"):
+        losses = [clip_loss(x, y, 10.0, backend="cpp"), nt_xent_loss(x, y), nt_xent_loss(x[:9], y[:9])]
+    empty_cache()
+    assert losses == [clip_loss(x, y, 10.0, backend="cpp"), nt_xent_loss(x, y), nt_xent_loss(x[:9], y[:9])]
 
 
 def test_what_is_held_can_be_given_back():

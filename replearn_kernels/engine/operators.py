@@ -64,12 +64,19 @@ def pair_loss(inputs: Inputs, config: Config, of_group=None) -> Tensor:
     return _PairLoss.apply(of_group or schedules, config, _Form.of(inputs), inputs, *_flat(inputs))
 
 
-def refuse_transforms() -> None:
-    if torch._C._are_functorch_transforms_active():
+def refuse_transforms(grad: Tensor | None = None) -> None:
+    """``grad``: an upstream gradient, which autograd may map over."""
+    if in_transform(grad):
         raise NotImplementedError(
-            "replearn_kernels losses have no rule for torch.func transforms (grad, vmap, jvp, ...); "
-            "use torch.autograd, or backend='eager'."
+            "replearn_kernels losses have no rule for torch.func transforms (grad, vmap, jvp, ...), nor for "
+            "is_grads_batched=True; use torch.autograd for one gradient at a time, or backend='eager'."
         )
+
+
+def in_transform(grad: Tensor | None = None) -> bool:
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def refuse_wrapped(*tensors: Tensor) -> None:
@@ -147,6 +154,8 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
+        refuse_transforms(grad_loss)
+        refuse_forward_mode(grad_loss)
         if ctx.gradients and ctx.route is schedules and not torch.is_grad_enabled():
             gradients, ctx.gradients = ctx.gradients, None
             return _arranged(ctx, schedules.scaled(gradients, grad_loss, ctx.config, in_place=True))

@@ -280,9 +280,10 @@ def sum_at(index: Tensor, values: Tensor, count: int) -> Tensor:
 
 
 def _inverse_norms(features: Tensor) -> Tensor:
-    """``1 / |row|``, ``[M]``; 0 for a row of zeros, whose cosines and gradient are then 0."""
-    norms = torch.linalg.vector_norm(features, dim=1, dtype=statistics_dtype(features.dtype))
-    return torch.where(norms == 0, 0, norms.clamp(min=1e-12).reciprocal())
+    """``1 / |row|``, ``[M]``, as far as squares are in range; 0 for zeros, whose cosines and gradient are then 0."""
+    dtype = statistics_dtype(features.dtype)
+    norms = torch.linalg.vector_norm(features, dim=1, dtype=dtype)
+    return torch.where(norms == 0, 0, norms.clamp(min=torch.finfo(dtype).tiny ** 0.5).reciprocal())
 
 
 def centred(rows: Tensor, unit_rows: bool, centre: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ largest that was asked for stays, as PyTorch's allocator does on a GPU, until :f
 
 from __future__ import annotations
 
+import sys
 from threading import Lock
 
 import torch
@@ -24,31 +25,55 @@ class Held:
         self._least_bytes = least_bytes  # less is left to the C library's allocator, which keeps freed memory itself
         self._count = count
         self._lock = Lock()  # two threads must not find the same buffer free
-        self._buffers: list[tuple[Tensor, int]] = []  # and the uses of each when it is free
+        self._buffers: list[_Buffer] = []
 
     def take(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Uninitialised, ``[elements]``: a held buffer, or where those are in use or too small a new one."""
         size = elements * dtype.itemsize
         if size < self._least_bytes:
-            return torch.empty(elements, dtype=dtype)
+            return torch.empty(elements, dtype=dtype, device="cpu")
         with self._lock:
             return self._take(size).view(dtype)
 
     def _take(self, size: int) -> Tensor:
-        free = [k for k, (buffer, uses) in enumerate(self._buffers) if _uses(buffer) == uses]
-        for k in free:
-            if self._buffers[k][0].numel() >= size:
-                return self._buffers[k][0][:size]
+        free = [buffer for buffer in self._buffers if buffer.is_free]
+        for buffer in free:
+            if buffer.tensor.numel() >= size:
+                return buffer.tensor[:size]
         if free:
-            del self._buffers[free[0]]  # before the new one is there
-        buffer = _new(size)
+            self._buffers.remove(free[0])
+            free.clear()
+            del buffer  # before the new one is there
+        buffer = _Buffer(size)
         if len(self._buffers) < self._count:
-            self._buffers.append((buffer, _uses(buffer)))
-        return buffer[:size]
+            self._buffers.append(buffer)
+        return buffer.tensor[:size]
 
     def drop(self) -> None:
         with self._lock:
             self._buffers.clear()
+
+
+class _Buffer:
+    """``size`` bytes, from the start of a huge page on."""
+
+    def __init__(self, size: int):
+        room = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8, device="cpu")
+        if native.available():
+            torch.ops.replearn_kernels.advise_huge_pages_.default(room)
+        start = -room.data_ptr() % _HUGE_PAGE
+        self.tensor = room[start : start + size]
+        del room
+        self._storage = self.tensor.untyped_storage()
+        self._uses_when_free = self._uses()
+
+    @property
+    def is_free(self) -> bool:
+        return self._uses() == self._uses_when_free
+
+    def _uses(self) -> tuple[int, int]:
+        """Of the memory, by tensors; and of its one Python object, which any tensor's ``untyped_storage()`` returns."""
+        return torch._C._storage_Use_Count(self._storage._cdata), sys.getrefcount(self._storage)
 
 
 kept = Held(least_bytes=32 * 2**20)  # similarities, from one sweep to the other
@@ -65,17 +90,3 @@ def empty_cache() -> None:
     """
     for held in (kept, tile, distances, rows):
         held.drop()
-
-
-def _new(size: int) -> Tensor:
-    """``size`` bytes, from the start of a huge page on."""
-    room = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8)
-    if native.available():
-        torch.ops.replearn_kernels.advise_huge_pages_.default(room)
-    start = -room.data_ptr() % _HUGE_PAGE
-    return room[start : start + size]
-
-
-def _uses(buffer: Tensor) -> int:
-    """Of the memory, by any tensor."""
-    return torch._C._storage_Use_Count(buffer.untyped_storage()._cdata)

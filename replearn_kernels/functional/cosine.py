@@ -29,7 +29,7 @@ def cosine_similarity_loss(
     it needs no pairs: the sum of the ``x_j`` of every class and of all take O(N d), plus a sort of the labels.
 
     Args:
-        embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides. They are normalised here, as in ``F.normalize``;
+        embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides. They are normalised here;
             a row of zeros has cosine 0 with all others, and gradient 0.
         labels: ``[N]``, any integer dtype, any values.
         reduction: "mean" over the N rows, "sum", or "none": ``[N]``.

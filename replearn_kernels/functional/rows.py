@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import reference
 from ..engine import workspace
 from ..engine.columns import blocks
-from ..engine.operators import needs_dispatcher
+from ..engine.operators import in_transform, needs_dispatcher
 from ..engine.problem import statistics_dtype
 
 _BLOCK_ELEMENTS = 2**18  # 1 MiB: what a block is read for a second time comes from a core's cache
@@ -24,31 +25,17 @@ def stacked(*views: Tensor) -> Tensor:
 
 
 def unit_rows(*views: Tensor) -> Tensor:
-    """F.normalize of all their rows, in fp32 (fp64), where a norm does not overflow; a row of zeros has the gradient 0.
-
-    F.normalize divides such a row by 1e-12: in fp16 0 / 0, and elsewhere a gradient 1e12 times the others. Rows are
-    normalised as far as their squares are in range: in fp32 from 1e-19 to 1e19.
-    """
-    return _Rows.apply(True, *views) if _in_held_memory(views) else _unit_rows(views)
-
-
-def _unit_rows(views: tuple[Tensor, ...]) -> Tensor:
-    features = views[0] if len(views) == 1 else torch.cat(views)
-    rows = features.to(statistics_dtype(features.dtype))
-    return (rows / _lengths(rows)).to(features.dtype)
-
-
-def _lengths(rows: Tensor) -> Tensor:
-    """Divided by infinity, a row of zeros and its derivatives become 0 without another pass over all rows."""
-    squares = rows.square().sum(-1, keepdim=True)  # no vecdot: autocast would round it
-    return torch.where(squares == 0, torch.inf, squares.clamp(min=torch.finfo(rows.dtype).tiny)).sqrt()
+    """All their rows, each divided by its length: :func:`~replearn_kernels.reference.unit_rows`."""
+    if _in_held_memory(views):
+        return _Rows.apply(True, *views)
+    return reference.unit_rows(views[0] if len(views) == 1 else torch.cat(views))
 
 
 def _in_held_memory(views: tuple[Tensor, ...]) -> bool:
     """Whether :class:`_Rows` can take them, and gains by it: 256 x 512 take it 0.05 ms longer than the formula."""
     if not views[0].is_cpu or needs_dispatcher(*views) or sum(view.numel() for view in views) <= _BLOCK_ELEMENTS:
         return False
-    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level < 0 and not in_transform()
 
 
 class _Rows(torch.autograd.Function):
@@ -70,7 +57,7 @@ class _Rows(torch.autograd.Function):
         for view, of_view in zip(views, rows.split(ctx.sizes)):
             for block in _blocks(view):
                 wide = view[block].to(dtype)
-                torch.div(wide, _lengths(wide), out=of_view[block])
+                torch.div(wide, reference.row_lengths(wide), out=of_view[block])
         ctx.save_for_backward(*views)
         return rows
 
@@ -79,30 +66,28 @@ class _Rows(torch.autograd.Function):
         parts = grad.split(ctx.sizes)
         if not ctx.normalize:
             return None, *parts
-        views = ctx.saved_tensors
-        gradient_of = _differentiable_gradient if torch.is_grad_enabled() else _gradient
-        of_views = zip(views, parts, ctx.needs_input_grad[1:])
-        return None, *(gradient_of(view, part) if needs else None for view, part, needs in of_views)
+        of_views = zip(ctx.saved_tensors, parts, ctx.needs_input_grad[1:])
+        return None, *(_view_gradient(view, part) if needs else None for view, part, needs in of_views)
 
 
-def _gradient(view: Tensor, grad: Tensor) -> Tensor:
-    """``(g - u <u, g>) / |x|`` for the rows ``u = x / |x|``; without the second term where |x| was raised."""
+def _view_gradient(view: Tensor, grad: Tensor) -> Tensor:
+    """Block by block where nobody differentiates it or maps over it, for which nothing may be written in place."""
     dtype = statistics_dtype(view.dtype)
-    least = torch.finfo(dtype).tiny ** 0.5
-    result = torch.empty(view.shape, dtype=view.dtype)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0 or in_transform(grad):
+        return _gradient(view.to(dtype), grad.to(dtype)).to(view.dtype)
+    result = torch.empty(view.shape, dtype=view.dtype, device=view.device)
     for block in _blocks(view):
-        x, g = view[block].to(dtype), grad[block].to(dtype)
-        lengths = _lengths(x)
-        unit = x / lengths
-        along = (unit * g).sum(-1, keepdim=True).masked_fill_(lengths <= least, 0)
-        torch.div(torch.addcmul(g, unit, along, value=-1), lengths, out=result[block])
+        result[block] = _gradient(view[block].to(dtype), grad[block].to(dtype))
     return result
 
 
-def _differentiable_gradient(view: Tensor, grad: Tensor) -> Tensor:
-    """Under create_graph=True."""
-    (gradient,) = torch.autograd.grad(_unit_rows((view,)), view, grad, create_graph=True)
-    return gradient
+def _gradient(x: Tensor, g: Tensor) -> Tensor:
+    """``(g - u <u, g>) / |x|`` for the rows ``u = x / |x|``; without the second term where |x| was raised."""
+    lengths = reference.row_lengths(x)
+    unit = x / lengths
+    along = (unit * g).sum(-1, keepdim=True)
+    raised = lengths <= torch.finfo(x.dtype).tiny ** 0.5
+    return (g - unit * torch.where(raised, 0, along)) / lengths
 
 
 def _blocks(view: Tensor) -> Iterator[slice]:
