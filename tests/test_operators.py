@@ -13,6 +13,8 @@ from replearn_kernels import (
     clip_loss,
     contrastive_loss,
     count_work,
+    dino_head_loss,
+    dino_loss,
     info_nce_loss,
     lifted_structure_loss,
     n_pair_loss,
@@ -336,6 +338,24 @@ def test_upstream_gradients_that_are_dual_or_batched_are_refused(memory_budget, 
         else:
             with pytest.raises(NotImplementedError, match="is_grads_batched"):
                 torch.autograd.grad(loss, x, batch, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("name", ["triplets", "dino", "dino_head", "dispatcher"])
+def test_the_other_operators_refuse_such_gradients_too(name, backend):
+    x, n = torch.randn(2, 6, 4).requires_grad_(), torch.arange(4)
+    w, center = torch.randn(5, 4), torch.zeros(4)
+    loss = {
+        "triplets": lambda: triplet_margin_loss(x[0], triplets=(n, n + 1, n + 2), backend=backend),
+        "dino": lambda: dino_loss(x, x.detach(), center),
+        "dino_head": lambda: dino_head_loss(x, x.detach(), w, w, torch.zeros(5)),
+        "dispatcher": lambda: torch.ops.replearn_kernels.pair_loss(*arguments(True, "mean", 0, backend))[0],
+    }[name]()
+    inputs = x if name != "dispatcher" else None
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        loss.backward(forward_ad.make_dual(torch.tensor(1.0), torch.tensor(2.0)), inputs=inputs, retain_graph=True)
+    if name != "dispatcher":
+        with pytest.raises(NotImplementedError, match="is_grads_batched"):
+            torch.autograd.grad(loss, x, torch.ones(2), is_grads_batched=True)
 
 
 def test_activation_checkpointing(backend, rng):

@@ -64,6 +64,13 @@ def pair_loss(inputs: Inputs, config: Config, of_group=None) -> Tensor:
     return _PairLoss.apply(of_group or schedules, config, _Form.of(inputs), inputs, *_flat(inputs))
 
 
+def refuse_upstream(grad: Tensor | None) -> None:
+    """In a backward call: many gradients at once, or one with a tangent."""
+    refuse_transforms(grad)
+    if grad is not None:
+        refuse_forward_mode(grad)
+
+
 def refuse_transforms(grad: Tensor | None = None) -> None:
     """``grad``: an upstream gradient, which autograd may map over."""
     if in_transform(grad):
@@ -85,9 +92,9 @@ def refuse_wrapped(*tensors: Tensor) -> None:
         raise NotImplementedError("a loss with group= takes plain tensors: their data goes to other ranks")
 
 
-def refuse_forward_mode(rows: Tensor) -> None:
+def refuse_forward_mode(tensor: Tensor) -> None:
     """For operators whose autograd rule is registered: PyTorch would drop the tangent without a word."""
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(rows).tangent is not None:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
         raise NotImplementedError(
             "replearn_kernels losses have no rule for forward-mode differentiation; use backend='eager'."
         )
@@ -154,8 +161,7 @@ class _PairLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        refuse_transforms(grad_loss)
-        refuse_forward_mode(grad_loss)
+        refuse_upstream(grad_loss)
         if ctx.gradients and ctx.route is schedules and not torch.is_grad_enabled():
             gradients, ctx.gradients = ctx.gradients, None
             return _arranged(ctx, schedules.scaled(gradients, grad_loss, ctx.config, in_place=True))
@@ -209,6 +215,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _dispatched_backward(ctx, grad_loss, _):
+    refuse_upstream(grad_loss)
     inputs, saved = _load(ctx)
     gradients = torch.ops.replearn_kernels.pair_loss_backward(grad_loss, saved, *inputs, *ctx.config)
     # An empty list of parameters passes for a list of no tensors, whose gradients are an empty list.

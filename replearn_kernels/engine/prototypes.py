@@ -21,7 +21,7 @@ from torch import Tensor
 from ..objectives.dino import Dino, Statistics
 from .columns import blocks
 from .counters import count_product
-from .operators import refuse_forward_mode, refuse_second_derivative, refuse_transforms
+from .operators import refuse_forward_mode, refuse_second_derivative, refuse_transforms, refuse_upstream
 from .problem import statistics_dtype
 from .schedules import on_device_of
 
@@ -177,6 +177,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(source_type, operator, ctx, grad_loss, *_):
+    refuse_upstream(grad_loss)
     needs_grad = ctx.needs_input_grad[: len(source_type.student_inputs)]
     config = ctx.student_temp, ctx.teacher_temp, ctx.reduction, list(needs_grad)
     gradients = operator(grad_loss, *ctx.saved_tensors, *config)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import native, validation
 from .listed_pairs import add_differences_, pair_squares
-from .operators import refuse_forward_mode, refuse_second_derivative, refuse_transforms
+from .operators import refuse_forward_mode, refuse_second_derivative, refuse_transforms, refuse_upstream
 from .problem import statistics_dtype
 from .schedules import on_device_of
 
@@ -122,6 +122,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_loss, _):
+    refuse_upstream(grad_loss)
     if grad_loss is None:
         return (None,) * 7
     backward = torch.ops.replearn_kernels.triplet_losses_backward

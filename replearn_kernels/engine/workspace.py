@@ -36,14 +36,12 @@ class Held:
             return self._take(size).view(dtype)
 
     def _take(self, size: int) -> Tensor:
-        free = [buffer for buffer in self._buffers if buffer.is_free]
-        for buffer in free:
-            if buffer.tensor.numel() >= size:
-                return buffer.tensor[:size]
+        free = [k for k, buffer in enumerate(self._buffers) if buffer.is_free]
+        for k in free:
+            if self._buffers[k].tensor.numel() >= size:
+                return self._buffers[k].tensor[:size]
         if free:
-            self._buffers.remove(free[0])
-            free.clear()
-            del buffer  # before the new one is there
+            del self._buffers[free[0]]  # before the new one is there
         buffer = _Buffer(size)
         if len(self._buffers) < self._count:
             self._buffers.append(buffer)
