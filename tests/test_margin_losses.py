@@ -101,7 +101,7 @@ def test_lengths_of_rows_and_weights_do_not_matter(name, backend, rng):
     x, weight = torch.randn(8, 4, generator=rng), torch.randn(5, 4, generator=rng)
     labels, loss = torch.arange(8) % 5, LOSSES[name]
     expected = loss(x, weight, labels, backend="eager")
-    for size in (2.0**-60, 2.0**60):
+    for size in (2.0**-60, 2.0**60):  # beyond, squares are not in fp32's range
         torch.testing.assert_close(loss(size * x, weight, labels, backend=backend), expected)
         scaled = (size * weight).requires_grad_()
         ours = loss(x, scaled, labels, backend=backend)
@@ -111,6 +111,22 @@ def test_lengths_of_rows_and_weights_do_not_matter(name, backend, rng):
         as_given = weight.clone().requires_grad_()
         loss(x, as_given, labels, backend=backend).backward()
         torch.testing.assert_close(scaled.grad * size, as_given.grad)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_weights_too_short_to_be_squared(name, backend, rng):
+    """They count by the length that can be, as the formula has it; a class of zeros has the gradient 0."""
+    x, weight = torch.randn(8, 4, generator=rng), torch.randn(5, 4, generator=rng)
+    weight[:2] *= torch.tensor([[0.0], [6e-20]])
+    results = []
+    for of in (backend, "eager"):
+        leaf = weight.clone().requires_grad_()
+        loss = LOSSES[name](x, leaf, torch.arange(8) % 5, backend=of)
+        loss.backward()
+        results.append((loss, leaf.grad / leaf.grad.abs().amax(1, keepdim=True).clamp(min=1e-30)))
+    for ours, formula in zip(*results):
+        torch.testing.assert_close(ours, formula, rtol=1e-4, atol=1e-5)
+    assert (results[0][1][0] == 0).all()
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -126,6 +126,13 @@ def test_opcheck_tile_passes():
         torch.library.opcheck(arguments[0].default, arguments[1:])
 
 
+def test_opcheck_of_the_checks_of_a_compiled_formula():
+    query, keys, own, target, *others = arguments(True, "mean", 0, "eager")[:8]
+    for given in ((keys, target, *others, "softmax"), ([], None, *others, "sup_con")):
+        inputs = query, given[0], None, *given[1:]
+        torch.library.opcheck(torch.ops.replearn_kernels.checked_rows.default, inputs)
+
+
 @pytest.mark.parametrize("case", ["clip", "chunks", "queue", "own"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(case, dynamic, backend, rng):
@@ -260,11 +267,12 @@ FORMULAS = {
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_compile_of_the_plain_formulas(name, rng):
-    """backend="eager" in one graph too: its checks of values become nodes of the graph."""
+    """backend="eager" in one graph too: its checks of values are a node of the graph."""
     torch._dynamo.reset()
     x, labels = torch.randn(10, 6, generator=rng), torch.tensor([0, 0, 1, 2, 1, 0, 3, 3, 4, 0])
     step = partial(FORMULAS[name], backend="eager")
-    compiled, results = torch.compile(step, fullgraph=True, backend="aot_eager"), []
+    compiler = "inductor" if name == "sup_con" else "aot_eager"  # an exception in a loop of inductor's ends the process
+    compiled, results = torch.compile(step, fullgraph=True, backend=compiler), []
     for function in (step, compiled):
         leaves = [x.clone().requires_grad_(), torch.tensor(0.7).requires_grad_()]
         loss = function(leaves[0], labels, leaves[1])
@@ -272,11 +280,11 @@ def test_compile_of_the_plain_formulas(name, rng):
     for a, b in zip(*results):
         torch.testing.assert_close(a, b)
     if name in ("clip", "info_nce", "siglip", "sup_con"):
-        with pytest.raises(RuntimeError, match="(logit_scale|temperature) must be .*finite"):
-            compiled(x, labels, torch.tensor(torch.nan))
+        with pytest.raises(ValueError, match="(logit_scale|temperature) must be .*finite"):
+            compiled(leaves[0], labels, torch.tensor(torch.nan))
     if name in ("info_nce", "arcface"):
-        with pytest.raises(RuntimeError, match=r"(target|labels) must be in \[0, 10\)"):
-            compiled(x, labels + 6, torch.tensor(0.7))
+        with pytest.raises(ValueError, match=r"(target|labels) must be in \[0, 10\)"):
+            compiled(leaves[0], labels + 6, torch.tensor(0.7))
 
 
 def test_given_triplets_out_of_range_are_found_in_a_compiled_graph(backend):

@@ -36,6 +36,7 @@ def test_a_free_buffer_is_taken_again_and_one_in_use_is_not():
     assert workspace.kept.take(8, torch.float32).untyped_storage().nbytes() == 32  # small ones are nobody's
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("storage_of", [torch.Tensor.untyped_storage, torch.Tensor.storage])
 def test_memory_of_which_somebody_has_the_storage_is_in_use(storage_of):
     taken = workspace.kept.take(ELEMENTS, torch.float32)
@@ -44,6 +45,23 @@ def test_memory_of_which_somebody_has_the_storage_is_in_use(storage_of):
     assert workspace.kept.take(8 * 2**20, torch.float32).data_ptr() != place
     del storage
     assert workspace.kept.take(8 * 2**20, torch.float32).data_ptr() == place
+
+
+def test_memory_that_was_made_under_a_mode_that_keeps_all_it_sees():
+    class Keeps(torch.overrides.TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.seen.append(function(*args, **(kwargs or {})))
+            return self.seen[-1]
+
+    with Keeps() as mode:
+        place = workspace.kept.take(ELEMENTS, torch.float32).data_ptr()
+        assert workspace.kept.take(ELEMENTS, torch.float32).data_ptr() != place
+    mode.seen.clear()
+    assert workspace.kept.take(ELEMENTS, torch.float32).data_ptr() == place
 
 
 def test_another_default_device(rng):

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..objectives import OBJECTIVES
 from . import schedules
 from .problem import Inputs
 from .schedules import Config
+from .validation import check_values
 
 _INPUTS = (
     "Tensor query, Tensor[] keys, Tensor? own, Tensor? target, Tensor? row_group, Tensor? column_group, "
@@ -48,6 +50,21 @@ _library.impl("pair_loss", _forward_with(schedules.forward), "CompositeExplicitA
 _library.impl("pair_loss_backward", _backward_with(schedules.backward), "CompositeExplicitAutograd")
 torch.library.register_fake("replearn_kernels::pair_loss", _forward_with(schedules.fake_forward))
 torch.library.register_fake("replearn_kernels::pair_loss_backward", _backward_with(schedules.fake_backward))
+
+
+def checked_rows(inputs: Inputs, objective) -> Tensor:
+    """The rows, once the values of all inputs were checked: for a traced formula, whose nodes cannot raise by value.
+
+    Not ``torch._assert_async``: in a compiled CPU loop, its exception ends the process.
+    """
+    return torch.ops.replearn_kernels.checked_rows(*inputs, objective.name)
+
+
+def _checked_rows(*arguments) -> Tensor:
+    *inputs, objective = arguments
+    inputs = Inputs(*inputs)
+    check_values(inputs, OBJECTIVES[objective])
+    return inputs.query.clone()
 
 
 def pair_loss(inputs: Inputs, config: Config, of_group=None) -> Tensor:
@@ -226,6 +243,20 @@ torch.library.register_autograd(
     "replearn_kernels::pair_loss", _dispatched_backward, setup_context=_setup_context, lib=_library
 )
 torch.library.register_autograd("replearn_kernels::pair_loss_backward", refuse_second_derivative, lib=_library)
+
+
+def _count_keys(ctx, inputs, output):
+    ctx.keys = len(inputs[1])
+
+
+def _pass_on(ctx, grad_rows):
+    return grad_rows, [None] * ctx.keys, *(None,) * (_COUNT - 1)
+
+
+_library.define(f"checked_rows({_INPUTS}, str objective) -> Tensor")
+_library.impl("checked_rows", _checked_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("replearn_kernels::checked_rows", lambda query, *others: torch.empty_like(query))
+torch.library.register_autograd("replearn_kernels::checked_rows", _pass_on, setup_context=_count_keys, lib=_library)
 
 
 def _save(ctx, config: Config, form: _Form, tensors, saved: list[Tensor]) -> None:

@@ -137,11 +137,16 @@ def _accumulator(features: Tensor, problem: Problem) -> Tensor:
 
 
 def _project_(gradient: Tensor, source: SharedColumns) -> None:
-    """From the gradient of ``y / |y|`` to that of ``y``, in place: ``(g - y <y, g> / |y|^2) / |y|``."""
+    """From the gradient of ``y / |y|`` to that of ``y``, in place: ``(g - y <y, g> / |y|^2) / |y|``.
+
+    Without the second term where |y| was raised to what can be squared.
+    """
+    largest = torch.finfo(gradient.dtype).tiny ** -0.5
     for rows in blocks(gradient.shape[0], 4096):
         g, inverse_norms = gradient[rows], source.inverse_norms[rows].unsqueeze(1)
         unit = source.features[rows].to(g.dtype) * inverse_norms
-        g.sub_(unit * (unit * g).sum(1, keepdim=True)).mul_(inverse_norms)
+        along = (unit * g).sum(1, keepdim=True).masked_fill_(inverse_norms >= largest, 0)
+        g.sub_(unit * along).mul_(inverse_norms)
 
 
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:

@@ -204,40 +204,28 @@ def check_memory_budget(memory_budget: int) -> int:
 
 
 def check_values(inputs: Inputs, objective) -> None:
-    """The checks that read data: target within the keys, scale and bias finite. In a trace, nodes that will."""
+    """The checks that read data: target within the keys, scale and bias finite."""
     dtype = statistics_dtype(inputs.query.dtype)
     if inputs.logit_scale.is_cpu:
-        if objective.by_temperature:
-            check_scale_of_temperature(inputs.logit_scale, dtype)
-        else:
-            check_finite_tensor("logit_scale", inputs.logit_scale, dtype)
+        scale = inputs.logit_scale.item()
+        if not objective.by_temperature:
+            check_finite("logit_scale", scale, dtype)
+        elif not 0 < scale <= torch.finfo(dtype).max:
+            raise ValueError(f"temperature must be positive and finite in {dtype}, got {1 / scale if scale else 'inf'}")
     if inputs.logit_bias is not None and inputs.logit_bias.is_cpu:
-        check_finite_tensor("logit_bias", inputs.logit_bias, dtype)
-    if inputs.target is not None:
-        check_inside(objective.target_name, inputs.target, inputs.widths[0])
-
-
-def check_finite_tensor(name: str, scalar: Tensor, dtype: torch.dtype) -> None:
-    if torch.compiler.is_compiling():
-        torch._assert_async(scalar.detach().abs() <= torch.finfo(dtype).max, f"{name} must be finite in {dtype}")
-    else:
-        check_finite(name, scalar.item(), dtype)
-
-
-def check_scale_of_temperature(scale: Tensor, dtype: torch.dtype) -> None:
-    """``scale``: the temperature's inverse."""
-    rule, largest = f"temperature must be positive and finite in {dtype}", torch.finfo(dtype).max
-    if torch.compiler.is_compiling():
-        torch._assert_async((scale.detach() > 0) & (scale.detach() <= largest), rule)
-    elif not 0 < (value := scale.item()) <= largest:
-        raise ValueError(f"{rule}, got {1 / value if value else 'inf'}")
+        check_finite("logit_bias", inputs.logit_bias.item(), dtype)
+    name = objective.target_name
+    target = inputs.target
+    if target is None or target.numel() == 0:
+        return
+    check_inside(name, target, inputs.widths[0])
 
 
 def check_inside(name: str, index: Tensor, count: int) -> None:
     """In [0, ``count``)."""
     if index.numel() == 0:
         return
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+    if index.device.type == "cpu":
         low, high = (int(bound) for bound in index.aminmax())
         if low < 0 or high >= count:
             wrong = low if low < 0 else high

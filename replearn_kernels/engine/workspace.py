@@ -56,13 +56,14 @@ class _Buffer:
     """``size`` bytes, from the start of a huge page on."""
 
     def __init__(self, size: int):
-        room = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8, device="cpu")
-        if native.available():
-            torch.ops.replearn_kernels.advise_huge_pages_.default(room)
-        start = -room.data_ptr() % _HUGE_PAGE
-        self.tensor = room[start : start + size]
-        del room
-        self._storage = self.tensor.untyped_storage()
+        with torch._C.DisableTorchFunction():  # a TorchFunctionMode may keep all that it sees
+            room = torch.empty(size + _HUGE_PAGE, dtype=torch.uint8, device="cpu")
+            if native.available():
+                torch.ops.replearn_kernels.advise_huge_pages_.default(room)
+            start = -room.data_ptr() % _HUGE_PAGE
+            self.tensor = room[start : start + size]
+            del room
+            self._storage = self.tensor.untyped_storage()
         self._uses_when_free = self._uses()
 
     @property

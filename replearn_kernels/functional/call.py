@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..engine import distributed, validation
 from ..engine.backends import resolve_backend
-from ..engine.operators import pair_loss, refuse_forward_mode, refuse_transforms, refuse_wrapped
+from ..engine.operators import checked_rows, pair_loss, refuse_forward_mode, refuse_transforms, refuse_wrapped
 from ..engine.problem import Inputs
 from ..engine.schedules import Config, on_device_of
 from ..engine.shards import meet
@@ -106,12 +106,15 @@ def _described_value(value):
     return "a tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
-def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[[], Tensor]) -> Tensor:
-    """The fused loss, or with ``backend="eager"`` the formula that ``eager()`` computes."""
+def run(inputs: Inputs, objective: Objective, options: Options, eager: Callable[[Inputs], Tensor]) -> Tensor:
+    """The fused loss, or with ``backend="eager"`` the formula ``eager(inputs)``."""
     if options.backend == "eager":
-        validation.check_values(inputs, objective)
+        if torch.compiler.is_compiling():
+            inputs = inputs._replace(query=checked_rows(inputs, objective))
+        else:
+            validation.check_values(inputs, objective)
         with on_device_of(inputs.query):
-            return eager()
+            return eager(inputs)
     config = config_of(inputs, objective, options)
     if options.world is None:
         return pair_loss(inputs, config)

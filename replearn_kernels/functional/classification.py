@@ -137,4 +137,4 @@ def _margin_loss(
         raise ValueError(f"weight must have {classes} classes, got {len(weight)}")
     if world is not None:
         return loss_of_every_rank(inputs, objective, options)
-    return run(inputs, objective, options, lambda: reference.margin_loss(inputs, objective, reduction))
+    return run(inputs, objective, options, lambda inputs: reference.margin_loss(inputs, objective, reduction))

@@ -223,7 +223,8 @@ def siglip_loss(
     if validation.check_flag("normalize", normalize):
         image, text = unit_rows(image), unit_rows(text)
     inputs = Inputs(image, [text], None, None, query_group, key_group, logit_scale, logit_bias)
-    return run(inputs, Sigmoid(query_group is not None), options, lambda: reference.siglip_loss(inputs, reduction))
+    objective = Sigmoid(query_group is not None)
+    return run(inputs, objective, options, lambda inputs: reference.siglip_loss(inputs, reduction))
 
 
 def _softmax_loss(
@@ -253,7 +254,7 @@ def _softmax_loss(
         query, key, queue, own = (None if t is None else unit_rows(t) for t in (query, key, queue, own))
     keys = [key] if queue is None else [key, queue]
     inputs = Inputs(query, keys, own, target, labels, labels, logit_scale, None)
-    return run(inputs, objective, options, lambda: reference.softmax_loss(inputs, objective, reduction))
+    return run(inputs, objective, options, lambda inputs: reference.softmax_loss(inputs, objective, reduction))
 
 
 def _split_negatives(negatives: Tensor | None, query_name: str, query: Tensor) -> tuple[Tensor | None, Tensor | None]:

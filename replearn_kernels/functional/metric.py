@@ -68,7 +68,7 @@ def lifted_structure_loss(
     margin = validation.check_margin(margin)
     objective = (Lifted if validation.check_flag("smooth", smooth) else HardLifted)(margin)
     inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget, group, strategy)
-    return run(inputs, objective, options, lambda: reference.lifted_structure_loss(inputs, objective, reduction))
+    return run(inputs, objective, options, lambda inputs: reference.lifted_structure_loss(inputs, objective, reduction))
 
 
 @in_group
@@ -111,7 +111,7 @@ def contrastive_loss(
     margin = validation.check_margin(margin)
     objective = MarginContrastive(margin, validation.check_flag("squared", squared))
     inputs, options = labelled_batch(embeddings, labels, reduction, normalize, backend, memory_budget, group, strategy)
-    return run(inputs, objective, options, lambda: reference.contrastive_loss(inputs, objective, reduction))
+    return run(inputs, objective, options, lambda inputs: reference.contrastive_loss(inputs, objective, reduction))
 
 
 def labelled_batch(

@@ -53,11 +53,9 @@ class _Rows(torch.autograd.Function):
         ctx.normalize, ctx.sizes = normalize, [len(view) for view in views]
         if not normalize:
             return torch.cat(views, out=rows)
-        dtype = statistics_dtype(first.dtype)
         for view, of_view in zip(views, rows.split(ctx.sizes)):
             for block in _blocks(view):
-                wide = view[block].to(dtype)
-                torch.div(wide, reference.row_lengths(wide), out=of_view[block])
+                of_view[block] = reference.unit_rows(view[block])
         ctx.save_for_backward(*views)
         return rows
 

@@ -131,4 +131,4 @@ def _batch_loss(
     options = Options.of(reduction, backend, memory_budget, views[0], group, strategy)
     features = unit_rows(*views) if validation.check_flag("normalize", normalize) else stacked(*views)
     inputs = Inputs(features, [], None, None, labels, None, logit_scale, None)
-    return run(inputs, SupCon(), options, lambda: reference.sup_con_loss(inputs, reduction))
+    return run(inputs, SupCon(), options, lambda inputs: reference.sup_con_loss(inputs, reduction))

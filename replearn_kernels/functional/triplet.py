@@ -122,7 +122,7 @@ def triplet_margin_loss(
     if mining == "semi_hard":
         return _semi_hard(inputs, margin, measure, options.backend, reduction)
     objective = BatchHard(margin, measure)
-    losses = run(inputs, objective, options, lambda: reference.batch_hard_losses(inputs, objective))
+    losses = run(inputs, objective, options, lambda inputs: reference.batch_hard_losses(inputs, objective))
     others = other_members(inputs.row_group)
     complete = (others > 0) & (others < len(others) - 1)  # which anchors have a positive and a negative
     return _reduced(losses, _counted(losses, complete.sum(), reduction), reduction)
@@ -131,7 +131,7 @@ def triplet_margin_loss(
 def _batch_all(inputs: Inputs, objective: BatchAll, options: Options, reduction: str) -> Tensor:
     reduction = "mean" if reduction == "mean_nonzero" else reduction
     options = options._replace(reduction=reduction)
-    return run(inputs, objective, options, lambda: reference.batch_all_loss(inputs, objective, reduction))
+    return run(inputs, objective, options, lambda inputs: reference.batch_all_loss(inputs, objective, reduction))
 
 
 def _semi_hard(inputs: Inputs, margin: float, measure: TripletDistance, backend: str, reduction: str) -> Tensor:
