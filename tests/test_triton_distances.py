@@ -109,7 +109,7 @@ def _call(case: dict, leaves: Values, backend: str) -> torch.Tensor:
             objective, inputs = BatchHard(MARGIN, distance), inputs_of(x, labels)
             return run(
                 inputs, objective, Options.of(**options, features=x),
-                lambda: reference.reduce(reference.batch_hard_losses(inputs, objective), options["reduction"]),
+                lambda inputs: reference.reduce(reference.batch_hard_losses(inputs, objective), options["reduction"]),
             )  # fmt: skip
 
 
