@@ -29,9 +29,11 @@ template <typename T>
 inline Range<T> range_of(const T* values, int64_t count, Range<T> range) {
   Vec<T> low = splat<T>(range.low), high = splat<T>(range.high);
   for_vectors<T>(0, count, [&](int64_t k, auto n) {
-    const Vec<T> v = load(values + k, n);
-    low = only<T>(v < low ? v : low, n, range.low);
-    high = only<T>(v > high ? v : high, n, range.high);
+    // The lanes behind the last value are given one that changes nothing. Not `low` and `high` themselves: those lanes
+    // hold what they have collected from the vectors before.
+    const Vec<T> v = only<T>(load(values + k, n), n, range.low);
+    low = v < low ? v : low;
+    high = v > high ? v : high;
   });
   return {-horizontal_max<T>(-low), horizontal_max<T>(high)};
 }
