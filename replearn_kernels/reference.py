@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .engine.problem import Inputs, statistics_dtype
+from .engine.problem import Inputs, is_whole, statistics_dtype
 from .objectives import BatchAll, BatchHard, HardLifted, Lifted, MarginContrastive, MarginSoftmax, Softmax
+from .objectives.margin_softmax import above_rounding, angular_drop, chord_squares
 from .objectives.triplet_distance import TripletDistance
 
 
@@ -77,16 +78,18 @@ def sup_con_loss(inputs: Inputs, reduction: str) -> Tensor:
 
 def margin_loss(inputs: Inputs, objective: MarginSoftmax, reduction: str) -> Tensor:
     """Cross entropy over cosines, the true class's with the margin."""
-    query, weight = _features(inputs)
-    cosine = query @ unit_rows(weight).t()
-    true = cosine.gather(1, inputs.target.unsqueeze(1))
-    m = objective.margin
+    features = _features(inputs)
+    query, weight = (unit_rows(rows) for rows in features)
+    query_whole, weight_whole = (is_whole(1 / row_lengths(rows.detach()).squeeze(1)) for rows in features)
+    normalised = query_whole & weight_whole[inputs.target]
+    square = above_rounding(chord_squares(query, weight[inputs.target], normalised))
+    true, m = 1 - square / 2, objective.margin
     if objective.angular:
-        sine = ((1 - true) * (1 + true)).clamp(min=torch.finfo(true.dtype).eps).sqrt()
-        phi = torch.where(true > -math.cos(m), true * math.cos(m) - sine * math.sin(m), true - m * math.sin(m))
+        sine = safe_sqrt(square * (1 - square / 4).clamp(min=0))
+        phi = torch.where(true > -math.cos(m), true * math.cos(m) - sine * math.sin(m), true - angular_drop(m))
     else:
         phi = true - m
-    logits = inputs.logit_scale * cosine.scatter(1, inputs.target.unsqueeze(1), phi)
+    logits = inputs.logit_scale * (query @ weight.t()).scatter(1, inputs.target.unsqueeze(1), phi.unsqueeze(1))
     return reduce(_cross_entropy(logits, inputs.target, 0.0), reduction)
 
 

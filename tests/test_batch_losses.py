@@ -11,6 +11,7 @@ from accuracy import check_against_eager, unit_rows, value_and_gradients
 from hypothesis import given, settings
 
 from replearn_kernels import count_work, nt_xent_loss, sup_con_loss
+from replearn_kernels.engine import columns
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -182,3 +183,33 @@ def test_without_gradients_half_a_unit(backend, rng):
     with torch.no_grad(), count_work() as work:
         sup_con_loss(z, labels, backend=backend)
     assert work.units(4096, 4096, 16) == 0.5 + STRIP / 4096 / 2
+
+
+@pytest.mark.parametrize("n", [*range(4, 13), 33, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [100, 1e4])
+def test_one_similarity_for_both_of_a_pair(n, dtype, size, backend, rng):
+    """BLAS may round <x_i, x_j> and <x_j, x_i> differently, and at logits of 1e5 to 1e9 a unit is a factor in W."""
+    z = size * unit_rows(rng, 2 * (n // 2), 16, dtype=dtype)
+    labels = torch.arange(len(z)) // 2
+    check_against_eager(
+        lambda z: sup_con_loss(z, labels, normalize=False, backend=backend),
+        lambda z: sup_con_loss(z, labels, normalize=False, backend="eager"),
+        z,
+    )
+    check_against_eager(
+        lambda z: nt_xent_loss(*z.chunk(2), temperature=0.07, normalize=False, backend=backend),
+        lambda z: nt_xent_loss(*z.chunk(2), temperature=0.07, normalize=False, backend="eager"),
+        z,
+    )
+
+
+@pytest.mark.parametrize("n", [2, 7, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tile_on_the_diagonal_is_symmetric(n, dtype):
+    x, s = torch.randn(n, 17, dtype=dtype), torch.empty(n, n, dtype=dtype)
+    whole = slice(0, n)
+    batch = columns.BatchColumns(x, False)
+    columns.run(batch.products(columns.Tile(x, whole, batch, 0, whole), s))
+    assert torch.equal(s, s.t())
+    torch.testing.assert_close(s, x @ x.t())

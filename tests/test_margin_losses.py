@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import check_against_eager, value_and_gradients
+from accuracy import check_against_eager, unit_rows, value_and_gradients
 
 from replearn_kernels import ArcFaceLoss, CosFaceLoss, arcface_loss, cosface_loss, count_work
 
@@ -94,6 +94,73 @@ def test_the_loss_falls_with_the_angle_past_pi(backend):
     )
     within = angle + 0.8 <= math.pi
     assert (losses[within].diff() > 0).all() and (losses[~within].diff() > 0).all()
+
+
+def near_their_centres(angle, dtype, rng, rows=64, d=512):
+    """Embeddings at ``angle`` from their classes, whose neighbours are as near: the margin counts, and so does P."""
+    weight = unit_rows(rng, 100, d, dtype=torch.float64)
+    weight = torch.cat([weight, F.normalize(weight + angle * unit_rows(rng, 100, d, dtype=torch.float64))])
+    x = weight[:rows] + angle * unit_rows(rng, rows, d, dtype=torch.float64)
+    return x.to(dtype), weight.to(dtype), torch.arange(rows)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("angle", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("chosen", ["torch", "cpp", "eager"])
+def test_near_the_centre(name, dtype, tolerance, angle, chosen, rng):
+    """As the very same numbers have it in fp64, to the rounding of the gradients, and in fp32 of logits and unit rows."""
+    x, weight, labels = near_their_centres(angle, dtype, rng)
+
+    def loss(x, w, backend=chosen):
+        return LOSSES[name](x, w, labels, backend=backend)
+
+    exact = value_and_gradients(partial(loss, backend="eager"), x.double(), weight.double())
+    for ours, truth in zip(value_and_gradients(loss, x, weight), exact):
+        # A logit of 64 has an error of 64 eps, a relative one in its probability; an angle one of eps.
+        assert (ours.double() - truth).norm() <= (tolerance + (64 + 1 / angle) * 2**-23) * truth.norm()
+
+
+def test_near_the_centre_under_autocast(rng):
+    """Rows of fp32 are rounded to bf16, and then exact."""
+    x, weight, labels = near_their_centres(1e-2, torch.float32, rng)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = value_and_gradients(lambda x, w: arcface_loss(x, w, labels), x, weight)
+    rounded = [t.bfloat16().double() for t in (x, weight)]
+    exact = value_and_gradients(lambda x, w: arcface_loss(x, w, labels, backend="eager"), *rounded)
+    for a, b in zip(ours, exact):
+        assert (a.double() - b).norm() <= 2**-8 * b.norm()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_on_the_centre(name, dtype, backend, rng):
+    """Nothing moves a row that is its class's direction along it: the others' pull alone is left, here 0 by symmetry."""
+    a, w = torch.eye(3, dtype=dtype)[:1], torch.eye(3, dtype=dtype)[[0, 0, 1]]
+    for length in (1, 3):  # rounded otherwise, and no further from the centre for it
+        value, d_a, d_w = value_and_gradients(
+            lambda a, w: LOSSES[name](length * a, w, torch.tensor([0]), scale=8.0, backend=backend), a, w
+        )
+        assert value.isfinite() and (d_a[0, [0, 2]] == 0).all() and (d_w[:2, [0, 2]] == 0).all()
+    x = F.normalize(torch.randn(6, 48, generator=rng, dtype=torch.float64)).to(dtype)
+    gradients = [
+        value_and_gradients(lambda x: LOSSES[name](x, x.detach() * size, torch.arange(6), backend=backend), x)[1]
+        for size in (1, 3)
+    ]
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=1e-3)
+
+
+@pytest.mark.parametrize("margin", [0.5, 2.3, 2.4, 2.8, math.pi])
+@pytest.mark.parametrize("chosen", ["torch", "cpp", "eager"])
+def test_the_loss_rises_with_the_angle_at_any_margin(margin, chosen):
+    """Where angle and margin exceed pi, too; up to a margin of 2.33 by the published c - m sin m."""
+    angle = torch.linspace(0, math.pi, 1000, dtype=torch.float64)
+    x = torch.stack([angle.cos(), angle.sin()], dim=1)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    losses = arcface_loss(
+        x, weight, torch.zeros(1000).long(), margin=margin, scale=4.0, reduction="none", backend=chosen
+    )
+    assert (losses.diff() > 0).all()
 
 
 @pytest.mark.parametrize("name", LOSSES)

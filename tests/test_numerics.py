@@ -1,5 +1,6 @@
 """Extreme scales, small probabilities, NaN, determinism, and gradients beyond the range of half precision."""
 
+import loss_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -146,3 +147,20 @@ def test_derivatives_of_rows_of_zeros_when_normalised(order, rng):
     expected = derivative(x[others], upstream[others], torch.nn.functional.normalize)
     assert (found[2] == 0).all()
     torch.testing.assert_close(found[others], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-38, 1e-44])
+@pytest.mark.parametrize("name", ["clip", "info_nce", "symmetric", "target", "queue", "siglip", "siglip_groups"])
+@pytest.mark.parametrize("size", [1.0, 1e15])
+def test_a_scale_of_0_and_nearly(scale, name, size, backend, rng):
+    """Every logit is 0, whatever the similarities: at features of 1e15 they are 1e30, at which 1e-30 is not yet nothing."""
+    x, y = (size * torch.randn(40, 8, generator=rng) for _ in range(2))
+    labels = torch.arange(40) % 7
+    exact = loss_cases.value_and_gradients(name, x.double(), y.double(), labels, scale, backend="eager")
+    for a, b in zip(loss_cases.value_and_gradients(name, x, y, labels, scale, backend=backend), exact):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_a_scale_of_0(backend, rng):
+    x, y = (torch.randn(70, 8, generator=rng) for _ in range(2))
+    check_against_eager(lambda *a: clip_loss(*a, backend=backend), eager_clip, x, y, torch.tensor(0.0))

@@ -14,14 +14,16 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def softmax_rate(inputs):
-    """``|scale| log2(e)``. Never 0, at which a masked -inf would become NaN; at 1e-30 every exp2 is 1 all the same."""
-    return tl.maximum(tl.abs(tl.load(inputs.scale).to(tl.float32)), 1e-30) * LOG2_E
+    """``|scale| log2(e)``. Of a scale of 0, at which a masked -inf would become NaN, that of 1: ``v`` is 0 then."""
+    scale = tl.load(inputs.scale).to(tl.float32)
+    return tl.where(scale == 0, 1.0, tl.abs(scale)) * LOG2_E
 
 
 @triton.jit
 def softmax_signed(s, inputs):
-    """``v``: similarities of which a larger one is a larger logit."""
-    return tl.where(tl.load(inputs.scale) < 0, -s, s)
+    """``v``: similarities of which a larger one is a larger logit; 0 under a scale of 0."""
+    scale = tl.load(inputs.scale)
+    return s * tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))
 
 
 @triton.jit
@@ -177,24 +179,23 @@ LIFTED = Epilogue("lifted", sup_con_empty, lifted_reduce, softmax_merge, lifted_
 
 
 @triton.jit
+def margin_others(s, row, column, inputs):
+    """``s``, -inf at the true class, which can be far above the max, and past the edge, where rows and columns repeat."""
+    other = (row < inputs.rows) & (column < inputs.columns) & (is_target(row, column, inputs) == 0)
+    return tl.where(other, s, float("-inf"))
+
+
+@triton.jit
 def margin_reduce(s, row, column, inputs, AXIS: tl.constexpr):
-    """(max, sum of exp) of the other classes, and the true one's cosine: 0 from tiles that do not hold it."""
-    inside = (row < inputs.rows) & (column < inputs.columns)
-    true = is_target(row, column, inputs)
-    top, total = softmax_fold(tl.where(inside & (true == 0), s, float("-inf")), inputs, AXIS)
-    return top, total, tl.sum(tl.where(true & inside, s, 0.0), AXIS)
+    """(max, sum of exp) of the other classes, and 0 for the true one, of which the table knows already."""
+    top, total = softmax_fold(margin_others(s, row, column, inputs), inputs, AXIS)
+    return top, total, tl.zeros_like(top)
 
 
 @triton.jit
 def margin_weights(s, row, column, inputs):
-    """W of ``objectives/margin_softmax.py``: at the true class as given.
-
-    The true class can be far above the max, and so can a column past the edge, which repeats the last one.
-    """
-    true = is_target(row, column, inputs)
-    others = tl.where((column < inputs.columns) & (true == 0), s, float("-inf"))
-    given = load_vector(inputs.row_table + 3 * inputs.row_stride, row, inputs.rows)
-    return tl.where(true, given, softmax_shares(others, row, column, inputs))
+    """W of ``objectives/margin_softmax.py``: 0 at the true class."""
+    return softmax_shares(margin_others(s, row, column, inputs), row, column, inputs)
 
 
 MARGIN_SOFTMAX = Epilogue("margin_softmax", softmax_empty, margin_reduce, softmax_merge, margin_weights)

@@ -50,11 +50,11 @@ class SharedExp {
 
  public:
   // Whether the window holds the tile's maxima. Not, of a NaN or an infinity; nor without a fused multiply-add, whose
-  // single rounding is what keeps the fraction exact; nor of a tile too small to gain by it.
+  // single rounding is what keeps the fraction exact; nor of a tile too small to gain by it; nor if `lowest_` overflows.
   static bool serves(const Tile<T>& tile, Range<T> range) {
 #if defined(REPLEARN_INTRINSIC) || defined(__aarch64__)
     const T bits = tile.steepness * C::log2e, largest = range.high * bits;
-    return tile.rows * tile.columns >= kLeastEntries && (range.high - range.low) * bits <= Window<T>::spread &&
+    return tile.rows * tile.columns >= kLeastEntries && bits >= T(1e-30) && (range.high - range.low) * bits <= Window<T>::spread &&
            largest <= kMostBits && largest >= -kMostBits;
 #else
     return false;

@@ -17,6 +17,17 @@ inline int64_t target_column(const Tile<T>& tile, int64_t i) {
   return column < tile.columns ? column : -1;
 }
 
+// Similarities of 0 under a scale of 0, which cannot be the steepness: a masked similarity, -inf, would become NaN. One
+// that is not finite becomes NaN, as in their product.
+template <typename T>
+void flatten(const Tile<T>& tile) {
+  if (tile.scale != 0) return;
+  for (int64_t i = 0; i < tile.rows; ++i) {
+    T* s = tile.s + i * tile.stride;
+    for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) { store(s + j, load(s + j, count) * T(0), count); });
+  }
+}
+
 // -- sweep 1 ----------------------------------------------------------------------------------------------------------
 
 // Writes the lowest similarity, whose exp is 0, over the entries that count in no sum.
@@ -38,13 +49,14 @@ void mask(const Tile<T>& tile, SoftmaxRoles roles) {
   }
 }
 
-// The similarity of every row's target; where groups make the positives, the sums of theirs, for columns too.
+// The similarity of every row's target, unless it is known; where groups make the positives, the sums of theirs, for
+// columns too.
 template <typename T>
 void pick_positives(const Tile<T>& tile, SoftmaxRoles roles, T* of_rows, T* of_columns) {
   for (int64_t i = 0; i < tile.rows; ++i) {
     const T* s = tile.s + i * tile.stride;
     const int64_t target = target_column(tile, i);
-    if (target >= 0) of_rows[i] = s[target] * tile.sign;
+    if (target >= 0 && !roles.target_apart) of_rows[i] = s[target] * tile.sign;
     if (roles.groups_ignored || !tile.row_group) continue;
     Vec<T> sum{};
     for_same_group(tile, i, [&](int64_t j, auto count, Bits<T> positive) {
@@ -142,6 +154,7 @@ void softmax_statistics(const Tile<T>& tile, SoftmaxRoles roles, Statistics<T> r
     partial.sum[j] = 0;
     if (partial.positive) partial.positive[j] = 0;
   }
+  flatten(tile);
   pick_positives(tile, roles, rows.positive, partial.positive);
   mask(tile, roles);
   raise_rows(tile, rows, partial.max);
@@ -249,7 +262,7 @@ void weigh_targets(const Tile<T>& tile, SoftmaxRoles roles, Coefficients<T> rows
   for (int64_t i = 0; i < tile.rows; ++i) {
     const int64_t j = target_column(tile, i);
     if (j < 0) continue;
-    weights[i] = rows.positive[i];
+    weights[i] = 0;
     if (roles.target_apart) continue;
     const T v = tile.s[i * tile.stride + j] * tile.sign;
     const auto part = [&](Coefficients<T> of, int64_t k) {
@@ -279,6 +292,7 @@ void finish_positives(const Tile<T>& tile, SoftmaxRoles roles, T* out, int64_t o
 template <typename T>
 void softmax_weights(
     const Tile<T>& tile, SoftmaxRoles roles, T* out, int64_t out_stride, Coefficients<T> rows, Coefficients<T> columns) {
+  flatten(tile);
   mask(tile, roles);
   T of_targets[replearn::kSlabRows];
   weigh_targets(tile, roles, rows, columns, of_targets);

@@ -23,7 +23,7 @@ struct Tile {
   T* s;
   int64_t stride, rows, columns;
   T scale, bias;          // logit = scale * s + bias
-  T sign, steepness;      // of the scale: v = sign * s, scaled by steepness > 0
+  T sign, steepness;      // of the scale: v = sign * s, scaled by steepness > 0 (1 where the scale is 0, and v too)
   const int64_t* target;  // [rows] or null: the column of each row's positive, counted from the source's first
   int64_t first_column;   // the tile's, counted the same way
   const Group<T>*row_group, *column_group;  // [rows] and [columns], or null
@@ -44,7 +44,7 @@ struct Coefficients {
 
 // What the softmax family makes of positives beyond the usual.
 struct SoftmaxRoles {
-  bool target_apart;    // the target's entry is no part of the sums, and its W is given
+  bool target_apart;    // the target's entry is no part of the sums, and its W is 0
   bool groups_ignored;  // pairs of a group are left out, but for the target; otherwise they are the positives
 };
 

@@ -71,10 +71,9 @@ Tile<T> tile_of(const Tensor& s, const Pairs& pairs) {
   const int64_t rows = s.size(0), columns = s.size(1);
   STD_TORCH_CHECK(!pairs.diagonal || rows == columns, "a tile on the diagonal must be square");
   STD_TORCH_CHECK(pairs.row_group.has_value() == pairs.column_group.has_value(), "groups of rows and columns go together");
-  // A scale of 0 would turn a masked similarity, which is infinite, into NaN; 1e-30 changes no logit.
-  const double scale = static_cast<T>(pairs.scale) == 0 ? 1e-30 : pairs.scale, sign = scale < 0 ? -1 : 1;
+  const T scale = static_cast<T>(pairs.scale), sign = scale < 0 ? -1 : 1;
   return {static_cast<T*>(s.mutable_data_ptr()), s.stride(0), rows, columns,
-          static_cast<T>(scale), static_cast<T>(pairs.bias), static_cast<T>(sign), static_cast<T>(scale * sign),
+          scale, static_cast<T>(pairs.bias), sign, scale == 0 ? T(1) : scale * sign,
           vector_of<int64_t>(pairs.target, "target", "row", rows), pairs.first_column,
           vector_of<Group<T>>(pairs.row_group, "row_group", "row", rows),
           vector_of<Group<T>>(pairs.column_group, "column_group", "column", columns), pairs.diagonal, 0, 0};

@@ -89,15 +89,16 @@ class BatchColumns(SharedColumns):
             yield slice(columns.start + rows.stop, columns.stop + rows.stop)
 
     def products(self, tile: Tile, out: Tensor) -> Iterator[Step]:
-        """On the diagonal, of each strip of rows what is on and above it; the rest is the mirror image of that."""
-        if not (tile.diagonal and out.is_cpu):
+        """On the diagonal, what is on and above it, by strips of rows; the rest is the mirror image of that."""
+        if not tile.diagonal:
             yield from SharedColumns.products(self, tile, out)
             return
         columns = self.block(tile).t()
-        for strip in blocks(out.shape[0], _STRIP_ROWS):
+        for strip in blocks(out.shape[0], _STRIP_ROWS if out.is_cpu else len(out)):
             query = tile.query[strip]
             count_product(query, out.shape[1] - strip.start)
             yield partial(torch.mm, query, columns[:, strip.start :], out=out[strip, strip.start :])
+            yield partial(_mirror_, out[strip, strip])
             if strip.stop < out.shape[0]:
                 yield partial(out[strip.stop :, strip].copy_, out[strip, strip.stop :].t())
 
@@ -164,6 +165,16 @@ class OwnColumns:
             count_product(tile.query, weights.shape[1])
             outer = d_features[tile.rows, tile.columns]
             yield partial(torch.mul, weights.unsqueeze(2), tile.query.unsqueeze(1), out=outer)
+
+
+def _mirror_(square: Tensor) -> None:
+    """What is above the diagonal, over what is below it.
+
+    BLAS may round <x_i, x_j> and <x_j, x_i> differently (MKL: up to 11 rows in fp32, at most sizes in fp64). One is the
+    other's in W, which subtracts the maxima of both rows: at logits of 1e5 they must not differ by a unit.
+    """
+    below = torch.ones_like(square, dtype=torch.bool).tril_(-1)
+    square.copy_(torch.where(below, square.t(), square))
 
 
 def _add_own_products_(d_query: Tensor, weights: Tensor, block: Tensor) -> None:

@@ -15,7 +15,7 @@ from . import native
 from .columns import blocks
 
 # Elements of the differences formed at a time: 16 MiB in fp32, so that they stay small beside a tile.
-_BLOCK_ELEMENTS = 2**22
+BLOCK_ELEMENTS = 2**22
 
 
 def pair_squares(x: Tensor, i: Tensor, j: Tensor, isolated: Tensor | None = None, plain: bool = False) -> Tensor:
@@ -61,7 +61,7 @@ def positive_pairs(group: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]
     last = partners.cumsum(0)
     before = last - partners
     total = int(last[-1]) if len(group) else 0
-    cuts = torch.arange(0, total, max(_BLOCK_ELEMENTS // max(width, 1), 1), device=group.device)
+    cuts = torch.arange(0, total, max(BLOCK_ELEMENTS // max(width, 1), 1), device=group.device)
     rows = [*torch.searchsorted(last, cuts, right=True).tolist(), len(group)]
     for begin, end in zip(rows, rows[1:]):
         first = torch.repeat_interleave(position[begin:end], partners[begin:end])
@@ -103,7 +103,7 @@ def _differences(x: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, index: Tensor) -> Iterator[slice]:
-    return blocks(len(index), max(_BLOCK_ELEMENTS // max(x.shape[1], 1), 1))
+    return blocks(len(index), max(BLOCK_ELEMENTS // max(x.shape[1], 1), 1))
 
 
 def add_rows_(gradient: Tensor, index: Tensor, values: Tensor) -> None:

@@ -70,6 +70,7 @@ class Problem:
     given_rows: Tensor | None = None  # [N, d]: the queries before they were centred, where similarities are distances
     squares: Tensor | None = None  # [N]: |x_i|^2 of the centred rows
     isolated: Tensor | None = None  # [N]: what is added to the squared distances of row i
+    inverse_norms: Tensor | None = None  # [N]: the rows are the queries times these
     _positive_counts: Tensor | None = None
     _positives: tuple[Tensor, Tensor] | None = None
 
@@ -83,7 +84,7 @@ class Problem:
         sources: list[Source] = [
             SharedColumns(
                 _rows_contiguous(key), needs, has_positives=i == 0,
-                inverse_norms=_inverse_norms(key) if objective.unit_keys else None,
+                inverse_norms=_inverse_norms(key) if objective.unit_features else None,
             )
             for i, (key, needs) in enumerate(zip(inputs.keys, needs_grad[1:]))
         ]  # fmt: skip
@@ -98,7 +99,7 @@ class Problem:
         bias = 0.0 if inputs.logit_bias is None else number_of(inputs.logit_bias)
         return cls(
             query, tuple(sources), target, row_group, column_group, number_of(inputs.logit_scale), bias,
-            given_rows, squares, isolated,
+            given_rows, squares, isolated, _inverse_norms(query) if objective.unit_features else None,
         )  # fmt: skip
 
     @property
@@ -176,8 +177,15 @@ class Problem:
         sources = tuple(source.of_rows(rows) for source in self.sources)
         row_group = None if self.row_group is None else self.row_group[rows]
         return replace(
-            self, query=self.query[rows], sources=sources, given_target=self.target[rows], row_group=row_group
-        )
+            self, query=self.query[rows], sources=sources, given_target=self.target[rows], row_group=row_group,
+            inverse_norms=None if self.inverse_norms is None else self.inverse_norms[rows],
+        )  # fmt: skip
+
+    def unit_query(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The rows as they are compared, ``[R, d]``: of length 1 where the objective has it so."""
+        if self.inverse_norms is None:
+            return self.query[rows].to(dtype)
+        return (self.query[rows] * self.inverse_norms[rows].unsqueeze(1)).to(dtype)  # rounded once, as keys are
 
     def tiles(self, shape: TileShape, compute_dtype: torch.dtype) -> Iterator[Tile]:
         """The walk over tiles: sources, then blocks of rows, then blocks of columns, always in this order.
@@ -187,7 +195,7 @@ class Problem:
         for position, source in enumerate(self.sources):
             row_block, column_block = shape.fit(source)
             for rows in blocks(self.rows, row_block):
-                query = self.query[rows].to(compute_dtype)
+                query = self.unit_query(rows, compute_dtype)
                 for columns in source.column_blocks(rows, column_block):
                     yield Tile(query, rows, source, position, columns)
 
@@ -284,6 +292,11 @@ def _inverse_norms(features: Tensor) -> Tensor:
     dtype = statistics_dtype(features.dtype)
     norms = torch.linalg.vector_norm(features, dim=1, dtype=dtype)
     return torch.where(norms == 0, 0, norms.clamp(min=torch.finfo(dtype).tiny ** 0.5).reciprocal())
+
+
+def is_whole(inverse_norms: Tensor) -> Tensor:
+    """Which rows have a length of 1 once they are multiplied: no zeros, nor what is too short to be squared."""
+    return (inverse_norms > 0) & (inverse_norms < torch.finfo(inverse_norms.dtype).tiny ** -0.5)
 
 
 def centred(rows: Tensor, unit_rows: bool, centre: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .backends.base import Backend, KeptTiles
-from .columns import SharedColumns, Step, Tile, blocks, run
+from .columns import Step, Tile, blocks, run
 from .counters import count_workspace
 from .plan import Plan, TileShape
-from .problem import Problem
+from .problem import Problem, is_whole
 
 # Some 5 KB each. Where a block of features is converted for its products, one at a time: all would be a copy of them.
 _PREPARED_TILES = 64
@@ -82,9 +82,11 @@ class Gradients:
     def finish(self, problem: Problem, factor: float | Tensor, needs_grad: list[bool]) -> list[Tensor | None]:
         """Gradients for queries and sources: the sums, in place, times ``factor`` and the scale. None: not needed."""
         by_scale = factor * problem.scale
+        if self.query is not None and problem.inverse_norms is not None:
+            _project_(self.query, problem.query, problem.inverse_norms)
         for source, gradient in zip(problem.sources, self.sources):
             if gradient is not None and source.inverse_norms is not None:
-                _project_(gradient, source)
+                _project_(gradient, source.features, source.inverse_norms)
         sums = [self.query] if problem.is_batch else [self.query, *self.sources]
         return [gradient.mul_(by_scale) if needs else None for gradient, needs in zip(sums, needs_grad)]
 
@@ -115,6 +117,7 @@ def sweep_gradients(
         return ()
 
     _walk(problem, plan.gradient_tile, backend, steps_of)
+    backend.objective.add_target_gradients(problem, coefficients[0], into.query, into.sources[0])
     count_workspace(kept.buffer, *backend.workspace(), *coefficients)
 
 
@@ -136,17 +139,16 @@ def _accumulator(features: Tensor, problem: Problem) -> Tensor:
     return torch.zeros(features.shape, dtype=problem.statistics_dtype, device=features.device)
 
 
-def _project_(gradient: Tensor, source: SharedColumns) -> None:
+def _project_(gradient: Tensor, features: Tensor, inverse_norms: Tensor) -> None:
     """From the gradient of ``y / |y|`` to that of ``y``, in place: ``(g - y <y, g> / |y|^2) / |y|``.
 
     Without the second term where |y| was raised to what can be squared.
     """
-    largest = torch.finfo(gradient.dtype).tiny ** -0.5
     for rows in blocks(gradient.shape[0], 4096):
-        g, inverse_norms = gradient[rows], source.inverse_norms[rows].unsqueeze(1)
-        unit = source.features[rows].to(g.dtype) * inverse_norms
-        along = (unit * g).sum(1, keepdim=True).masked_fill_(inverse_norms >= largest, 0)
-        g.sub_(unit * along).mul_(inverse_norms)
+        g, inverse = gradient[rows], inverse_norms[rows].unsqueeze(1)
+        unit = features[rows].to(g.dtype) * inverse
+        along = (unit * g).sum(1, keepdim=True).masked_fill_(~is_whole(inverse), 0)
+        g.sub_(unit * along).mul_(inverse)
 
 
 def _inner_product(a: Tensor, b: Tensor) -> Tensor:

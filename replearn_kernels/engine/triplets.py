@@ -67,6 +67,7 @@ def _backward(grad, distances, rows, anchor, positive, negative, margin, distanc
         gradient, plain = new_sums(rows, backend), backend == "torch"
         pairs = anchor.repeat(2), torch.cat([positive, negative]), weight.flatten()
         add_differences_(gradient, rows, *pairs, plain=plain)
+        gradient.add_(rows, alpha=0)  # NaN for a row that is not finite, though no triplet may have been mined with it
         return gradient.to(rows.dtype)
 
 

@@ -13,7 +13,6 @@ from ..engine.world import World
 from ..objectives import MarginSoftmax
 from .call import Options, check_pair, in_group, run
 from .gathered import loss_of_every_rank, loss_over_class_shards
-from .rows import unit_rows
 
 CLASSIFIER_BUDGET = 32 * 2**20
 """Bytes of cosines kept: with a million classes the weight is what fills the memory, and the loss should add little."""
@@ -43,8 +42,11 @@ def arcface_loss(
 
         L_i = logsumexp_j l_ij - l_i,y_i,   l_ij = scale * c_ij,   l_i,y_i = scale * cos(arccos(c_i,y_i) + margin)
 
-    Where the angle and the margin exceed pi, ``c - margin * sin(margin)`` takes the cosine's place, so that the loss
-    goes on falling. B x C is never formed. Gradients are finite at c = 1 and c = -1.
+    Where the angle and the margin exceed pi, ``c - max(margin * sin(margin), 1 - cos(margin))`` takes the cosine's place,
+    so that the loss goes on rising with the angle (the first up to a margin of 2.33, as published; beyond, it would not).
+    The true class's cosine and its gradients are formed from the difference of unit rows, in fp32 or fp64, so that they
+    are right however near a row is to its class. At c = 1, where the angle has no gradient, it is taken as 0.
+    B x C is never formed.
 
     Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 2019 (arXiv:1801.07698).
 
@@ -130,7 +132,7 @@ def _margin_loss(
     validation.check_target(labels, len(embeddings), len(weight), embeddings, name="labels", required=True)
     logit_scale = validation.check_scale("scale", validation.check_positive("scale", scale), embeddings)
     options = Options.of(reduction, backend, memory_budget, embeddings, world)
-    inputs = Inputs(unit_rows(embeddings), [weight], None, labels, None, None, logit_scale, None)
+    inputs = Inputs(embeddings, [weight], None, labels, None, None, logit_scale, None)
     if shard_classes:
         return loss_over_class_shards(inputs, objective, options, classes)
     if classes not in (None, len(weight)):

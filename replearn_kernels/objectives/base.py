@@ -34,8 +34,8 @@ class Objective(ABC):
     """What callers know it by."""
     by_temperature = False
     """Callers know the scale by its inverse, which is positive."""
-    unit_keys = False
-    """The keys are normalised on the fly."""
+    unit_features = False
+    """Rows and keys are normalised on the fly."""
     by_distance: str = ""
     """"distance": similarities are ``-|x_i - x_j|``; "square": ``-|x_i - x_j|^2``; "": products."""
     unit_rows = False
@@ -114,6 +114,12 @@ class Objective(ABC):
     def weights(self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         """``out = W = dL/dl`` of a tile of products ``s``; the two may be the same tensor."""
 
+    def add_target_gradients(
+        self, problem: Problem, row_table: Tensor, d_query: Tensor | None, d_keys: Tensor | None
+    ) -> None:
+        """Add the gradients of the targets that W leaves out, of those of the rows and keys here, to what is due."""
+        return None
+
     def add_pair_gradients(self, problem: Problem, row_table: Tensor, d_query: Tensor) -> None:
         """Add the gradients of pairs that W leaves out, and that are known once the sweep of W has ended: here none."""
         return None
@@ -131,12 +137,10 @@ def empty_table(quantities: int, count: int, like: Tensor) -> Tensor:
 
 
 def sign(scale: float | Tensor) -> int | Tensor:
-    """-1 for a negative scale, else 1; without reading the value of a tensor."""
-    if isinstance(scale, Tensor):
-        return torch.where(scale < 0, -1, 1)
-    return -1 if scale < 0 else 1
+    """-1, 0 or 1; without reading the value of a tensor."""
+    return scale.sign() if isinstance(scale, Tensor) else (scale > 0) - (scale < 0)
 
 
 def steepness(scale: float | Tensor) -> float | Tensor:
-    """``|scale|``, but never 0, at which a masked similarity, -inf, would become NaN; 1e-30 changes no logit."""
-    return abs(scale).clamp(min=1e-30) if isinstance(scale, Tensor) else max(abs(scale), 1e-30)
+    """``|scale|``; 1 where that is 0, as a masked similarity, -inf, would become NaN: the others are 0 by their sign."""
+    return torch.where(scale == 0, 1, abs(scale)) if isinstance(scale, Tensor) else abs(scale) or 1.0

@@ -78,6 +78,8 @@ class Hardest(Objective):
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
         self.add_gradient(problem, row_table, grad_rows, d_query)
+        # Comparisons choose no NaN: without this, a loss of NaN would have finite gradients, all of them 0.
+        d_query += (problem.squares * 0).unsqueeze(1)
         return grad_rows.unsqueeze(0), None
 
     @abstractmethod
