@@ -85,7 +85,8 @@ class DINOLoss(SharesGroup, nn.Module):
 
     @torch._disable_dynamo
     def _step_in_group(self, tensors: tuple[Tensor, ...], epoch: float) -> Tensor:
-        return self._step_of(World.of(dist.group.WORLD if self.group is None else self.group), tensors, epoch)
+        group = dist.group.WORLD if self.group is None else self.group
+        return self._step_of(World.of(group, type(self).__name__), tensors, epoch)
 
     def _step_of(self, world: World | None, tensors: tuple[Tensor, ...], epoch: float) -> Tensor:
         center = self.center.clone()  # the backward pass needs it as it was
@@ -101,7 +102,7 @@ class DINOLoss(SharesGroup, nn.Module):
                 count = self.center.new_full((1,), teacher.shape[:2].numel())
                 total = torch.cat([teacher.sum((0, 1), dtype=dtype).to(dtype), count])
                 if world is not None:
-                    dist.all_reduce(total, group=world.group)
+                    world.sum_(total)
                 count = total[-1]
                 self._move_center(self._mean_logits(total[:-1] / count.clamp(min=1), tensors), count)
         return loss

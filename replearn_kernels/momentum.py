@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .engine import validation
+from .engine.world import World
 
 
 class NegativeQueue(nn.Module):
@@ -209,17 +210,11 @@ def _matched(
 
 def _gather(keys: Tensor) -> Tensor:
     """The keys of all ranks, in the order of the ranks."""
-    count = torch.full((1,), keys.shape[0], device=keys.device)
-    counts = torch.cat(_all_gather(count)).tolist()
+    world = World.of(dist.group.WORLD, "NegativeQueue")
+    counts = [told["rows"] for told in world.meet({"rows": len(keys)}, "push")]
     if len(set(counts)) > 1:
         raise ValueError(f"keys must have as many rows on every rank, got {counts} on ranks 0 to {len(counts) - 1}")
-    return torch.cat(_all_gather(keys.contiguous()))
-
-
-def _all_gather(tensor: Tensor) -> list[Tensor]:
-    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, tensor)
-    return gathered
+    return torch.cat(world.swap([keys.contiguous()] * world.size, counts))
 
 
 def _check_module(name: str, module: nn.Module) -> None:

@@ -73,10 +73,6 @@ def strategy(odd):
     return in_group(clip_loss, features(), features(), 1.0, strategy="ring" if odd else "gather")
 
 
-def another_loss(odd):
-    return in_group(siglip_loss if odd else clip_loss, features(), features(), 1.0)
-
-
 def no_grad(odd):
     with torch.set_grad_enabled(not odd):
         return in_group(clip_loss, features(), features(), 1.0)
@@ -106,13 +102,6 @@ def negatives(odd):
     return in_group(info_nce_loss, features(), features(), negatives=features(2).detach() if odd else None)
 
 
-def another_name(odd):
-    """Two functions of one objective."""
-    if odd:
-        return in_group(sup_con_loss, features(8), torch.arange(8) % 2, temperature=0.5)
-    return in_group(nt_xent_loss, features(), features(), temperature=0.5)
-
-
 def labels_on_some(odd):
     views = torch.ones(4, 2, 3, dtype=torch.float64)
     return in_group(sup_con_loss, views, labels() if odd else None)
@@ -126,13 +115,11 @@ MISMATCHES = [
     (reduction, "reduction must be the same .* got mean on rank 0, 2 and sum on rank 1"),
     (label_smoothing, "label_smoothing must be the same .* on rank 0, 2 and .*0.1.* on rank 1"),
     (strategy, "strategy must be the same .* got gather on rank 0, 2 and ring on rank 1"),
-    (another_loss, "loss must be the same .* got softmax on rank 0, 2 and sigmoid on rank 1"),
     (no_grad, "requires_grad must be the same .* on rank 0, 2 and .*False, False, False.* on rank 1"),
     (frozen, r"requires_grad must be the same .* on rank 0, 2 and \[True, False, False\] on rank 1"),
     (frozen_rows, r"requires_grad must be the same .* got .*True.* on rank 0, 2 and .*False.* on rank 1"),
     (normalize, "normalize must be the same .* got False on rank 0, 2 and True on rank 1"),
     (distance, "distance must be the same .* got euclidean on rank 0, 2 and cosine on rank 1"),
-    (another_name, "function must be the same .* got nt_xent_loss on rank 0, 2 and sup_con_loss on rank 1"),
     (labels_on_some, "labels must be the same .* got None on rank 0, 2 and a tensor on rank 1"),
     (negatives, "negatives must be the same .* got None on rank 0, 2 and queue on rank 1"),
 ]

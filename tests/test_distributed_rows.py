@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from distributed_cases import in_one_process, on_one_rank
 from processes import Ranks, needs_gloo
+from torch.utils.checkpoint import checkpoint
 
 from replearn_kernels import count_work, lifted_structure_loss, triplet_margin_loss
 from replearn_kernels.engine import shards
@@ -193,6 +194,23 @@ def changed_in_place(rank):
 def test_rows_changed_in_place_are_refused(ranks):
     ranks.run(changed_in_place)
     ranks.run(few_held, changed_in_place)
+
+
+def recomputed(rank, mining):
+    labels, x = torch.arange(6) % 2, torch.randn(6, 3).requires_grad_()
+
+    def loss(x):
+        return triplet_margin_loss(x * 1, labels, margin=3.0, mining=mining, group=dist.group.WORLD)
+
+    plain, again = (torch.autograd.grad(call(x), x)[0] for call in (loss, partial(checkpoint, loss, use_reentrant=False)))
+    assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("mining", ["batch_hard", "semi_hard"])
+def test_triplets_inside_an_activation_checkpoint(ranks, mining):
+    """Saved tensors may be read once there."""
+    ranks.run(recomputed, mining)
+    ranks.run(few_held, recomputed, mining)
 
 
 def rows_held(rank, rows, d):

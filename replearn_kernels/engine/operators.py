@@ -183,6 +183,8 @@ class _PairLoss(torch.autograd.Function):
             gradients, ctx.gradients = ctx.gradients, None
             return _arranged(ctx, schedules.scaled(gradients, grad_loss, ctx.config, in_place=True))
         inputs, saved = _load(ctx)
+        if ctx.route is not schedules:
+            ctx.route.layout.world.meet_again("backward")
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             if ctx.gradients_in_forward:
                 saved = ctx.gradients or ctx.route.forward(inputs, ctx.config)[1]

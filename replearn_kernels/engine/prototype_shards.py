@@ -37,6 +37,7 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_losses: Tensor):
         saved = ctx.saved_tensors  # read once: checkpointing allows no more
+        ctx.world.meet_again("backward")
         with torch.no_grad():
             gradients = _HeadLosses._gradients(ctx, saved, grad_losses)
         gradients = differentiable_once([grad_losses, *saved[2:4]], gradients)

@@ -69,7 +69,7 @@ class RemotePairs:
     """
 
     def __init__(self, world: World, counts: list[int], own: Tensor, number: Tensor, held: int):
-        self._own, self.pairs = own, len(own)
+        self.world, self._own, self.pairs = world, own, len(own)
         wanted, self._place = number.unique(return_inverse=True)
         parts = max(world.most(torch.tensor(-(-len(wanted) // max(held, 1)), device=own.device)), 1)
         self._ends = [len(wanted) * part // parts for part in range(parts + 1)]

@@ -19,7 +19,7 @@ from .listed_pairs import add_pairs_, pair_squares
 from .problem import Inputs, Problem, centred, statistics_dtype, sum_at
 from .remote_rows import Route
 from .validation import check_inside, check_values
-from .world import World
+from .world import World, ranks_by
 
 # Elements of the pairs' rows that are fetched at a time: 16 MiB in fp32, as listed_pairs.py forms them.
 _FETCHED_ELEMENTS = 2**22
@@ -305,11 +305,9 @@ def agree(world: World, alike: dict, told: dict) -> list[dict]:
 
 def _check_alike(descriptions: list[dict]) -> None:
     for name in descriptions[0]:
-        ranks: dict[str, list[int]] = {}
-        for rank, description in enumerate(descriptions):
-            ranks.setdefault(str(description.get(name)), []).append(rank)
-        if len(ranks) > 1:
-            values = " and ".join(f"{value} on rank {', '.join(map(str, at))}" for value, at in ranks.items())
+        values = ranks_by([str(description.get(name)) for description in descriptions])
+        if len(values) > 1:
+            values = " and ".join(f"{value} on {ranks}" for value, ranks in values)
             raise ValueError(f"{name} must be the same on every rank of the group, got {values}")
 
 

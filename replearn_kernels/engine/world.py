@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -14,16 +17,27 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .counters import count_sent
 
 
-class World:
-    """The ranks of a group, seen from one of them. Ranks are the group's, 0 to ``size - 1``."""
+_calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # begun on each group
 
-    def __init__(self, group: dist.ProcessGroup):
+
+class World:
+    """The ranks of a group, seen from one call on one of them. Ranks are the group's, 0 to ``size - 1``.
+
+    Whatever a call exchanges, it begins with :meth:`meet`; what its backward pass exchanges, with :meth:`meet_again`.
+    There all ranks bring a message of the same small size, whatever the call: where their calls differ, each finds out,
+    before sizes that differ end a process (gloo) or pass for data.
+
+    Args:
+        name: of the call, as an error tells it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, name: str = ""):
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        self.name, self.number = name, 0  # the calls of a group are numbered from 1, as they meet
         self.keywords: dict = {}  # of the call, which must be the same on every rank
-        self.has_met = False
 
     @classmethod
-    def of(cls, group) -> World | None:
+    def of(cls, group, name: str = "") -> World | None:
         """None without a group, and of a group of one: nobody to exchange anything with.
 
         Raises:
@@ -36,22 +50,58 @@ class World:
             raise ValueError("group must be one that this process is a rank of")
         if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
             raise TypeError(f"group must be a torch.distributed process group, got {type(group).__name__}")
-        world = cls(group)
+        world = cls(group, name)
         return world if world.size > 1 else None
 
-    def meet(self, description: dict) -> list[dict]:
+    @property
+    def has_met(self) -> bool:
+        return self.number > 0
+
+    def meet(self, description: dict, phase: str = "forward") -> list[dict]:
         """The descriptions of all ranks. An "error" in one is an error on all: nobody waits for who will not come.
 
         Raises:
+            RuntimeError: another rank is in another call, on every rank. The group can go on.
             ValueError: another rank has an error.
         """
-        self.has_met = True
-        descriptions: list[dict] = [{}] * self.size
-        dist.all_gather_object(descriptions, description, group=self.group)
+        self.number = _calls[self.group] = _calls.get(self.group, 0) + 1
+        return self._meet(phase, description)
+
+    def meet_again(self, phase: str) -> None:
+        """In a later phase of the call that :meth:`meet` began: the same exceptions. What it can fail by comes before,
+        so that all who have met exchange."""
+        self._meet(phase, {})
+
+    def _meet(self, phase: str, description: dict) -> list[dict]:
+        call = f"{phase} of {self.name}, call {self.number}"
+        told = pickle.dumps({"call": call, "calls": _calls[self.group], **description})
+        # Of every call the same, where it has not failed.
+        digest = int.from_bytes(hashlib.blake2b(call.encode(), digest_size=8).digest(), "big", signed=True)
+        header = torch.tensor([0 if "error" in description else digest, len(told)], device=self._device)
+        digests, sizes = torch.stack(self._all_gather(header)).t().tolist()
+        if not description and set(digests) == {digest}:
+            return []
+        text = torch.tensor(list(told.ljust(max(sizes), b"\0")), dtype=torch.uint8, device=self._device)
+        texts = torch.stack(self._all_gather(text)).tolist()
+        descriptions = [pickle.loads(bytes(text[:size])) for text, size in zip(texts, sizes)]
+        _calls[self.group] = max(told["calls"] for told in descriptions)  # who skipped some has them behind it
         errors = [f"rank {rank}: {told['error']}" for rank, told in enumerate(descriptions) if "error" in told]
         if errors and "error" not in description:
             raise ValueError(f"the loss failed on other ranks of the group: {'; '.join(errors)}")
+        if not errors and set(digests) != {digest}:
+            calls = "; ".join(f"{ranks}: {call}" for call, ranks in ranks_by([told["call"] for told in descriptions]))
+            raise RuntimeError(
+                f"different calls met on the ranks of the group: {calls}. All ranks must make the same calls, forward "
+                "and backward, in the same order. Nothing of these was exchanged."
+            )
         return descriptions
+
+    @property
+    def _device(self) -> torch.device:
+        """Of what the ranks tell each other: the CPU, where the group exchanges from there too, as no GPU is waited for
+        then."""
+        kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(self.group).split(",")]
+        return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
     def tell(self, description: dict) -> None:
         """:meth:`meet`, from wherever an error came up: not inside of what traces or transforms this rank's tensors."""
@@ -63,14 +113,22 @@ class World:
         most = max(counts)
         count_sent((self.size - 1) * tensor.numel())
         padded = torch.nn.functional.pad(tensor, (0, most - tensor.shape[-1]))
-        gathered = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(gathered, padded, group=self.group)
-        return [part[..., :count] for part, count in zip(gathered, counts)]
+        return [part[..., :count] for part, count in zip(self._all_gather(padded), counts)]
+
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor, group=self.group)
+        return gathered
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the ranks, in their order: the same bits everywhere."""
         flat = tensor.reshape(-1)
         return sum(self.gather(flat, [flat.numel()] * self.size)).view(tensor.shape)
+
+    def sum_(self, tensor: Tensor) -> None:
+        """The same in place, for large ones: in their size of memory, and in the backend's own order, the same on all
+        ranks. What it sends is the backend's choice, and not counted."""
+        dist.all_reduce(tensor, group=self.group)
 
     def most(self, count: Tensor) -> int:
         """The largest of the ranks' counts, a number each."""
@@ -126,6 +184,14 @@ def telling(world: World | None) -> Iterator[None]:
             with suppress(RuntimeError):  # the others are gone: the error that came first says more
                 world.tell({"error": f"{type(error).__name__}: {error}"})
         raise
+
+
+def ranks_by(values: list[str]) -> list[tuple[str, str]]:
+    """(value, "rank 0, 2") of each of the ranks' values."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return [(value, f"rank {', '.join(map(str, at))}") for value, at in ranks.items()]
 
 
 def wait(pending: list[dist.Work]) -> None:

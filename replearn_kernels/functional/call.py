@@ -72,7 +72,7 @@ def in_group(function):
 
 @torch._disable_dynamo
 def _in_group(function, group, args, keywords):
-    world = World.of(group)
+    world = World.of(group, function.__name__)
     if world is None:
         return function(*args, group=None, **keywords)
     with telling(world):
@@ -86,15 +86,14 @@ def _in_group(function, group, args, keywords):
 
 
 def _described(function, args, keywords) -> dict:
-    """The function and its arguments as every rank must have them: all but what each is free to choose."""
+    """The arguments as every rank must have them: all but what each is free to choose."""
     try:
         bound = inspect.signature(function).bind(*args, group=None, **keywords)
     except TypeError:  # the call itself will tell
         return {}
     bound.apply_defaults()
     own = ("backend", "memory_budget", "group")
-    given = {name: _described_value(value) for name, value in bound.arguments.items() if name not in own}
-    return {"function": function.__name__, **given}
+    return {name: _described_value(value) for name, value in bound.arguments.items() if name not in own}
 
 
 def _described_value(value):

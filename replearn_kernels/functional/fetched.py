@@ -75,13 +75,15 @@ class _TripletLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        saved = ctx.saved_tensors  # read once: checkpointing allows no more
+        ctx.others.world.meet_again("backward")
         with torch.no_grad():
-            total = _TripletLosses._gradient(ctx, grad)
-        return *differentiable_once([grad, ctx.saved_tensors[0]], [total]), None, None, None, None
+            total = _TripletLosses._gradient(ctx, saved, grad)
+        return *differentiable_once([grad, saved[0]], [total]), None, None, None, None
 
     @staticmethod
-    def _gradient(ctx, grad: Tensor) -> Tensor:
-        rows, distances, from_zero, both = ctx.saved_tensors
+    def _gradient(ctx, saved: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
+        rows, distances, from_zero, both = saved
         margin, distance, backend = ctx.how
         with on_device_of(rows):
             weight = pair_weights(grad, distances, margin, distance, from_zero).flatten()

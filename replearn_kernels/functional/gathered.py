@@ -126,6 +126,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
+        ctx.world.meet_again("backward (gathered rows)")
         with torch.no_grad():
             total = _GatherRows._sent_back(ctx, gradient)
         return *differentiable_once([gradient], [total]), None, None
