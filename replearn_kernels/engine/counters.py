@@ -17,7 +17,7 @@ class Work:
 
     flops: int = 0
     workspace_bytes: int = 0
-    sent_elements: int = 0  # to other ranks, by this one
+    sent_elements: int = 0  # to other ranks, by this one; not what they tell each other of their calls
 
     def units(self, n: int, m: int, d: int) -> float:
         """Products of one N x M x d matrix multiplication, ``2 N M d`` FLOPs each."""

@@ -18,6 +18,7 @@ from .counters import count_sent
 
 
 _calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # begun on each group
+_FAILED = 0  # in the place of the digest of a call that failed before it met the others
 
 
 class World:
@@ -68,16 +69,15 @@ class World:
         return self._meet(phase, description)
 
     def meet_again(self, phase: str) -> None:
-        """In a later phase of the call that :meth:`meet` began: the same exceptions. What it can fail by comes before,
-        so that all who have met exchange."""
+        """In a later phase of the call that :meth:`meet` began, with its exceptions. What can fail on one rank comes
+        before, so that all who have met do exchange."""
         self._meet(phase, {})
 
     def _meet(self, phase: str, description: dict) -> list[dict]:
         call = f"{phase} of {self.name}, call {self.number}"
         told = pickle.dumps({"call": call, "calls": _calls[self.group], **description})
-        # Of every call the same, where it has not failed.
-        digest = int.from_bytes(hashlib.blake2b(call.encode(), digest_size=8).digest(), "big", signed=True)
-        header = torch.tensor([0 if "error" in description else digest, len(told)], device=self._device)
+        digest = _digest(call)
+        header = torch.tensor([_FAILED if "error" in description else digest, len(told)], device=self._device)
         digests, sizes = torch.stack(self._all_gather(header)).t().tolist()
         if not description and set(digests) == {digest}:
             return []
@@ -98,8 +98,7 @@ class World:
 
     @property
     def _device(self) -> torch.device:
-        """Of what the ranks tell each other: the CPU, where the group exchanges from there too, as no GPU is waited for
-        then."""
+        """Of what the ranks tell each other: the CPU, if the group can exchange from there: no GPU is waited for then."""
         kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(self.group).split(",")]
         return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
@@ -184,6 +183,11 @@ def telling(world: World | None) -> Iterator[None]:
             with suppress(RuntimeError):  # the others are gone: the error that came first says more
                 world.tell({"error": f"{type(error).__name__}: {error}"})
         raise
+
+
+def _digest(call: str) -> int:
+    """What stands for it among the ranks: 64 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(call.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def ranks_by(values: list[str]) -> list[tuple[str, str]]:
