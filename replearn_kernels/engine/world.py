@@ -98,7 +98,7 @@ class World:
 
     @property
     def _device(self) -> torch.device:
-        """Of what the ranks tell each other: the CPU, if the group can exchange from there: no GPU is waited for then."""
+        """Of what the ranks tell each other: the CPU, if the group can exchange from there, as no GPU is waited for."""
         kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(self.group).split(",")]
         return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
