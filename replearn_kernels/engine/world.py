@@ -98,8 +98,9 @@ class World:
 
     @property
     def _device(self) -> torch.device:
-        """Of what the ranks tell each other: the CPU, if the group can exchange from there, as no GPU is waited for."""
-        kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(self.group).split(",")]
+        """Where the ranks tell each other something, as torch.distributed's own object collectives choose it: on the
+        CPU, if the group can exchange from there, as no GPU is waited for then."""
+        kinds = [device.type for device in self.group._device_types] or ["cpu"]
         return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
     def tell(self, description: dict) -> None:
