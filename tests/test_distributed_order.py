@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from distributed_cases import LOSSES as PAIR_LOSSES
 from distributed_cases import Batch
 from processes import Ranks, needs_gloo
+from torch.utils.checkpoint import checkpoint
 
 import replearn_kernels
 from replearn_kernels import (
@@ -170,7 +172,17 @@ def queue(odd, group):
         clip_loss(rows(), rows(), 1.0, group=dist.group.WORLD)
 
 
+def recomputation(odd, group):
+    """The forward call of an activation checkpoint, and that of the next step."""
+    loss = partial(LOSSES["triplet_margin_loss"], group=group)
+    value = checkpoint(loss, rows(), use_reentrant=False)
+    if not odd:
+        value.backward()
+    loss(rows())
+
+
 OTHER_EXCHANGES = [
+    (recomputation, "recomputed forward of triplet_margin_loss, call 2", "forward of triplet_margin_loss, call 2"),
     (gradients_apart, r"backward \(gathered rows\) of arcface_loss, call 1", "backward of arcface_loss, call 1"),
     (center, "forward of DINOLoss, call 1", "forward of clip_loss, call 1"),
     (head_with_center, "forward of DINOHeadLoss, call 2", "backward of dino_head_loss, call 1"),

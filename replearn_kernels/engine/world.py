@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .counters import count_sent
 
-
 _calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # begun on each group
 _FAILED = 0  # in the place of the digest of a call that failed before it met the others
 
@@ -66,6 +65,8 @@ class World:
             ValueError: another rank has an error.
         """
         self.number = _calls[self.group] = _calls.get(self.group, 0) + 1
+        if torch._C._current_graph_task_id() != -1:  # in an activation checkpoint, which may stop half-way
+            phase = f"recomputed {phase}"
         return self._meet(phase, description)
 
     def meet_again(self, phase: str) -> None:
