@@ -122,7 +122,7 @@ PAIRS = [
 
 
 def named(value):
-    return getattr(value, "__name__", None)
+    return getattr(value, "__name__", "")
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
