@@ -208,6 +208,7 @@ def _matched(
     return [(target, sources[name]) for name, target in targets.items()]
 
 
+@torch._disable_dynamo
 def _gather(keys: Tensor) -> Tensor:
     """The keys of all ranks, in the order of the ranks."""
     world = World.of(dist.group.WORLD, "NegativeQueue")
