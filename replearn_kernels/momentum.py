@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .engine import validation
 from .engine.world import World
@@ -74,13 +75,14 @@ class NegativeQueue(nn.Module):
     def push(self, keys: Tensor) -> None:
         """Take in ``[B, dim]`` keys, replacing the oldest; of more than ``size`` the last ``size`` stay.
 
-        They are detached and cast to the queue's dtype. Safe at any time: also between a loss and its backward pass.
-        With more than one process (and ``gather``) the keys of all ranks are pushed, in the order of the ranks; every
-        rank must call it, with as many keys. Checking that waits for the device.
+        B is any number, another one in every call: ``size`` need not be a multiple of it, and past the last row it goes
+        on with the first. Keys are detached and cast to the queue's dtype. Safe at any time: also between a loss and
+        its backward pass. With more than one process (and ``gather``) the keys of all ranks are pushed, in the order of
+        the ranks; every rank must call it, with any number of keys. Telling that number waits for the device.
 
         Raises:
             TypeError: not a floating-point tensor.
-            ValueError: wrong rank, width or device; ranks with different numbers of keys (on every rank).
+            ValueError: wrong rank, width or device.
         """
         validation.check_features("keys", keys)
         if keys.shape[1] != self.dim:
@@ -120,11 +122,13 @@ class MomentumEncoder(nn.Module):
 
     He et al., "Momentum Contrast", 2020 (arXiv:1911.05722).
 
-    The copy, ``.encoder``, is deep and its parameters require no gradient. Calling the module runs the copy under
-    ``no_grad``. It starts in the encoder's mode and follows ``train()`` and ``eval()`` like any module: in training,
-    as in MoCo, batch norm uses the batch's statistics and dropout is active; the running statistics are replaced by
-    the encoder's in every :meth:`update`. The ``state_dict`` is the copy's, under ``encoder.``; ``momentum`` is a
-    setting, not in it, and may be assigned between updates, for a schedule.
+    The copy, ``.encoder``, is deep and its parameters require no gradient. A tensor that the encoder's last call left
+    in an attribute is copied without its graph: ``nn.utils.weight_norm``, ``spectral_norm`` and ``prune`` leave a
+    layer's weight so, which the copy's next call computes from its own parameters. Calling the module runs the copy
+    under ``no_grad``. It starts in the encoder's mode and follows ``train()`` and ``eval()`` like any module: in
+    training, as in MoCo, batch norm uses the batch's statistics and dropout is active; the running statistics are
+    replaced by the encoder's in every :meth:`update`. The ``state_dict`` is the copy's, under ``encoder.``;
+    ``momentum`` is a setting, not in it, and may be assigned between updates, for a schedule.
 
     Args:
         encoder: any module; of a DistributedDataParallel or compiled one, the module inside.
@@ -139,7 +143,7 @@ class MomentumEncoder(nn.Module):
         super().__init__()
         _check_module("encoder", encoder)
         self.momentum = validation.check_fraction("momentum", momentum)
-        self.encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.encoder = _deep_copy(encoder).requires_grad_(False)
         self.training = encoder.training
 
     @torch.no_grad()
@@ -164,7 +168,7 @@ def update_momentum(target_module: nn.Module, source_module: nn.Module, momentum
 
     Parameters and buffers are matched by name. Each keeps the target's dtype and device: a target in fp32 can follow a
     source in half precision, whereas a half-precision target would round steps of 1 - m = 0.001 away. Buffers, such as
-    batch norm's running statistics, are copied, and so are parameters of integers.
+    batch norm's running statistics, are copied, and so are parameters of integers. Complex ones move as real ones do.
 
     Args:
         target_module: the module that follows.
@@ -181,13 +185,28 @@ def update_momentum(target_module: nn.Module, source_module: nn.Module, momentum
     momentum = validation.check_fraction("momentum", momentum)
     parameters = _matched("parameter", target_module.named_parameters(), source_module.named_parameters())
     buffers = _matched("buffer", target_module.named_buffers(), source_module.named_buffers())
-    averaged = [pair for pair in parameters if pair[0].dtype.is_floating_point and 0 < momentum < 1]
+    averaged = [pair for pair in parameters if _is_continuous(pair[0]) and 0 < momentum < 1]
     if averaged:
         sources = [source.to(target.device, target.dtype) for target, source in averaged]
         torch._foreach_lerp_([target for target, _ in averaged], sources, 1 - momentum)
-    copied = [pair for pair in parameters if not pair[0].dtype.is_floating_point or momentum == 0]
+    copied = [pair for pair in parameters if not _is_continuous(pair[0]) or momentum == 0]
     for target, source in copied + buffers:
         target.copy_(source)
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _deep_copy(module: nn.Module) -> nn.Module:
+    """Also of a module that has results of autograd among its attributes, which copy.deepcopy alone refuses."""
+    results = (
+        value
+        for part in module.modules()
+        for value in tree_leaves(vars(part))
+        if isinstance(value, Tensor) and not value.is_leaf
+    )
+    return copy.deepcopy(module, {id(value): value.detach().clone() for value in results})
 
 
 def _matched(
@@ -213,8 +232,6 @@ def _gather(keys: Tensor) -> Tensor:
     """The keys of all ranks, in the order of the ranks."""
     world = World.of(dist.group.WORLD, "NegativeQueue")
     counts = [told["rows"] for told in world.meet({"rows": len(keys)}, "push")]
-    if len(set(counts)) > 1:
-        raise ValueError(f"keys must have as many rows on every rank, got {counts} on ranks 0 to {len(counts) - 1}")
     return torch.cat(world.swap([keys.contiguous()] * world.size, counts))
 
 
