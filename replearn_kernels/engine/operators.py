@@ -263,7 +263,14 @@ torch.library.register_autograd("replearn_kernels::checked_rows", _pass_on, setu
 
 def _save(ctx, config: Config, form: _Form, tensors, saved: list[Tensor]) -> None:
     ctx.config, ctx.form = config, form
-    ctx.save_for_backward(*tensors, *saved)
+    save_for_backward(ctx, *tensors, *saved)
+
+
+def save_for_backward(ctx, *tensors: Tensor | None) -> None:
+    """Of a tensor made under ``torch.inference_mode()``, which autograd refuses to save, a copy."""
+    if any(ctx.needs_input_grad):
+        tensors = (t.clone() if t is not None and t.is_inference() else t for t in tensors)
+    ctx.save_for_backward(*tensors)
 
 
 def _load(ctx) -> tuple[Inputs, list[Tensor]]:

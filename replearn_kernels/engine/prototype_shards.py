@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..objectives.dino import Dino, Statistics
 from . import prototypes
-from .operators import differentiable_once
+from .operators import differentiable_once, save_for_backward
 from .schedules import on_device_of
 from .world import World
 
@@ -31,7 +31,7 @@ class _HeadLosses(torch.autograd.Function):
             for other in others:
                 objective.merge_statistics(statistics, other)
         ctx.world, ctx.counts, ctx.temperatures = world, counts, temperatures
-        ctx.save_for_backward(statistics.student, statistics.teacher, *tensors)
+        save_for_backward(ctx, statistics.student, statistics.teacher, *tensors)
         return objective.losses(statistics)
 
     @staticmethod

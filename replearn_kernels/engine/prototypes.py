@@ -21,7 +21,13 @@ from torch import Tensor
 from ..objectives.dino import Dino, Statistics
 from .columns import blocks
 from .counters import count_product
-from .operators import refuse_forward_mode, refuse_second_derivative, refuse_transforms, refuse_upstream
+from .operators import (
+    refuse_forward_mode,
+    refuse_second_derivative,
+    refuse_transforms,
+    refuse_upstream,
+    save_for_backward,
+)
 from .problem import statistics_dtype
 from .schedules import on_device_of
 
@@ -173,7 +179,7 @@ def _shape(source_type, tensors: list[Tensor]) -> tuple[int, int, int]:
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.student_temp, ctx.teacher_temp, ctx.reduction = inputs
-    ctx.save_for_backward(*output[1:], *tensors)
+    save_for_backward(ctx, *output[1:], *tensors)
 
 
 def _differentiate(source_type, operator, ctx, grad_loss, *_):

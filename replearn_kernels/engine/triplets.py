@@ -11,7 +11,13 @@ from torch import Tensor
 
 from . import native, validation
 from .listed_pairs import add_differences_, pair_squares
-from .operators import refuse_forward_mode, refuse_second_derivative, refuse_transforms, refuse_upstream
+from .operators import (
+    refuse_forward_mode,
+    refuse_second_derivative,
+    refuse_transforms,
+    refuse_upstream,
+    save_for_backward,
+)
 from .problem import statistics_dtype
 from .schedules import on_device_of
 
@@ -119,7 +125,7 @@ def _fake_forward(rows, anchor, *others) -> tuple[Tensor, Tensor]:
 def _save(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     *tensors, ctx.margin, ctx.distance, ctx.backend = inputs
-    ctx.save_for_backward(output[1], *tensors)
+    save_for_backward(ctx, output[1], *tensors)
 
 
 def _differentiate(ctx, grad_loss, _):

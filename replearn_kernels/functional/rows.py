@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from .. import reference
 from ..engine import workspace
 from ..engine.columns import blocks
-from ..engine.operators import in_transform, needs_dispatcher
+from ..engine.operators import in_transform, needs_dispatcher, save_for_backward
 from ..engine.problem import statistics_dtype
 
 _BLOCK_ELEMENTS = 2**18  # 1 MiB: what a block is read for a second time comes from a core's cache
@@ -56,7 +56,7 @@ class _Rows(torch.autograd.Function):
         for view, of_view in zip(views, rows.split(ctx.sizes)):
             for block in _blocks(view):
                 of_view[block] = reference.unit_rows(view[block])
-        ctx.save_for_backward(*views)
+        save_for_backward(ctx, *views)
         return rows
 
     @staticmethod
