@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .counters import count_sent
+from .recomputation import computed_again
 
 _calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # begun on each group
 _FAILED = 0  # in the place of the digest of a call that failed before it met the others
@@ -65,7 +66,7 @@ class World:
             ValueError: another rank has an error.
         """
         self.number = _calls[self.group] = _calls.get(self.group, 0) + 1
-        if torch._C._current_graph_task_id() != -1:  # in an activation checkpoint, which may stop half-way
+        if computed_again():  # which an activation checkpoint may stop half-way
             phase = f"recomputed {phase}"
         return self._meet(phase, description)
 
