@@ -136,7 +136,7 @@ class DINOLoss(SharesGroup, nn.Module):
                 center = self.center.clone()  # the backward pass needs it as it was
             loss = self._loss(*tensors, center, options)
         if world is not None:
-            agree(world, {"loss": type(self).__name__, **self._alike(tensors)}, {})
+            agree(world, self._alike(tensors), {})
         if self.training:
             with torch.no_grad():
                 total = self._teacher_total(world, tensors)

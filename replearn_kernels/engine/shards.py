@@ -298,7 +298,7 @@ def agree(world: World, alike: dict, told: dict) -> list[dict]:
     Raises:
         ValueError: they are not, on every rank; or the call failed on another rank, before it came here.
     """
-    descriptions = world.meet({"alike": {"loss": alike["loss"], **world.keywords, **alike}, **told})
+    descriptions = world.meet({"alike": {**world.keywords, **alike}, **told})
     _check_alike([description["alike"] for description in descriptions])
     return descriptions
 

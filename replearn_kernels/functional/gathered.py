@@ -70,7 +70,6 @@ def dino_head_loss_in_group(
     student, student_weight, teacher, *rest = tensors
     enabled = torch.is_grad_enabled()
     alike = {
-        "loss": "dino_head",
         "views": (len(student), len(teacher)),
         "d": student.shape[2],
         "dtype": str(student.dtype),
