@@ -218,8 +218,7 @@ class DINOLoss(SharesGroup, nn.Module):
 
     def teacher_temp_at(self, epoch: float) -> float:
         """The teacher's temperature in this epoch, counted from 0."""
-        if isinstance(epoch, bool) or not isinstance(epoch, (int, float)):
-            raise TypeError(f"epoch must be a number, got {type(epoch).__name__}")
+        epoch = validation.check_number("epoch", epoch, "a number")
         if not epoch >= 0:
             raise ValueError(f"epoch must be at least 0, got {epoch}")
         if epoch >= self.warmup_teacher_temp_epochs:

@@ -62,6 +62,6 @@ def mine_triplets(
     labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)
     validation.check_choice("mining", mining, engine.MODES)
     validation.check_choice("distance", distance, engine.DISTANCES)
-    validation.check_margin(margin, torch.finfo(torch.float32).max)
+    margin = validation.check_margin(margin, torch.finfo(torch.float32).max)
     backend = engine.resolve_miner(backend, embeddings.device)
-    return engine.mine(embeddings, labels, mining, float(margin), distance, backend, check=True)
+    return engine.mine(embeddings, labels, mining, margin, distance, backend, check=True)

@@ -7,6 +7,8 @@ out of range trips a device-side assertion, and a NaN scale gives a NaN loss.
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,8 @@ def check_alike(name: str, features: Tensor, other_name: str, other: Tensor) -> 
 
 def check_same_rows(name: str, features: Tensor, other_name: str, other: Tensor) -> None:
     """As many rows, where both have rows: what else is wrong with them is found later."""
+    if features.is_nested or other.is_nested:
+        return
     if features.ndim == other.ndim == 2 and features.shape[0] != other.shape[0]:
         raise ValueError(
             f"{name} and {other_name} must have the same number of rows, got {features.shape[0]} and {other.shape[0]}"
@@ -65,20 +69,23 @@ def check_same_rows(name: str, features: Tensor, other_name: str, other: Tensor)
 
 
 def check_scale(name: str, scale: float | Tensor, query: Tensor) -> Tensor:
-    """The scale as a 0-d tensor."""
+    """The scale as a 0-d tensor: of a tensor of shape [1], as FSDP2 needs them, a view, through which gradients go."""
+    expected = "a float or a tensor of one element"
     if isinstance(scale, Tensor):
-        if scale.ndim != 0:
-            raise ValueError(f"{name} must be a float or a 0-d tensor, got shape {tuple(scale.shape)}")
+        check_dense(name, scale)
+        if scale.ndim > 1 or scale.numel() != 1:
+            raise ValueError(f"{name} must be {expected}, 0-d or [1], got shape {tuple(scale.shape)}")
         if not scale.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating-point, got {scale.dtype}")
         if scale.device != query.device:
             raise ValueError(f"{name} must be on the features' device {query.device}, got {scale.device}")
-        return scale
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{name} must be a float or a 0-d tensor, got {type(scale).__name__}")
+        return scale.reshape(()) if scale.ndim else scale
     dtype = statistics_dtype(query.dtype)
+    if (traced := _traced_scalar(scale)) is not None:
+        return traced.to(query.device, dtype)
+    scale = check_number(name, scale, expected)
     check_finite(name, scale, dtype)
-    return torch.full((), scale, dtype=dtype, device=query.device)
+    return torch.full((), float(scale), dtype=dtype, device=query.device)
 
 
 def check_finite(name: str, value: float, dtype: torch.dtype) -> None:
@@ -130,25 +137,27 @@ def check_labels(name: str, labels: Tensor, rows: int, features: Tensor) -> Tens
 
 def check_positive(name: str, value: float) -> float:
     """A float above 0, and finite."""
-    check_number(name, value)
+    value = check_number(name, value)
     if not 0 < value <= torch.finfo(torch.float64).max:
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return float(value)
 
 
-def check_count(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+def check_count(name: str, value: int, least: int, unit: str = "") -> int:
+    """An int, NumPy's too, of at least ``least``; ``unit``: what it counts."""
+    if not is_number(value) or not isinstance(value, (int, Integral)):
+        raise TypeError(f"{name} must be an int{unit and f' ({unit})'}, got {type(value).__name__}")
     if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
+        raise ValueError(f"{name} must be at least {least}{unit and f' {unit}'}, got {value}")
+    return int(value)
 
 
 def check_temperature(name: str, temperature: float | Tensor, features: Tensor) -> Tensor:
     """Its inverse, the scale, as a 0-d tensor; whether a tensor's value is positive, check_values tells."""
-    if isinstance(temperature, Tensor):
-        return check_scale(name, temperature, features).to(statistics_dtype(features.dtype)).reciprocal()
-    scale, dtype = 1 / check_positive(name, temperature), statistics_dtype(features.dtype)
+    dtype = statistics_dtype(features.dtype)
+    if isinstance(temperature, Tensor) or _traced_scalar(temperature) is not None:
+        return check_scale(name, temperature, features).to(dtype).reciprocal()
+    scale = 1 / check_positive(name, temperature)
     if scale > torch.finfo(dtype).max:
         raise ValueError(f"{name} must be positive and finite in {dtype}, and its inverse too, got {temperature}")
     return torch.full((), scale, dtype=dtype, device=features.device)
@@ -156,7 +165,7 @@ def check_temperature(name: str, temperature: float | Tensor, features: Tensor) 
 
 def check_margin(margin: float, most: float = torch.finfo(torch.float32).max) -> float:
     """In [0, ``most``]."""
-    check_number("margin", margin)
+    margin = check_number("margin", margin)
     if not 0 <= margin <= most:
         raise ValueError(f"margin must be in [0, {most:.6g}], got {margin}")
     return float(margin)
@@ -181,26 +190,43 @@ def check_strategy(strategy: str) -> None:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
 
 
-def check_number(name: str, value: float) -> None:
-    """A Python number; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+def is_number(value) -> bool:
+    """A Python number or a NumPy scalar; a bool is none."""
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+
+
+def check_number(name: str, value: float, expected: str = "a float") -> float:
+    """The number; of a NumPy scalar, as Python has it."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    if is_number(value):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if (traced := _traced_scalar(value)) is not None:
+        if traced.dtype not in (torch.float64, torch.int64):
+            raise TypeError(f"{name} is a NumPy scalar, whose value torch.compile does not know: use float({name})")
+        return traced.item()
+    raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")
+
+
+def _traced_scalar(value) -> Tensor | None:
+    """A NumPy scalar inside of torch.compile, which makes a 0-d array of it; elsewhere None."""
+    if torch.compiler.is_compiling() and type(value).__name__ == "ndarray" and value.ndim == 0:
+        scalar = torch.as_tensor(value)
+        return None if scalar.dtype == torch.bool or scalar.dtype.is_complex else scalar
+    return None
 
 
 def check_fraction(name: str, value: float) -> float:
     """A float in [0, 1]."""
-    check_number(name, value)
+    value = check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
     return float(value)
 
 
 def check_memory_budget(memory_budget: int) -> int:
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
-        raise TypeError(f"memory_budget must be an int (bytes), got {type(memory_budget).__name__}")
-    if memory_budget < 0:
-        raise ValueError(f"memory_budget must be at least 0 bytes, got {memory_budget}")
-    return memory_budget
+    """In bytes, as the operator takes it: more than it can count is no limit at all."""
+    return min(check_count("memory_budget", memory_budget, 0, "bytes"), torch.iinfo(torch.int64).max)
 
 
 def check_values(inputs: Inputs, objective) -> None:

@@ -40,7 +40,7 @@ class Options(NamedTuple):
         strategy: str = "auto",
     ) -> Options:
         validation.check_reduction(reduction)
-        validation.check_memory_budget(memory_budget)
+        memory_budget = validation.check_memory_budget(memory_budget)
         validation.check_strategy(strategy)
         name = resolve_backend(backend, features.device, features.dtype)
         if world is not None:
@@ -100,7 +100,7 @@ def _described_value(value):
     """Numbers and words by what they are, where 1 and 1.0 are the same; others by their kind."""
     if value is None or isinstance(value, (bool, str)):
         return value
-    if isinstance(value, (int, float)):
+    if validation.is_number(value):
         return float(value)
     return "a tensor" if isinstance(value, Tensor) else type(value).__name__
 

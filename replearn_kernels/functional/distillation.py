@@ -188,7 +188,7 @@ def check_dino_options(student_temp, teacher_temp, reduction, backend, dtype) ->
 
 def check_dino_temperature(name: str, value: float, dtype: torch.dtype) -> float:
     """A normal number of the statistics' dtype: a smaller one would make 0 / 0 of a logit that is its row's maximum."""
-    validation.check_number(name, value)
+    value = validation.check_number(name, value)
     limits = torch.finfo(dtype)
     if not limits.tiny <= value <= limits.max:
         raise ValueError(f"{name} must be positive and finite in {dtype}, got {value}")

@@ -176,7 +176,8 @@ def _checked(triplets: Triplets, rows: Tensor) -> Triplets:
     if not isinstance(triplets, (tuple, list)) or len(triplets) != 3:
         raise TypeError(f"triplets must be (anchor, positive, negative), got {type(triplets).__name__}")
     for name, index in zip(("anchor", "positive", "negative"), triplets):
-        count = triplets[0].shape[0] if isinstance(triplets[0], Tensor) and triplets[0].ndim else 0
+        first = triplets[0]
+        count = first.shape[0] if isinstance(first, Tensor) and first.ndim and not first.is_nested else 0
         validation.check_target(index, count, len(rows), rows, name=f"triplets: {name}", required=True)
         if not needs_dispatcher(index):  # in a traced graph the operator tells
             validation.check_inside(f"triplets: {name}", index, len(rows))
