@@ -9,6 +9,7 @@ from . import functional as F
 from .engine import validation
 from .engine.class_shards import own_classes
 from .engine.world import World
+from .functional.call import check_pair
 from .functional.classification import CLASSIFIER_BUDGET, LARGEST_ARCFACE_MARGIN, LARGEST_COSFACE_MARGIN
 from .losses import _Loss
 from .reference import unit_rows
@@ -23,8 +24,8 @@ class _MarginLoss(_Loss):
     """
 
     def __init__(self, dim: int, classes: int, *, scale: float, group, shard_classes: bool, **options):
-        validation.check_count("dim", dim, 1)
-        validation.check_count("classes", classes, 1)
+        self.dim = dim = validation.check_count("dim", dim, 1)
+        classes = validation.check_count("classes", classes, 1)
         validation.check_flag("shard_classes", shard_classes)
         super().__init__(
             scale=validation.check_positive("scale", scale), group=group, shard_classes=shard_classes, **options
@@ -41,11 +42,13 @@ class _MarginLoss(_Loss):
         nn.init.normal_(self.weight, std=(2 / (classes + dim)) ** 0.5, generator=generator)  # Glorot, of all classes
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """``scale * cos`` to the own classes, ``[B, C]``, without the margin: for inference, where C x B does fit."""
-        return self.options["scale"] * unit_rows(embeddings) @ unit_rows(self.weight).t()
+        """``scale * cos`` to the own classes, ``[B, C]``, without the margin: for inference, where C x B does fit.
 
-    def extra_repr(self) -> str:
-        return f"dim={self.weight.shape[1]}, classes={self.classes}, {super().extra_repr()}"
+        Raises:
+            TypeError, ValueError: embeddings that are not ``[B, dim]`` of the weight's dtype and device.
+        """
+        embeddings, weight = check_pair({"embeddings": embeddings, "weight": self.weight})
+        return self.options["scale"] * unit_rows(embeddings) @ unit_rows(weight).t()
 
 
 class ArcFaceLoss(_MarginLoss):
@@ -84,7 +87,7 @@ class ArcFaceLoss(_MarginLoss):
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of ``embeddings[B, dim]`` with ``labels[B]``, int64 in ``[0, classes)``."""
+        """The loss of ``embeddings[B, dim]`` with ``labels[B]``, integers in ``[0, classes)``."""
         return F.arcface_loss(embeddings, self.weight, labels, classes=self.classes, **self.options)
 
 
@@ -124,5 +127,5 @@ class CosFaceLoss(_MarginLoss):
         )
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The loss of ``embeddings[B, dim]`` with ``labels[B]``, int64 in ``[0, classes)``."""
+        """The loss of ``embeddings[B, dim]`` with ``labels[B]``, integers in ``[0, classes)``."""
         return F.cosface_loss(embeddings, self.weight, labels, classes=self.classes, **self.options)

@@ -15,11 +15,12 @@ from .engine.recomputation import computed_again, state_of_call
 from .engine.shards import agree
 from .engine.world import SharesGroup, World, telling
 from .functional.distillation import check_dino_options, check_dino_temperature
+from .shown_options import ShowsOptions
 
 _SUM_ROWS = 4096  # prototypes whose mean logits are formed at once
 
 
-class DINOLoss(SharesGroup, nn.Module):
+class DINOLoss(ShowsOptions, SharesGroup, nn.Module):
     """:func:`~replearn_kernels.dino_loss` with a center that follows the teacher, and a warm-up of its temperature.
 
     In training mode every call, after its loss, moves the center to
@@ -78,10 +79,11 @@ class DINOLoss(SharesGroup, nn.Module):
     ):
         super().__init__()
         World.of(group)
-        out_dim = validation.check_count("out_dim", out_dim, 1)
+        self.out_dim = out_dim = validation.check_count("out_dim", out_dim, 1)
         self.warmup_teacher_temp = check_dino_temperature("warmup_teacher_temp", warmup_teacher_temp, torch.float32)
-        validation.check_count("warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0)
-        self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
+        self.warmup_teacher_temp_epochs = validation.check_count(
+            "warmup_teacher_temp_epochs", warmup_teacher_temp_epochs, 0
+        )
         self.center_momentum = validation.check_fraction("center_momentum", center_momentum)
         self.defer_center = validation.check_flag("defer_center", defer_center)
         self.student_temp, self.teacher_temp, _ = check_dino_options(
@@ -225,12 +227,6 @@ class DINOLoss(SharesGroup, nn.Module):
             return self.teacher_temp
         progress = min(epoch / max(self.warmup_teacher_temp_epochs - 1, 1), 1)
         return self.warmup_teacher_temp + progress * (self.teacher_temp - self.warmup_teacher_temp)
-
-    def extra_repr(self) -> str:
-        names = "student_temp", "teacher_temp", "warmup_teacher_temp", "warmup_teacher_temp_epochs", "center_momentum"
-        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "reduction", "backend"))
-        deferred = ", defer_center=True" if self.defer_center else ""
-        return f"{len(self.center)}, {options}{deferred}"
 
     def _options(self, epoch: float) -> dict:
         return dict(

@@ -10,10 +10,17 @@ from . import functional as F
 from .engine import validation
 from .engine.plan import DEFAULT_MEMORY_BUDGET
 from .engine.world import SharesGroup, World, telling
+from .functional.call import takes_logit_scale
+from .functional.contrastive import refuse_symmetric
+from .functional.cosine import COSINE_BACKENDS
+from .shown_options import ShowsOptions
+
+DIST_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
+"""Of open_clip's SigLipLoss."""
 
 
-class _Loss(SharesGroup, nn.Module):
-    """A loss function with its keywords set: ``self.options``, shown by repr."""
+class _Loss(ShowsOptions, SharesGroup, nn.Module):
+    """A loss function with its keywords set: ``self.options``."""
 
     reductions = validation.REDUCTIONS
 
@@ -21,22 +28,52 @@ class _Loss(SharesGroup, nn.Module):
         super().__init__()
         validation.check_choice("reduction", options["reduction"], self.reductions)
         validation.check_backend_name(options["backend"])
-        validation.check_memory_budget(options["memory_budget"])
+        options["memory_budget"] = validation.check_memory_budget(options["memory_budget"])
         validation.check_flag("normalize", options.get("normalize", False))
         validation.check_strategy(options.get("strategy", "auto"))
+        World.of(options.get("group"))
         self.options = options
 
-    def extra_repr(self) -> str:
-        return _repr(self.options)
+
+class _OpenClipLoss(_Loss):
+    """What the losses with open_clip's constructors have in common: its settings, which are attributes as there."""
+
+    def __init__(self, cache_labels: bool, rank: int, world_size: int, group, **options):
+        super().__init__(**options)
+        self.cache_labels = validation.check_flag("cache_labels", cache_labels)
+        self.rank = validation.check_count("rank", rank, 0)
+        self.world_size = validation.check_count("world_size", world_size, 1)
+        World.of(group)
+        self.group = group
+
+    def _group(self):
+        """The group of a call: the given one, or with ``world_size > 1`` the default group."""
+        if self.world_size == 1:
+            return self.group
+        if self.group is None and not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(f"world_size={self.world_size} needs torch.distributed.init_process_group")
+        group = dist.group.WORLD if self.group is None else self.group
+        if self.world_size != dist.get_world_size(group):
+            _refuse_world_size(self.world_size, group)
+        return group
+
+    @staticmethod
+    def _output(loss: Tensor, output_dict: bool) -> Tensor | dict[str, Tensor]:
+        return {"contrastive_loss": loss} if validation.check_flag("output_dict", output_dict) else loss
 
 
 class InfoNCELoss(_Loss):
-    """:func:`~replearn_kernels.info_nce_loss` as a module; every keyword of it but the tensors is set here."""
+    """:func:`~replearn_kernels.info_nce_loss` as a module; every keyword of it but the tensors is set here.
 
+    MoCo's loss is ``InfoNCELoss(batch_negatives=False)``, called with ``negatives=queue.negatives()``.
+    """
+
+    @takes_logit_scale
     def __init__(
         self,
         *,
         symmetric: bool = False,
+        batch_negatives: bool = True,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
         normalize: bool = False,
@@ -47,6 +84,7 @@ class InfoNCELoss(_Loss):
     ):
         super().__init__(
             symmetric=validation.check_flag("symmetric", symmetric),
+            batch_negatives=validation.check_flag("batch_negatives", batch_negatives),
             label_smoothing=validation.check_fraction("label_smoothing", label_smoothing),
             reduction=reduction,
             normalize=normalize,
@@ -55,7 +93,10 @@ class InfoNCELoss(_Loss):
             group=group,
             strategy=strategy,
         )
+        if not batch_negatives:
+            refuse_symmetric(symmetric)
 
+    @takes_logit_scale
     def forward(
         self,
         query: Tensor,
@@ -71,7 +112,7 @@ class InfoNCELoss(_Loss):
         )
 
 
-class ClipLoss(_Loss):
+class ClipLoss(_OpenClipLoss):
     """:func:`~replearn_kernels.clip_loss` with the constructor and the call of open_clip's ``ClipLoss``.
 
     With ``world_size > 1`` the batch is that of all processes of torch.distributed's default group, or of ``group``.
@@ -80,11 +121,13 @@ class ClipLoss(_Loss):
     the mean over all rows. ``rank`` and ``cache_labels`` change nothing: the group knows, and no labels are formed.
 
     Raises:
+        TypeError, ValueError: an option is not of its type or range: a temperature, say, which is no option.
         NotImplementedError: ``use_horovod``.
         RuntimeError: in the call, ``world_size > 1`` without torch.distributed's default group.
         ValueError: in the call, ``world_size`` is not the group's.
     """
 
+    @takes_logit_scale
     def __init__(
         self,
         local_loss: bool = False,
@@ -102,10 +145,13 @@ class ClipLoss(_Loss):
         group=None,
         strategy: str = "auto",
     ):
-        if use_horovod:
+        if validation.check_flag("use_horovod", use_horovod):
             raise NotImplementedError("ClipLoss exchanges features by torch.distributed, got use_horovod=True")
-        self.local_loss, self.world_size, self.group = local_loss, world_size, group
         super().__init__(
+            cache_labels,
+            rank,
+            world_size,
+            group,
             label_smoothing=validation.check_fraction("label_smoothing", label_smoothing),
             reduction=reduction,
             normalize=normalize,
@@ -113,7 +159,10 @@ class ClipLoss(_Loss):
             memory_budget=memory_budget,
             strategy=strategy,
         )
+        self.local_loss = validation.check_flag("local_loss", local_loss)
+        self.gather_with_grad = validation.check_flag("gather_with_grad", gather_with_grad)
 
+    @takes_logit_scale
     def forward(
         self,
         image_features: Tensor,
@@ -123,32 +172,38 @@ class ClipLoss(_Loss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or ``{"contrastive_loss": loss}``. ``logit_bias`` is taken, as open_clip passes it on: a constant
-        added to every logit leaves a softmax as it is, so it changes nothing and gets no gradient."""
-        group = _group_of(self)
-        loss = F.clip_loss(image_features, text_features, logit_scale, group=group, **self.options)
+        added to every logit leaves a softmax as it is, so it changes nothing, and its gradient is 0."""
+        group = self._group()
+        loss = F.clip_loss(
+            image_features, text_features, logit_scale, logit_bias=logit_bias, group=group, **self.options
+        )
         if group is not None and not self.local_loss and self.options["reduction"] == "mean":
             loss = _mean_over_ranks(loss, group).detach() + (loss - loss.detach())  # the mean, to the bit
-        return {"contrastive_loss": loss} if output_dict else loss
+        return self._output(loss, output_dict)
 
 
-class SigLipLoss(_Loss):
+class SigLipLoss(_OpenClipLoss):
     """:func:`~replearn_kernels.siglip_loss` with the constructor and the call of open_clip's ``SigLipLoss``.
 
     With ``world_size > 1`` the batch is that of all processes of torch.distributed's default group, or of ``group``:
     the loss is that of the own images with all texts, and DistributedDataParallel averages its gradients to those of
-    the whole batch, as in open_clip. ``rank``, ``cache_labels`` and ``dist_impl`` change nothing; ``strategy`` is ours.
+    the whole batch, as in open_clip. ``rank``, ``cache_labels``, ``dist_impl`` ("bidir", "shift", "reduce", "gather")
+    and ``chunk_size`` (rows of logits at a time) change nothing: ``strategy`` is ours, and logits are never formed.
 
     Raises:
+        TypeError, ValueError: an option is not of its type or range.
         RuntimeError: in the call, ``world_size > 1`` without torch.distributed's default group.
         ValueError: in the call, ``world_size`` is not the group's.
     """
 
+    @takes_logit_scale
     def __init__(
         self,
         cache_labels: bool = False,
         rank: int = 0,
         world_size: int = 1,
         dist_impl: str | None = None,
+        chunk_size: int = 0,
         *,
         reduction: str = "mean",
         normalize: bool = False,
@@ -157,11 +212,22 @@ class SigLipLoss(_Loss):
         group=None,
         strategy: str = "auto",
     ):
-        self.world_size, self.group = world_size, group
         super().__init__(
-            reduction=reduction, normalize=normalize, backend=backend, memory_budget=memory_budget, strategy=strategy
+            cache_labels,
+            rank,
+            world_size,
+            group,
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            memory_budget=memory_budget,
+            strategy=strategy,
         )
+        if dist_impl is not None:
+            validation.check_choice("dist_impl", dist_impl, DIST_IMPLEMENTATIONS)
+        self.dist_impl, self.chunk_size = dist_impl, validation.check_count("chunk_size", chunk_size, 0)
 
+    @takes_logit_scale
     def forward(
         self,
         image_features: Tensor,
@@ -174,9 +240,9 @@ class SigLipLoss(_Loss):
         key_group: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, or ``{"contrastive_loss": loss}``. The groups are ours: pairs of equal group are positives."""
-        groups = dict(query_group=query_group, key_group=key_group, group=_group_of(self))
+        groups = dict(query_group=query_group, key_group=key_group, group=self._group())
         loss = F.siglip_loss(image_features, text_features, logit_scale, logit_bias, **groups, **self.options)
-        return {"contrastive_loss": loss} if output_dict else loss
+        return self._output(loss, output_dict)
 
 
 class NPairLoss(_Loss):
@@ -264,32 +330,18 @@ class SupConLoss(_Loss):
         return F.sup_con_loss(features, labels, **self.options)
 
 
-class CosineSimilarityLoss(nn.Module):
+class CosineSimilarityLoss(ShowsOptions, nn.Module):
     """:func:`~replearn_kernels.cosine_similarity_loss` as a module."""
 
     def __init__(self, *, reduction: str = "mean", backend: str = "auto"):
         super().__init__()
         validation.check_reduction(reduction)
+        validation.check_backend_name(backend, COSINE_BACKENDS)
         self.options = dict(reduction=reduction, backend=backend)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of ``embeddings[N, d]`` with ``labels[N]``."""
         return F.cosine_similarity_loss(embeddings, labels, **self.options)
-
-    def extra_repr(self) -> str:
-        return _repr(self.options)
-
-
-def _group_of(loss: ClipLoss | SigLipLoss):
-    """The group of a module with open_clip's settings: given, or with ``world_size > 1`` the default group."""
-    if loss.world_size == 1:
-        return loss.group
-    if loss.group is None and not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(f"world_size={loss.world_size} needs torch.distributed.init_process_group")
-    group = dist.group.WORLD if loss.group is None else loss.group
-    if loss.world_size != dist.get_world_size(group):
-        _refuse_world_size(loss.world_size, group)
-    return group
 
 
 @torch._disable_dynamo
@@ -306,9 +358,3 @@ def _mean_over_ranks(loss: Tensor, group) -> Tensor:
     world.meet({}, "mean")
     return world.sum(loss.detach()) / world.size
 
-
-def _repr(options: dict) -> str:
-    shown = {name: value for name, value in options.items() if name != "group"}
-    if (group := options.get("group")) is not None:
-        shown["group"] = f"{dist.get_world_size(group)} ranks"
-    return ", ".join(f"{name}={value!r}" for name, value in shown.items())

@@ -41,7 +41,7 @@ def mine_triplets(
     Args:
         embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides. They get no gradient: the choice of triplets has
             none.
-        labels: integers ``[N]``, any values.
+        labels: integers ``[N]``, any values: -1 is a label as any other, and none is ignored.
         mining: which triplets, as above. Default "semi_hard".
         margin: at least 0; only the batch_all modes but "batch_all_hard" look at it. Default 0.2.
         distance: "euclidean" (default); "squared_euclidean"; or "cosine", 1 - cos, which is 1 from a row of zeros.

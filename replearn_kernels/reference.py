@@ -37,14 +37,19 @@ def row_lengths(rows: Tensor) -> Tensor:
 
 def softmax_loss(inputs: Inputs, objective: Softmax, reduction: str) -> Tensor:
     """Cross entropy of every row over keys, queue and own negatives; symmetric: averaged with the columns'."""
-    query, key, *_ = _features(inputs)
+    if objective.own_positives:
+        own, *queue = reversed(_logits(inputs))
+        logits = torch.cat([own, *queue], dim=1)
+        target = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        return reduce(_cross_entropy(logits, target, objective.label_smoothing), reduction)
+    query = inputs.query
     rows = torch.arange(len(query), device=query.device)
     target = rows if inputs.target is None else inputs.target
-    logits = inputs.logit_scale * query @ key.t()
+    logits, *negatives = _logits(inputs)
     if objective.groups_ignored:
         ignored = (inputs.row_group.unsqueeze(1) == inputs.column_group).scatter(1, target.unsqueeze(1), False)
         logits = logits.masked_fill(ignored, -torch.inf)
-    loss = _cross_entropy(torch.cat([logits, *_negative_logits(inputs)], dim=1), target, objective.label_smoothing)
+    loss = _cross_entropy(torch.cat([logits, *negatives], dim=1), target, objective.label_smoothing)
     if objective.symmetric:
         by_column = _cross_entropy(logits.t()[target], rows, objective.label_smoothing)
         loss = (loss + by_column) / 2
@@ -249,10 +254,10 @@ def _features(inputs: Inputs) -> list[Tensor]:
     return [features.to(dtype) for features in (inputs.query, *inputs.keys)]
 
 
-def _negative_logits(inputs: Inputs) -> list[Tensor]:
-    """Of a queue and of own negatives."""
-    query, _, *queue = _features(inputs)
-    logits = [inputs.logit_scale * query @ features.t() for features in queue]
+def _logits(inputs: Inputs) -> list[Tensor]:
+    """Of keys and of a queue, ``[N, M]`` each, then of every row's own columns, ``[N, K]``."""
+    query, *keys = _features(inputs)
+    logits = [inputs.logit_scale * query @ features.t() for features in keys]
     if inputs.own is not None:
         logits.append(inputs.logit_scale * torch.einsum("nd,nkd->nk", query, inputs.own.to(query.dtype)))
     return logits

@@ -88,6 +88,12 @@ LOSSES = {
         b.x, b.y, negatives=b.queue, logit_scale=b.scale, symmetric=True, label_smoothing=0.1, **k
     ),
     "info_nce_own": lambda b, **k: info_nce_loss(b.x, b.y, negatives=b.own, logit_scale=b.scale, **k),
+    "moco": lambda b, **k: info_nce_loss(
+        b.x, b.y, negatives=b.queue, batch_negatives=False, logit_scale=b.scale, label_smoothing=0.1, **k
+    ),
+    "moco_own": lambda b, **k: info_nce_loss(
+        b.x, b.y, negatives=b.own, batch_negatives=False, logit_scale=b.scale, **k
+    ),
     "n_pair": lambda b, **k: n_pair_loss(b.x, b.y, **k),
     "n_pair_labels": lambda b, **k: n_pair_loss(b.x, b.y, labels=b.labels, **k),
     "siglip": lambda b, **k: siglip_loss(b.x, b.y, b.scale, b.bias, **k),

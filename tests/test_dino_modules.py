@@ -83,9 +83,10 @@ def test_epoch_reaches_the_loss(rng):
 
 
 def test_repr():
-    assert repr(DINOLoss(20, center_momentum=0.8)) == (
-        "DINOLoss(20, student_temp=0.1, teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=0, "
-        "center_momentum=0.8, reduction='mean', backend='auto')"
+    assert repr(DINOLoss(20, center_momentum=0.8)) == "DINOLoss(out_dim=20, center_momentum=0.8)"
+    head = DINOHeadLoss(20, shard_prototypes=False, warmup_teacher_temp_epochs=3, backend="eager")
+    assert repr(head) == (
+        "DINOHeadLoss(out_dim=20, shard_prototypes=False, warmup_teacher_temp_epochs=3, backend='eager')"
     )
 
 

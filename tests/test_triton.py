@@ -36,6 +36,8 @@ CASES = {
     "queue, wide, constant": {"n": 20, "m": 24, "d": 130, "queue": 37},
     "own negatives": {"n": 20, "m": 24, "d": 32, "own": 5, "own_grad": True},
     "own negatives, wide": {"n": 20, "m": 24, "d": 130, "own": 5, "symmetric": True},
+    "MoCo": {"n": 20, "m": 20, "d": 32, "queue": 37, "batch_negatives": False, "label_smoothing": 0.1},
+    "MoCo, own negatives": {"n": 20, "m": 20, "d": 130, "own": 5, "own_grad": True, "batch_negatives": False},
     "no reduction": {"n": 33, "m": 33, "d": 32, "reduction": "none"},
     "sum": {"n": 33, "m": 33, "d": 32, "reduction": "sum", "symmetric": True},
     "strided": {"n": 33, "m": 40, "d": 32, "strided": True, "symmetric": True},
@@ -79,7 +81,7 @@ def evaluate(inputs, backend, *, dtype=None, **options) -> dict[str, torch.Tenso
 
 def split(case: dict, device="cpu") -> tuple[dict, dict]:
     """A case as (arguments of make_inputs, arguments of the loss)."""
-    options = {k: case[k] for k in ("symmetric", "label_smoothing", "reduction") if k in case}
+    options = {k: case[k] for k in ("symmetric", "label_smoothing", "reduction", "batch_negatives") if k in case}
     if case.get("target") == "random":
         generator = torch.Generator().manual_seed(0)
         options["target"] = torch.randint(case["m"], (case["n"],), generator=generator).to(device)

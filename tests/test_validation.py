@@ -119,7 +119,7 @@ FAMILY = [
     (lambda **k: n_pair_loss(Q, K, **k), V, "anchor and positive must have the same number of rows, got 4 and 6"),
     (lambda **k: n_pair_loss(Q, Q, labels=LABELS[:2], **k), V, r"labels must have shape \(4,\)"),
     (lambda **k: arcface_loss(Q, K, None, **k), T, "labels must be a torch.Tensor, got NoneType"),
-    (lambda **k: arcface_loss(Q, K, LABELS.int(), **k), T, "labels must be int64, got torch.int32"),
+    (lambda **k: arcface_loss(Q, K, LABELS.float(), **k), T, "labels must be integers, got torch.float32"),
     (lambda **k: arcface_loss(Q, K, LABELS + 4, **k), V, r"labels must be in \[0, 6\), got 6"),
     (lambda **k: arcface_loss(Q, K, LABELS - 1, **k), V, r"labels must be in \[0, 6\), got -1"),
     (lambda **k: arcface_loss(Q, K[:, :2], LABELS, **k), V, "weight and embeddings must have the same width d"),

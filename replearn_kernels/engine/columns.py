@@ -130,7 +130,7 @@ class OwnColumns:
 
     features: Tensor
     needs_grad: bool
-    has_positives = False
+    has_positives: bool = False  # the first of every row's is its positive
     inverse_norms = None
 
     @property
@@ -139,7 +139,7 @@ class OwnColumns:
 
     def of_rows(self, rows: slice) -> OwnColumns:
         """The columns that a chunk of rows sees: its own."""
-        return OwnColumns(self.features[rows], self.needs_grad)
+        return OwnColumns(self.features[rows], self.needs_grad, self.has_positives)
 
     def column_blocks(self, rows: slice, size: int) -> Iterator[slice]:
         return blocks(self.width, size)

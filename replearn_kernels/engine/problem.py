@@ -57,7 +57,7 @@ class Problem:
     """``N`` rows compared with the columns of every source.
 
     ``scale`` multiplies the similarities, ``bias`` is added: floats on the CPU, 0-d tensors elsewhere, so that no
-    kernel launch waits for the value. ``target[i]`` is the column of the first source that is row i's positive.
+    kernel launch waits for the value. ``target[i]`` is row i's positive: a column of the source that has them.
     """
 
     query: Tensor  # [N, d]
@@ -83,19 +83,21 @@ class Problem:
             query, squares, isolated = centred(query, objective.unit_rows)
         sources: list[Source] = [
             SharedColumns(
-                _rows_contiguous(key), needs, has_positives=i == 0,
+                _rows_contiguous(key), needs, has_positives=i == 0 and not objective.own_positives,
                 inverse_norms=_inverse_norms(key) if objective.unit_features else None,
             )
             for i, (key, needs) in enumerate(zip(inputs.keys, needs_grad[1:]))
         ]  # fmt: skip
         if inputs.own is not None:
-            sources.append(OwnColumns(inputs.own, needs_grad[1 + len(inputs.keys)]))
+            sources.append(OwnColumns(inputs.own, needs_grad[1 + len(inputs.keys)], objective.own_positives))
         if inputs.is_batch:
             sources.append(BatchColumns(query, needs_grad=False, has_positives=True))
         target, row_group, column_group = (
             None if t is None else t.contiguous() for t in (inputs.target, inputs.row_group, inputs.column_group)
         )
         column_group = row_group if inputs.is_batch else column_group
+        if objective.own_positives:
+            target = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
         bias = 0.0 if inputs.logit_bias is None else number_of(inputs.logit_bias)
         return cls(
             query, tuple(sources), target, row_group, column_group, number_of(inputs.logit_scale), bias,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import wraps
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from ..engine.schedules import Config, on_device_of
 from ..engine.shards import meet
 from ..engine.world import World, telling
 from ..objectives import Objective
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Options(NamedTuple):
@@ -54,7 +57,20 @@ def refuse_eager(backend: str) -> None:
         raise ValueError("backend='eager' is the formula for the batch of one process: it takes no group")
 
 
-def in_group(function):
+def takes_logit_scale(function: Callable[P, R]) -> Callable[P, R]:
+    """For functions, constructors and calls of modules: who gives a temperature is told what to give instead."""
+    name = function.__qualname__.removesuffix(".__init__").removesuffix(".forward")
+
+    @wraps(function)
+    def call(*args: P.args, **keywords: P.kwargs) -> R:
+        if "temperature" in keywords:
+            raise TypeError(f"{name} takes no temperature: call it with logit_scale = 1 / temperature")
+        return function(*args, **keywords)
+
+    return call
+
+
+def in_group(function: Callable[P, R]) -> Callable[P, R]:
     """For a loss function that takes ``group``: what fails on one rank before all have met is told to the others.
 
     The function gets its :class:`World` in the group's place, or None. torch.compile leaves it out of its graphs: what

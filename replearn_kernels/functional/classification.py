@@ -54,7 +54,8 @@ def arcface_loss(
         embeddings: ``[B, d]``, fp16, bf16, fp32 or fp64, any strides and lengths.
         weight: ``[C, d]``, the class centres, of any lengths, the same dtype and device; gets a gradient. With a group,
             this rank's classes, unless ``shard_classes=False``.
-        labels: int64 ``[B]``, in ``[0, C)``; with a group, numbered through the classes of all ranks, in their order.
+        labels: integers ``[B]``, in ``[0, C)``: any other, such as -1, is an error, and none is ignored. With a group,
+            numbered through the classes of all ranks, in their order.
         margin: in radians, in [0, pi].
         scale: multiplies the cosines; positive.
         reduction: "mean" over the rows, "sum", or "none": ``[B]``.
@@ -129,7 +130,7 @@ def _margin_loss(
         validation.check_count("classes", classes, 0)
     shard_classes = validation.check_flag("shard_classes", shard_classes) and world is not None
     embeddings, weight = check_pair({"embeddings": embeddings, "weight": weight})
-    validation.check_target(labels, len(embeddings), len(weight), embeddings, name="labels", required=True)
+    labels = validation.check_labels("labels", labels, len(embeddings), embeddings)
     logit_scale = validation.check_scale("scale", validation.check_positive("scale", scale), embeddings)
     options = Options.of(reduction, backend, memory_budget, embeddings, world)
     inputs = Inputs(embeddings, [weight], None, labels, None, None, logit_scale, None)

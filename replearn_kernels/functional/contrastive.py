@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
@@ -9,10 +10,12 @@ from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..objectives import Sigmoid, Softmax
-from .call import Options, autocast, check_pair, in_group, run
+from .call import Options, autocast, check_pair, in_group, run, takes_logit_scale
+from .gathered import loss_of_every_rank
 from .rows import unit_rows
 
 
+@takes_logit_scale
 @in_group
 def info_nce_loss(
     query: Tensor,
@@ -22,6 +25,7 @@ def info_nce_loss(
     negatives: Tensor | None = None,
     logit_scale: float | Tensor = 1.0,
     symmetric: bool = False,
+    batch_negatives: bool = True,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     normalize: bool = False,
@@ -37,7 +41,12 @@ def info_nce_loss(
         L_i = logsumexp_j l_ij - (1 - e) * l_i,target_i - e / W * sum_j l_ij
 
     van den Oord, Li and Vinyals, "Representation Learning with Contrastive Predictive Coding", 2018
-    (arXiv:1807.03748); with a queue of negatives: He et al., "Momentum Contrast", 2020 (arXiv:1911.05722).
+    (arXiv:1807.03748).
+
+    With ``batch_negatives=False`` query i is compared with key i and the negatives alone: over a queue that is MoCo's
+    loss, He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020 (arXiv:1911.05722)::
+
+        info_nce_loss(query, key, negatives=queue, batch_negatives=False, logit_scale=1 / 0.07)
 
     Args:
         query: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
@@ -46,9 +55,12 @@ def info_nce_loss(
             Default: query i belongs to key i, which needs M >= N.
         negatives: more columns that are nobody's positive: ``[K, d]`` seen by every query (a queue), or
             ``[N, K, d]``, K of each query's own. They get a gradient only if they require one.
-        logit_scale: the inverse temperature, *not* its logarithm; a float, or a 0-d tensor, which gets a gradient.
+        logit_scale: the inverse temperature, *not* its logarithm; a float, or a tensor of one element, 0-d or ``[1]``,
+            which gets a gradient.
         symmetric: average with the other direction: the column of query i's key over all queries
             (negatives have no part in it). With target=None and M = N this is :func:`clip_loss`.
+        batch_negatives: query i is compared with all keys. False: with key i and ``negatives`` alone, without
+            ``target`` and ``symmetric``; as many keys as queries. Default True.
         label_smoothing: e in [0, 1].
         reduction: "mean" over the queries, "sum", or "none": ``[N]``.
         normalize: L2-normalise query, key and negatives first.
@@ -71,25 +83,33 @@ def info_nce_loss(
     Raises:
         TypeError: an argument is not of the type or dtype above, or two features differ in dtype.
         ValueError: wrong rank or shape, different widths or devices, target out of range, a scale that is not
-            finite, an unknown reduction or backend, a negative budget; with a group, on every rank: shards that do
-            not fit together, or a call that failed on another rank.
+            finite, ``batch_negatives=False`` without negatives, with a target or symmetric, an unknown reduction or
+            backend, a negative budget; with a group, on every rank: shards that do not fit together, or a call that
+            failed on another rank.
         RuntimeError: the backend asked for is not available here; a rank of the group died, or did not come within
             the group's timeout.
     """
     objective = Softmax(
-        validation.check_flag("symmetric", symmetric), validation.check_fraction("label_smoothing", label_smoothing)
+        validation.check_flag("symmetric", symmetric),
+        validation.check_fraction("label_smoothing", label_smoothing),
+        own_positives=not validation.check_flag("batch_negatives", batch_negatives),
     )
+    if objective.own_positives:
+        refuse_symmetric(symmetric)
+        _check_own_positives(target, negatives)
     features = {"query": query, "key": key}
     options = reduction, backend, memory_budget, group, strategy
     return _softmax_loss(objective, features, target, negatives, None, logit_scale, normalize, options)
 
 
+@takes_logit_scale
 @in_group
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: float | Tensor,
     *,
+    logit_bias: float | Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     normalize: bool = False,
@@ -110,17 +130,25 @@ def clip_loss(
     Args:
         image_features: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides; L2-normalised, unless ``normalize``.
         text_features: ``[N, d]``, of the same dtype and device.
-        logit_scale: the inverse temperature, already exponentiated as in open_clip; float or 0-d tensor.
+        logit_scale: the inverse temperature, already exponentiated as in open_clip; float or tensor of one element.
+        logit_bias: for models that have one: a constant added to every logit leaves a softmax as it is, so it changes
+            nothing; its gradient is 0. Default: none.
 
     The other arguments, the result and the exceptions are those of :func:`info_nce_loss`. Also raises ValueError
     where the two batches differ in size.
     """
     if isinstance(image_features, Tensor) and isinstance(text_features, Tensor):
         validation.check_same_rows("image_features", image_features, "text_features", text_features)
+    if logit_bias is not None:
+        validation.check_features("image_features", image_features)
+        logit_bias = validation.check_scale("logit_bias", logit_bias, image_features)
     objective = Softmax(symmetric=True, label_smoothing=validation.check_fraction("label_smoothing", label_smoothing))
     features = {"image_features": image_features, "text_features": text_features}
     options = reduction, backend, memory_budget, group, strategy
-    return _softmax_loss(objective, features, None, None, None, logit_scale, normalize, options)
+    loss = _softmax_loss(objective, features, None, None, None, logit_scale, normalize, options)
+    if logit_bias is None or not logit_bias.requires_grad:
+        return loss
+    return loss + logit_bias.expand(0).sum(dtype=loss.dtype)  # no value of it, whatever it is, and a gradient of 0
 
 
 @in_group
@@ -146,7 +174,8 @@ def n_pair_loss(
     Args:
         anchor: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
         positive: ``[N, d]``, of the same dtype and device.
-        labels: integers ``[N]``; other columns of the row's own label are no negatives. Default: all labels differ.
+        labels: integers ``[N]``, any values (-1 is a label as any other); other columns of the row's own label are no
+            negatives. Default: all labels differ.
 
     The other arguments, the result and the exceptions are those of :func:`info_nce_loss`. Also raises ValueError
     where the two batches differ in size, and for labels of the wrong shape or device, TypeError if not integers.
@@ -159,6 +188,7 @@ def n_pair_loss(
     return _softmax_loss(objective, features, None, None, labels, 1.0, normalize, options)
 
 
+@takes_logit_scale
 @in_group
 def siglip_loss(
     image_features: Tensor,
@@ -187,11 +217,12 @@ def siglip_loss(
     Args:
         image_features: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides; L2-normalised, unless ``normalize``.
         text_features: ``[M, d]``, of the same dtype and device; M = N without groups.
-        logit_scale: the inverse temperature, already exponentiated; a float, or a 0-d tensor, which gets a gradient.
-        logit_bias: added to every logit; a float, or a 0-d tensor, which gets a gradient. The paper starts at -10.
-            Default: none.
-        query_group: integers ``[N]``; with ``key_group``, pairs of equal group are positives. Default: image i and
-            text i are.
+        logit_scale: the inverse temperature, already exponentiated; a float, or a tensor of one element, 0-d or
+            ``[1]``, which gets a gradient.
+        logit_bias: added to every logit; a float, or a tensor of one element, which gets a gradient. The paper starts
+            at -10. Default: none.
+        query_group: integers ``[N]``, any values (-1 is a group as any other); with ``key_group``, pairs of equal group
+            are positives. Default: image i and text i are.
         key_group: integers ``[M]``.
         reduction: "mean" over the images, "sum", or "none": ``[N]``.
         normalize: L2-normalise both features first.
@@ -244,7 +275,10 @@ def _softmax_loss(
     query, key = check_pair(features)
     query_name = next(iter(features))
     queue, own = _split_negatives(negatives, query_name, query)
-    validation.check_target(target, query.shape[0], key.shape[0], query)
+    if objective.own_positives:
+        validation.check_same_rows(*(part for named in features.items() for part in named))
+    else:
+        validation.check_target(target, query.shape[0], key.shape[0], query)
     if labels is not None:
         labels = validation.check_labels("labels", labels, len(query), query)
     logit_scale = validation.check_scale("logit_scale", logit_scale, query)
@@ -253,8 +287,27 @@ def _softmax_loss(
     if validation.check_flag("normalize", normalize):
         query, key, queue, own = (None if t is None else unit_rows(t) for t in (query, key, queue, own))
     keys = [key] if queue is None else [key, queue]
+    if objective.own_positives:
+        positive, keys = key.unsqueeze(1), keys[1:]
+        own = positive if own is None else torch.cat([positive, own], dim=1)
     inputs = Inputs(query, keys, own, target, labels, labels, logit_scale, None)
+    if objective.own_positives and options.world is not None:
+        return loss_of_every_rank(inputs, objective, options)
     return run(inputs, objective, options, lambda inputs: reference.softmax_loss(inputs, objective, reduction))
+
+
+def refuse_symmetric(symmetric: bool) -> None:
+    """With ``batch_negatives=False``."""
+    if symmetric:
+        raise ValueError("batch_negatives=False takes no symmetric=True: a key meets its own query, and no other")
+
+
+def _check_own_positives(target: Tensor | None, negatives: Tensor | None) -> None:
+    """What ``batch_negatives=False`` goes with."""
+    if negatives is None:
+        raise ValueError("batch_negatives=False needs negatives: query i is compared with key i and them alone")
+    if target is not None:
+        raise ValueError("batch_negatives=False takes no target: query i belongs to key i; pass key[target]")
 
 
 def _split_negatives(negatives: Tensor | None, query_name: str, query: Tensor) -> tuple[Tensor | None, Tensor | None]:

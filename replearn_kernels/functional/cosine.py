@@ -31,7 +31,7 @@ def cosine_similarity_loss(
     Args:
         embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides. They are normalised here;
             a row of zeros has cosine 0 with all others, and gradient 0.
-        labels: ``[N]``, any integer dtype, any values.
+        labels: ``[N]``, any integer dtype, any values: -1 is a label as any other, and none is ignored.
         reduction: "mean" over the N rows, "sum", or "none": ``[N]``.
         backend: "auto" and "torch" (any device with fp64) are the closed form, "eager" the plain formula on the N x N
             matrix of cosines. Both can be differentiated any number of times.

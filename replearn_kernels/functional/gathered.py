@@ -43,12 +43,14 @@ def loss_over_class_shards(
 
 def loss_of_every_rank(inputs: Inputs, objective: Objective, options: Options) -> Tensor:
     """The loss of the own rows, where every rank has all that they are compared with."""
-    world = options.world
-    columns = inputs.widths[0]
-    check_inside(objective.target_name, inputs.target, columns)
-    alike = {"reduction": options.reduction, "classes": columns}
+    world, alike = options.world, {"reduction": options.reduction}
+    if inputs.target is not None:
+        alike["classes"] = columns = inputs.widths[0]
+        check_inside(objective.target_name, inputs.target, columns)
     layout = _meet(world, inputs._replace(target=None), objective, alike)
-    losses = run(inputs, objective, options._replace(world=None, reduction="none"), None)
+    inputs = inputs._replace(logit_scale=_MeanGradient.apply(inputs.logit_scale, world))
+    own = "none" if options.reduction == "none" else "sum"  # of which one upstream gradient scales all rows
+    losses = run(inputs, objective, options._replace(world=None, reduction=own), None)
     return reduced(losses, sum(layout.rows), options.reduction, world)
 
 
@@ -102,7 +104,7 @@ def gather_rows(rows: Tensor, world: World, counts: list[int]) -> Tensor:
 
 def _meet(world: World, inputs: Inputs, objective: Objective, alike: dict) -> Layout:
     enabled = torch.is_grad_enabled()
-    needs_grad = [enabled and features.requires_grad for features in inputs.features]
+    needs_grad = [enabled and tensor.requires_grad for tensor in inputs.differentiable]
     return meet(world, inputs, objective, {"requires_grad": needs_grad, **alike}, "gather")
 
 
@@ -113,6 +115,21 @@ def reduced(own: Tensor, counted: Tensor | int, reduction: str, world: World) ->
         return own.sum()
     counted = torch.as_tensor(counted, device=own.device, dtype=own.dtype)
     return own.sum() * (world.size / counted.clamp(min=1))
+
+
+class _MeanGradient(torch.autograd.Function):
+    """A scalar that all ranks share, as it is; its gradient is the mean over them."""
+
+    @staticmethod
+    def forward(ctx, scalar: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        return scalar.view_as(scalar)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        with torch.no_grad():
+            mean = ctx.world.sum(gradient) / ctx.world.size
+        return *differentiable_once([gradient], [mean]), None
 
 
 class _GatherRows(torch.autograd.Function):

@@ -43,7 +43,7 @@ def lifted_structure_loss(
 
     Args:
         embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
-        labels: integers ``[N]``; any values.
+        labels: integers ``[N]``; any values: -1 is a label as any other, and none is ignored.
         margin: at least 0, in units of distance. Default 1.0.
         smooth: the log-sum-exp over negatives, an upper bound of the maximum; False: the maximum. Default True.
         reduction: "mean" over the pairs of P, "sum", or "none": ``[N]``, where each pair counts half for either row.
@@ -97,7 +97,7 @@ def contrastive_loss(
 
     Args:
         embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
-        labels: integers ``[N]``; any values.
+        labels: integers ``[N]``; any values: -1 is a label as any other, and none is ignored.
         margin: at least 0, in units of distance. Default 1.0.
         squared: squares of distance and hinge, as in the paper; False: both plain. Default True.
         reduction: "mean" over all pairs, "sum", or "none": ``[N]``, where each pair counts half for either row.

@@ -39,7 +39,8 @@ def nt_xent_loss(
     Args:
         z_i: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
         z_j: ``[N, d]``: row i is another view of z_i's row i; of the same dtype and device.
-        temperature: divides the similarities; a positive float, or a 0-d tensor, which gets a gradient.
+        temperature: divides the similarities; a positive float, or a tensor of one element, 0-d or ``[1]``, which gets
+            a gradient.
         reduction: "mean" over the 2N views, "sum", or "none": ``[2N]``, those of z_i first.
         normalize: L2-normalise both first. Default True.
         backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
@@ -86,9 +87,10 @@ def sup_con_loss(
 
     Args:
         features: ``[N, d]``, or ``[B, V, d]`` for V views of each of B samples; fp16, bf16, fp32 or fp64, any strides.
-        labels: integers ``[N]``, or ``[B]`` for views; any values. None, for views only: each sample is a class of its
-            own, as in :func:`nt_xent_loss`.
-        temperature: divides the similarities; a positive float, or a 0-d tensor, which gets a gradient.
+        labels: integers ``[N]``, or ``[B]`` for views; any values: -1 is a label as any other, and none is ignored.
+            None, for views only: each sample is a class of its own, as in :func:`nt_xent_loss`.
+        temperature: divides the similarities; a positive float, or a tensor of one element, 0-d or ``[1]``, which gets
+            a gradient.
         reduction: "mean" over the rows that have a positive, "sum", or "none": ``[N]`` (``[B * V]``, sample by
             sample), 0 for rows without a positive.
         normalize: L2-normalise first. Default True.

@@ -66,7 +66,7 @@ def triplet_margin_loss(
 
     Args:
         embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
-        labels: integers ``[N]``, any values; not needed with ``triplets``.
+        labels: integers ``[N]``, any values (-1 is a label as any other); not needed with ``triplets``.
         margin: at least 0, in units of distance. Default 0.2.
         mining: which triplets, as above. Default "semi_hard".
         distance: as above. Default "euclidean".

@@ -30,6 +30,8 @@ class Objective(ABC):
     """W needs the statistics of whole columns."""
     uses_target = True
     """Every row has one positive, ``target[i]``; False: groups say which pairs are positive."""
+    own_positives = False
+    """Every row's positive is the first of its own columns, and no target says so."""
     target_name = "target"
     """What callers know it by."""
     by_temperature = False

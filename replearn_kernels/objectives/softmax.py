@@ -24,7 +24,8 @@ Tables (one row a quantity):
          + weight_j exp(|logit_scale| (v_ij - max_j) - log_sum_j) - offset_j
 
 With ``groups_ignored``, columns of the row's own group are left out of its sum, but for its positive (Sohn's N-pair
-loss with labels).
+loss with labels). With ``own_positives`` (MoCo) a row's positive is the first of its own columns, which are a source of
+width 1 beside the queue.
 """
 
 from __future__ import annotations
@@ -45,18 +46,20 @@ class Softmax(Objective):
     symmetric: bool = False
     label_smoothing: float = 0.0
     groups_ignored: bool = False
+    own_positives: bool = False
 
     name = "softmax"
     family = "softmax"
 
     @classmethod
     def from_parameters(cls, parameters: list[float]) -> Softmax:
-        symmetric, label_smoothing, groups_ignored = parameters
-        return cls(bool(symmetric), label_smoothing, bool(groups_ignored))
+        symmetric, label_smoothing, groups_ignored, own_positives = parameters
+        return cls(bool(symmetric), label_smoothing, bool(groups_ignored), bool(own_positives))
 
     @property
     def parameters(self) -> list[float]:
-        return [float(self.symmetric), float(self.label_smoothing), float(self.groups_ignored)]
+        flags = float(self.groups_ignored), float(self.own_positives)
+        return [float(self.symmetric), float(self.label_smoothing), *flags]
 
     @property
     def needs_columns(self) -> bool:
@@ -68,7 +71,7 @@ class Softmax(Objective):
 
     @property
     def one_tile_parameters(self) -> tuple[bool] | None:
-        return None if self.label_smoothing or self.groups_ignored else (self.symmetric,)
+        return None if self.label_smoothing or self.groups_ignored or self.own_positives else (self.symmetric,)
 
     # -- sweep 1 ---------------------------------------------------------------------------------------------
 
