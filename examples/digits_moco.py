@@ -1,4 +1,4 @@
-"""MoCo on handwritten digits: a query finds its key among a queue of keys from the batches before.
+"""MoCo on handwritten digits: a query tells its key from a queue of keys of the batches before, and from them alone.
 
 He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", 2020 (arXiv:1911.05722).
 
@@ -34,7 +34,8 @@ def train(f_q: nn.Module, data: Digits, epochs: int) -> list[float]:
     for images, _ in training:
         query = F.normalize(f_q(view(images)), dim=1)
         key = F.normalize(f_k(view(images)), dim=1)
-        loss = info_nce_loss(query, key, negatives=queue.negatives(), logit_scale=1 / TEMPERATURE)
+        negatives = queue.negatives()
+        loss = info_nce_loss(query, key, negatives=negatives, batch_negatives=False, logit_scale=1 / TEMPERATURE)
         training.step(loss)
         f_k.update(f_q)
         queue.push(key)
@@ -55,7 +56,7 @@ def main(
     losses = train(nn.Sequential(backbone, head), train_data, epochs)
 
     features = encode(untrained, held_out), encode(backbone, held_out)
-    plots.save_training("InfoNCE loss", losses, *features, output_dir / "digits_moco.png")
+    plots.save_training("MoCo loss", losses, *features, output_dir / "digits_moco.png")
     return probe("MoCo", untrained, backbone, train_data, held_out)
 
 

@@ -33,6 +33,8 @@ from .metric_losses import ContrastiveLoss, LiftedStructureLoss, TripletMarginLo
 from .mining import mine_triplets
 from .momentum import MomentumEncoder, NegativeQueue, update_momentum
 
+__version__ = "0.1.0"  # the package's: pyproject.toml reads it here
+
 __all__ = [
     "ArcFaceLoss",
     "ClipLoss",

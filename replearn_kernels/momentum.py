@@ -23,7 +23,7 @@ class NegativeQueue(nn.Module):
     A step of training::
 
         query, key = F.normalize(encoder(x1), dim=1), F.normalize(momentum_encoder(x2), dim=1)
-        loss = info_nce_loss(query, key, negatives=queue.negatives(), logit_scale=1 / 0.07)
+        loss = info_nce_loss(query, key, negatives=queue.negatives(), batch_negatives=False, logit_scale=1 / 0.07)
         queue.push(key)
         loss.backward()
         optimizer.step()

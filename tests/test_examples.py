@@ -61,7 +61,7 @@ def test_moco_needs_few_labels(tmp_path):
     before, after = run(digits_moco, 20, tmp_path)
     accuracy = after["linear probe, 100 labels"]
     assert accuracy > 9 * CHANCE  # 92.6%
-    assert accuracy > before["linear probe, 100 labels"] + 0.02  # 3.3 points
+    assert accuracy > before["linear probe, 100 labels"] + 0.02  # 3.2 points
 
 
 def test_dino_needs_few_labels(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ _active: list[Work] = []
 
 
 @contextmanager
-def count_work():
+def count_work() -> Iterator[Work]:
     """Count the matrix products and workspace of every fused loss run inside the block; "eager" counts none.
 
     >>> with count_work() as work:

@@ -29,13 +29,13 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         if device.type == "cpu":
             return "cpp" if native.available() else warn_without_native()
-        return "triton" if _triton_problem(device, dtype) is None else "torch"
+        return "triton" if why_no_triton(device, dtype) is None else "torch"
     if name == "cpp":
         if device.type != "cpu":
             raise ValueError(f"backend='cpp' runs on CPU tensors, got tensors on {device}")
         if not native.available():
             raise RuntimeError(f"backend='cpp' is not available: {native.why_missing()}")
-    if name == "triton" and (problem := _triton_problem(device, dtype)) is not None:
+    if name == "triton" and (problem := why_no_triton(device, dtype)) is not None:
         raise problem
     return name
 
@@ -71,7 +71,7 @@ def _interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def _triton_problem(device: torch.device, dtype: torch.dtype) -> Exception | None:
+def why_no_triton(device: torch.device, dtype: torch.dtype) -> Exception | None:
     """Why Triton kernels cannot run on these inputs, or None."""
     try:
         import triton  # noqa: F401
