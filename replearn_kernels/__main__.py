@@ -58,7 +58,8 @@ def _on_gpu(problem: Exception | None) -> str:
 def _automatic(device: torch.device) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the C++ kernels are missing is said above
-        return f"{resolve_backend('auto', device, torch.float32)} (fp64: {resolve_backend('auto', device, torch.float64)})"
+        single, double = (resolve_backend("auto", device, dtype) for dtype in (torch.float32, torch.float64))
+    return f"{single} (fp64: {double})"
 
 
 def main() -> None:

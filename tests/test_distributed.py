@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from replearn_kernels import ClipLoss, SigLipLoss, clip_loss, siglip_loss, sup_con_loss
+from replearn_kernels import ClipLoss, SigLipLoss, clip_loss, nt_xent_loss, siglip_loss, sup_con_loss
 
 pytestmark = needs_gloo
 
@@ -317,6 +317,21 @@ def compiled(rank, sizes):
 def test_compile(ranks):
     if ranks.world_size == 2:
         ranks.run(compiled, [5, 3])
+
+
+def numbers_of_two_kinds(rank, sizes):
+    batch, half = Batch.random(sum(sizes)).shard(rank, sizes), np.float32(0.5) if rank else 0.5
+    group = dist.group.WORLD
+    nt_xent = nt_xent_loss(batch.x, batch.y, temperature=half, group=group)
+    return nt_xent.item(), clip_loss(batch.x, batch.y, half, label_smoothing=half, group=group).item()
+
+
+def test_ranks_agree_on_numbers_of_numpy_and_of_python(ranks):
+    sizes = SIZES[ranks.world_size][0]
+    batch = Batch.random(sum(sizes))
+    expected = nt_xent_loss(batch.x, batch.y), clip_loss(batch.x, batch.y, 0.5, label_smoothing=0.5)
+    values = torch.tensor(ranks.run(numbers_of_two_kinds, sizes), dtype=torch.float64)
+    torch.testing.assert_close(values.mean(0), torch.stack(expected), **EXACT)
 
 
 def in_low_precision(rank, dtype):

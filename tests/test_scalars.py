@@ -48,7 +48,7 @@ def pair(rng):
 
 
 @pytest.mark.parametrize("name, loss, value", SCALARS)
-@pytest.mark.parametrize("options", [dict(backend="torch"), dict(backend="cpp"), dict(backend="eager"), dict(reduction="none")])
+@pytest.mark.parametrize("options", [*(dict(backend=b) for b in ("torch", "cpp", "eager")), dict(reduction="none")])
 def test_a_tensor_of_shape_1_gets_the_gradient_of_a_0d_one(name, loss, value, options, pair):
     values, gradients = [], []
     for shape in ((), (1,)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -117,7 +118,8 @@ def _described_value(value):
     if value is None or isinstance(value, (bool, str)):
         return value
     if validation.is_number(value):
-        return float(value)
+        with suppress(OverflowError):  # an int beyond any float: the function will say what it expects
+            return float(value)
     return "a tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
