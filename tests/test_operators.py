@@ -34,7 +34,7 @@ def arguments(symmetric, reduction, memory_budget, backend, own=False):
     return (
         query, [key, queue], negatives, torch.tensor([0, 6, 2, 2, 1]), None, None,
         torch.tensor(2.0, requires_grad=True), None,
-        "softmax", [float(symmetric), 0.1, 0.0], reduction, backend, memory_budget, needs_grad,
+        "softmax", [float(symmetric), 0.1, 0.0, 0.0], reduction, backend, memory_budget, needs_grad,
     )  # fmt: skip
 
 
@@ -54,6 +54,10 @@ def family_arguments(name, reduction, backend):
     scale, bias = (torch.tensor(x, requires_grad=True) for x in (2.0, -1.0))
     options = (reduction, backend, 0)
     return {
+        "moco": (
+            query, [key], torch.randn(6, 1, 5, requires_grad=True), None, None, None, scale, None,
+            "softmax", [0.0, 0.1, 0.0, 1.0], *options, [True] * 4,
+        ),
         "sup_con": (query, [], None, None, rows, None, scale, None, "sup_con", [], *options, [True] * 2),
         "sigmoid": (query, [key], None, None, None, None, scale, bias, "sigmoid", [0.0], *options, [True] * 4),
         "groups": (query, [key], None, None, rows, columns, scale, bias, "sigmoid", [1.0], *options, [True] * 4),
@@ -67,7 +71,7 @@ def family_arguments(name, reduction, backend):
     }[name]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["sup_con", "sigmoid", "groups", "margin", *OVER_DISTANCES])
+@pytest.mark.parametrize("name", ["moco", "sup_con", "sigmoid", "groups", "margin", *OVER_DISTANCES])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_opcheck_of_the_family(name, reduction, backend):
     torch.library.opcheck(
@@ -91,7 +95,7 @@ def test_opcheck_of_one_tile_where_not_all_is_needed(wanted, backend):
     inputs = [torch.randn(5, 6), torch.randn(5, 6), torch.tensor(2.0)]
     inputs[wanted].requires_grad_()
     query, key, scale = inputs
-    config = ("softmax", [1.0, 0.0, 0.0], "mean", backend, 2**20, [i == wanted for i in range(3)])
+    config = ("softmax", [1.0, 0.0, 0.0, 0.0], "mean", backend, 2**20, [i == wanted for i in range(3)])
     torch.library.opcheck(
         torch.ops.replearn_kernels.pair_loss.default, (query, [key], None, None, None, None, scale, None, *config)
     )
