@@ -127,6 +127,7 @@ class _MeanGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
+        ctx.world.meet_again("backward (scale)")
         with torch.no_grad():
             mean = ctx.world.sum(gradient) / ctx.world.size
         return *differentiable_once([gradient], [mean]), None
