@@ -14,6 +14,8 @@ from replearn_kernels.engine.problem import Pairs
 from replearn_kernels.objectives import BatchAll, BatchHard, Lifted, MarginContrastive, SemiHard
 from replearn_kernels.objectives.triplet_distance import TripletDistance
 
+EUCLIDEAN = TripletDistance("euclidean")
+
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
 ops = torch.ops.replearn_kernels
 
@@ -106,7 +108,7 @@ def tables_of(new, rows, columns, diagonal):
 @pytest.mark.parametrize("nan", [False, True])
 def test_hardest_pairs(rows, columns, dtype, nan):
     """Two tiles folded into the same tables: of equal values the earlier stays."""
-    objective, like = BatchHard(), torch.empty((), dtype=dtype)
+    objective, like = BatchHard(0.2, EUCLIDEAN), torch.empty((), dtype=dtype)
     v, pairs = sample(rows, columns, dtype, nan)
     v = v.round(decimals=1)  # many ties
     tables = []
@@ -157,7 +159,7 @@ def test_batch_all(rows, columns, dtype, most, distance):
 def test_semi_hard(rows, columns, dtype, most):
     """Two tiles folded into the same tables: of equal values the earlier stays. Up to 48 thresholds are compared one by
     one, 8 at a time, more are searched; some rows have fewer, at -inf."""
-    objective, like = SemiHard(), torch.empty((), dtype=dtype)
+    objective, like = SemiHard(EUCLIDEAN), torch.empty((), dtype=dtype)
     v, pairs = sample(rows, columns, dtype)
     v = v.round(decimals=1)  # many ties, also with thresholds
 
@@ -214,7 +216,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype):
     _, pairs = sample(rows, columns, dtype)
     pairs, like = pairs._replace(diagonal=False), torch.empty((), dtype=dtype)
     _, _, points = points_of(rows, columns, 8, dtype, False, False)
-    objectives = [BatchHard(), MarginContrastive(2.0), BatchAll(0.2)]
+    objectives = [BatchHard(0.2, EUCLIDEAN), MarginContrastive(2.0), BatchAll(0.2, EUCLIDEAN)]
 
     def run():
         out = []

@@ -26,7 +26,7 @@ from replearn_kernels import (
 from replearn_kernels.engine import native
 
 
-def arguments(symmetric, reduction, memory_budget, backend, own=False):
+def arguments(symmetric, reduction, memory_budget, backend, own=False, any_size=False):
     """A sample call of the pair_loss operator."""
     query, key, queue = (torch.randn(n, 6, requires_grad=True) for n in (5, 7, 3))
     negatives = torch.randn(5, 4, 6, requires_grad=True) if own else None
@@ -34,7 +34,7 @@ def arguments(symmetric, reduction, memory_budget, backend, own=False):
     return (
         query, [key, queue], negatives, torch.tensor([0, 6, 2, 2, 1]), None, None,
         torch.tensor(2.0, requires_grad=True), None,
-        "softmax", [float(symmetric), 0.1, 0.0, 0.0], reduction, backend, memory_budget, needs_grad,
+        "softmax", [float(symmetric), 0.1, 0.0, 0.0], reduction, backend, memory_budget, needs_grad, any_size,
     )  # fmt: skip
 
 
@@ -47,13 +47,13 @@ OVER_DISTANCES = {
 }
 
 
-def family_arguments(name, reduction, backend):
+def family_arguments(name, reduction, backend, any_size=False):
     """The same for the other objectives."""
     query, key = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
     rows, columns = torch.tensor([0, 0, 1, -2, 1, 9]), torch.tensor([0, 1, 1, 5, -2, -2, 0])
     scale, bias = (torch.tensor(x, requires_grad=True) for x in (2.0, -1.0))
     options = (reduction, backend, 0)
-    return {
+    arguments = {
         "moco": (
             query, [key], torch.randn(6, 1, 5, requires_grad=True), None, None, None, scale, None,
             "softmax", [0.0, 0.1, 0.0, 1.0], *options, [True] * 4,
@@ -69,24 +69,24 @@ def family_arguments(name, reduction, backend):
             for objective, parameters in OVER_DISTANCES.items()
         },
     }[name]  # fmt: skip
+    return *arguments, any_size
 
 
 @pytest.mark.parametrize("name", ["moco", "sup_con", "sigmoid", "groups", "margin", *OVER_DISTANCES])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck_of_the_family(name, reduction, backend):
+@pytest.mark.parametrize("reduction, any_size", [("mean", False), ("none", False), ("mean", True)])
+def test_opcheck_of_the_family(name, reduction, any_size, backend):
     torch.library.opcheck(
-        torch.ops.replearn_kernels.pair_loss.default, family_arguments(name, reduction, backend)
+        torch.ops.replearn_kernels.pair_loss.default, family_arguments(name, reduction, backend, any_size)
     )
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("reduction, any_size", [("mean", False), ("none", False), ("mean", True)])
 @pytest.mark.parametrize("memory_budget", [0, 2**20])
 @pytest.mark.parametrize("own", [False, True])
-def test_opcheck(symmetric, reduction, memory_budget, own, backend):
-    torch.library.opcheck(
-        torch.ops.replearn_kernels.pair_loss.default, arguments(symmetric, reduction, memory_budget, backend, own)
-    )
+def test_opcheck(symmetric, reduction, any_size, memory_budget, own, backend):
+    given = arguments(symmetric, reduction, memory_budget, backend, own, any_size)
+    torch.library.opcheck(torch.ops.replearn_kernels.pair_loss.default, given)
 
 
 @pytest.mark.parametrize("wanted", range(3))
@@ -95,7 +95,7 @@ def test_opcheck_of_one_tile_where_not_all_is_needed(wanted, backend):
     inputs = [torch.randn(5, 6), torch.randn(5, 6), torch.tensor(2.0)]
     inputs[wanted].requires_grad_()
     query, key, scale = inputs
-    config = ("softmax", [1.0, 0.0, 0.0, 0.0], "mean", backend, 2**20, [i == wanted for i in range(3)])
+    config = ("softmax", [1.0, 0.0, 0.0, 0.0], "mean", backend, 2**20, [i == wanted for i in range(3)], False)
     torch.library.opcheck(
         torch.ops.replearn_kernels.pair_loss.default, (query, [key], None, None, None, None, scale, None, *config)
     )

@@ -25,14 +25,17 @@ _INPUTS = (
     "Tensor query, Tensor[] keys, Tensor? own, Tensor? target, Tensor? row_group, Tensor? column_group, "
     "Tensor logit_scale, Tensor? logit_bias"
 )
-_CONFIG = "str objective, float[] parameters, str reduction, str backend, int memory_budget, bool[] needs_grad"
+_CONFIG = (  # needs_grad is a list of bools, which torch.jit.trace cannot record
+    "str objective, float[] parameters, str reduction, str backend, int memory_budget, int[] needs_grad, bool any_size"
+)
 _COUNT = len(Inputs._fields)
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _split(arguments) -> tuple[Inputs, Config]:
     """The operator's flat arguments as the schedules take them."""
-    return Inputs(*arguments[:_COUNT]), Config(*arguments[_COUNT:])
+    config = Config(*arguments[_COUNT:])
+    return Inputs(*arguments[:_COUNT]), config._replace(needs_grad=[bool(needs) for needs in config.needs_grad])
 
 
 def _forward_with(function):
@@ -77,7 +80,7 @@ def pair_loss(inputs: Inputs, config: Config, of_group=None) -> Tensor:
     """
     refuse_transforms()
     if of_group is None and needs_dispatcher(*inputs.differentiable):
-        return torch.ops.replearn_kernels.pair_loss(*inputs, *config)[0]
+        return torch.ops.replearn_kernels.pair_loss(*inputs, *config._replace(any_size=_has_symbols(inputs)))[0]
     return _PairLoss.apply(of_group or schedules, config, _Form.of(inputs), inputs, *_flat(inputs))
 
 
@@ -119,12 +122,22 @@ def refuse_forward_mode(tensor: Tensor) -> None:
 
 def needs_dispatcher(*tensors: Tensor) -> bool:
     """Whether somebody traces or wraps these tensors, so that only a registered operator will do."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing():
         return True
     for tensor in tensors:
         if type(tensor) not in _PLAIN or tensor.is_meta:
             return True
     return False
+
+
+def _has_symbols(inputs: Inputs) -> bool:
+    """Whether a size of the features is a symbol, of a graph that serves many sizes."""
+    sizes = [size for features in inputs.features for size in features.shape]
+    if not torch.compiler.is_compiling():
+        return any(isinstance(size, torch.SymInt) for size in sizes)
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # dynamo says of a symbol that it is an int
+
+    return not all([has_static_value(size) for size in sizes])
 
 
 class _Form(NamedTuple):
@@ -236,6 +249,11 @@ def _setup_context(ctx, inputs, output):
 def _dispatched_backward(ctx, grad_loss, _):
     refuse_upstream(grad_loss)
     inputs, saved = _load(ctx)
+    if any(tensor.requires_grad and not needs for tensor, needs in zip(inputs.differentiable, ctx.config.needs_grad)):
+        raise RuntimeError(
+            "this loss was traced with features, a scale or a bias that required no gradient, and now require one: "
+            "trace or export it with inputs that do"
+        )
     gradients = torch.ops.replearn_kernels.pair_loss_backward(grad_loss, saved, *inputs, *ctx.config)
     # An empty list of parameters passes for a list of no tensors, whose gradients are an empty list.
     return *_placed(gradients, inputs, ctx.config), *([] if option == [] else None for option in ctx.config)

@@ -1,7 +1,8 @@
 """The plan of a run: which schedule, which tiles, what is kept. A function of shapes alone.
 
 Forward, backward and the fake kernels that torch.compile traces all call :func:`make_plan` with the same
-shapes, so the plan never travels between them.
+shapes, so the plan never travels between them. In a graph that serves many sizes the fake kernels' shapes are symbols,
+and a question of where one lies would tie the graph to the answer; its calls say ``any_size``, and the plan asks none.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .columns import OwnColumns, Source, blocks
+import torch
+
+from .columns import OwnColumns, Source
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 """Bytes of similarities kept between the sweeps: 8192 x 8192 in fp32, where eager PyTorch holds four or more."""
@@ -33,8 +36,8 @@ class Plan:
     """``schedule``: "two_sweeps", "row_chunks" or "one_sweep": see :mod:`.schedules`."""
 
     schedule: str
-    statistics_tile: TileShape
-    gradient_tile: TileShape
+    statistics_tile: TileShape | None  # None of symbols, for any size: no sweep walks those
+    gradient_tile: TileShape | None
     kept_elements: int
 
 
@@ -66,6 +69,7 @@ def make_plan(
     needs_statistics: bool = True,
     sweeps_gradients: bool = True,
     is_batch: bool = False,
+    any_size: bool = False,
 ) -> Plan:
     """Choose the schedule that does the least work within ``memory_budget``.
 
@@ -78,18 +82,25 @@ def make_plan(
         needs_statistics: W needs statistics at all.
         sweeps_gradients: there is a second sweep, for which tiles can be kept.
         is_batch: the columns are the rows, and only tiles on and above the diagonal are visited.
+        any_size: let the options alone choose the schedule, and keep what one expression in the sizes says.
     """
     width = sum(widths)
+    keeps = needs_grad and needs_statistics and sweeps_gradients and itemsize
+    room = memory_budget // itemsize if keeps else 0
+    one_sweep = not needs_statistics and needs_grad and one_gradient
+    if any_size and isinstance(rows + width, torch.SymInt):
+        kept = torch.sym_min(visited_pairs(rows, width, tile_shapes[0][0], is_batch), room)
+        return Plan("one_sweep" if one_sweep else "two_sweeps", None, None, kept)
     statistics_tile, gradient_tile = (
         TileShape(balanced_block(rows, most_rows), balanced_block(max(widths), most_columns))
         for most_rows, most_columns in tile_shapes
     )
-    if not needs_statistics and needs_grad and one_gradient:
+    if one_sweep:
         return Plan("one_sweep", gradient_tile, gradient_tile, 0)
-    elements = visited_pairs(rows, width, statistics_tile.rows, is_batch)
-    keeps = needs_grad and needs_statistics and sweeps_gradients and itemsize
-    kept = min(elements, memory_budget // itemsize) if keeps else 0
-    if keeps and one_gradient and rows and width:
+    # For any size, of the highest tiles, where balanced ones need a little less.
+    row_block = tile_shapes[0][0] if any_size else statistics_tile.rows
+    kept = min(visited_pairs(rows, width, row_block, is_batch), room)
+    if keeps and one_gradient and rows and width and not any_size:
         chunk_rows = 0
         if rows <= tile_shapes[0][0] and rows * width == kept <= _SMALL_ELEMENTS:
             chunk_rows = rows
@@ -103,10 +114,14 @@ def make_plan(
 
 
 def visited_pairs(rows: int, width: int, row_block: int, is_batch: bool) -> int:
-    """The entries of all tiles that a sweep visits."""
+    """The entries of all tiles that a sweep visits.
+
+    Of a batch, half of the square and of the tiles on its diagonal once more. No walk over blocks: rows may be a symbol.
+    """
     if not is_batch:
         return rows * width
-    return sum((block.stop - block.start) * (rows - block.start) for block in blocks(rows, row_block))
+    full, last = rows // row_block, rows % row_block
+    return (rows * rows + full * row_block * row_block + last * last) // 2
 
 
 def balanced_block(size: int, limit: int) -> int:

@@ -36,6 +36,7 @@ class Config(NamedTuple):
     backend: str
     memory_budget: int
     needs_grad: list[bool]  # in the order of Inputs.differentiable
+    any_size: bool = False  # a call of a graph whose shapes are symbols: the plan may not depend on where they lie
 
     def make_objective(self):
         return OBJECTIVES[self.objective].from_parameters(self.parameters)
@@ -104,10 +105,11 @@ def fake_forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
             query.new_empty(tensor.shape, dtype=kind) if needs else query.new_empty(0)
             for tensor, kind, needs in zip(inputs.differentiable, dtypes, config.needs_grad)
         ]
-    columns = inputs.widths[0]
-    tables = config.make_objective().new_statistics(query.shape[0], columns, query.new_empty((), dtype=dtype))
+    # Of one row and column: how many rows an objective can number is a question that would tie symbols.
+    tables = config.make_objective().new_statistics(1, 1, query.new_empty((), dtype=dtype))
+    counts = query.shape[0], inputs.widths[0]
     kept = query.new_empty(plan.kept_elements, dtype=dtype)
-    return loss, [kept, *(table for table in tables if table is not None)]
+    return loss, [kept, *(t.new_empty(t.shape[0], n) for t, n in zip(tables, counts) if t is not None)]
 
 
 def fake_backward(grad_loss: Tensor, saved: list[Tensor], inputs: Inputs, config: Config) -> list[Tensor]:
@@ -258,13 +260,14 @@ def plan_of(inputs: Inputs, config: Config, make=None) -> Plan:
     return (make or _make_plan)(
         query.shape[0], inputs.widths, query.shape[1], query.dtype, query.device, inputs.is_batch,
         config.objective, tuple(config.parameters), config.reduction != "none", config.backend, config.memory_budget,
-        True in config.needs_grad,
+        True in config.needs_grad, config.any_size,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def _make_plan(
-    rows, widths, d, dtype, device, is_batch, objective, parameters, one_gradient, backend, memory_budget, needs_grad
+    rows, widths, d, dtype, device, is_batch, objective, parameters, one_gradient, backend, memory_budget, needs_grad,
+    any_size,
 ) -> Plan:
     kind, objective = backend_class(backend), OBJECTIVES[objective].from_parameters(parameters)
     return make_plan(
@@ -280,6 +283,7 @@ def _make_plan(
         needs_statistics=objective.needs_statistics,
         sweeps_gradients=objective.sweeps_gradients,
         is_batch=is_batch,
+        any_size=any_size,
     )  # fmt: skip
 
 

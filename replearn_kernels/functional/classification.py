@@ -130,14 +130,14 @@ def _margin_loss(
         validation.check_count("classes", classes, 0)
     shard_classes = validation.check_flag("shard_classes", shard_classes) and world is not None
     embeddings, weight = check_pair({"embeddings": embeddings, "weight": weight})
-    labels = validation.check_labels("labels", labels, len(embeddings), embeddings)
+    labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)
     logit_scale = validation.check_scale("scale", validation.check_positive("scale", scale), embeddings)
     options = Options.of(reduction, backend, memory_budget, embeddings, world)
     inputs = Inputs(embeddings, [weight], None, labels, None, None, logit_scale, None)
     if shard_classes:
         return loss_over_class_shards(inputs, objective, options, classes)
-    if classes not in (None, len(weight)):
-        raise ValueError(f"weight must have {classes} classes, got {len(weight)}")
+    if classes not in (None, weight.shape[0]):
+        raise ValueError(f"weight must have {classes} classes, got {weight.shape[0]}")
     if world is not None:
         return loss_of_every_rank(inputs, objective, options)
     return run(inputs, objective, options, lambda inputs: reference.margin_loss(inputs, objective, reduction))

@@ -245,8 +245,8 @@ def siglip_loss(
     if query_group is None:
         validation.check_same_rows("image_features", image, "text_features", text)
     else:
-        query_group = validation.check_labels("query_group", query_group, len(image), image)
-        key_group = validation.check_labels("key_group", key_group, len(text), image)
+        query_group = validation.check_labels("query_group", query_group, image.shape[0], image)
+        key_group = validation.check_labels("key_group", key_group, text.shape[0], image)
     logit_scale = validation.check_scale("logit_scale", logit_scale, image)
     if logit_bias is not None:
         logit_bias = validation.check_scale("logit_bias", logit_bias, image)
@@ -280,7 +280,7 @@ def _softmax_loss(
     else:
         validation.check_target(target, query.shape[0], key.shape[0], query)
     if labels is not None:
-        labels = validation.check_labels("labels", labels, len(query), query)
+        labels = validation.check_labels("labels", labels, query.shape[0], query)
     logit_scale = validation.check_scale("logit_scale", logit_scale, query)
     reduction, backend, memory_budget, group, strategy = options
     options = Options.of(reduction, backend, memory_budget, query, group, strategy)

@@ -64,7 +64,7 @@ def _closed_form(rows: Tensor, labels: Tensor) -> Tensor:
     ordered = labels.sort().values
     first = torch.searchsorted(ordered, labels)  # where the class begins in sorted order: its number, in [0, N)
     size = torch.searchsorted(ordered, labels, right=True) - first
-    per_positive, per_negative = _one_over(size - 1), _one_over(len(rows) - size)
+    per_positive, per_negative = _one_over(size - 1), _one_over(rows.shape[0] - size)
     itself = (rows * rows).sum(1)
     same_label = (rows * torch.ops.replearn_kernels.class_sums(rows, first)).sum(1)
     everything = rows @ rows.sum(0)

@@ -123,7 +123,7 @@ def dino_head_loss(
     features = autocast(student_features, student_weight, teacher_features, teacher_weight)
     _check_alike(dict(zip(names, features)))
     student, student_weight, teacher, teacher_weight = features
-    center = _check_center(center, student, len(student_weight))
+    center = _check_center(center, student, student_weight.shape[0])
     config = check_dino_options(student_temp, teacher_temp, reduction, backend, student.dtype)
     tensors = student, student_weight, teacher.detach(), teacher_weight.detach(), center
     validation.check_flag("shard_prototypes", shard_prototypes)

@@ -124,7 +124,7 @@ def triplet_margin_loss(
     objective = BatchHard(margin, measure)
     losses = run(inputs, objective, options, lambda inputs: reference.batch_hard_losses(inputs, objective))
     others = other_members(inputs.row_group)
-    complete = (others > 0) & (others < len(others) - 1)  # which anchors have a positive and a negative
+    complete = (others > 0) & (others < others.shape[0] - 1)  # which anchors have a positive and a negative
     return _reduced(losses, _counted(losses, complete.sum(), reduction), reduction)
 
 
@@ -143,7 +143,7 @@ def _semi_hard(inputs: Inputs, margin: float, measure: TripletDistance, backend:
     losses = _losses_at(rows, mined, margin, measure, backend)
     counted = _counted(losses, torch.ones_like(losses).sum(), reduction)
     return _reduced(
-        _with_nan_of(rows, losses.new_zeros(len(rows)).index_add(0, mined[0], losses)), counted, reduction
+        _with_nan_of(rows, losses.new_zeros(rows.shape[0]).index_add(0, mined[0], losses)), counted, reduction
     )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def _checked(triplets: Triplets, rows: Tensor) -> Triplets:
     for name, index in zip(("anchor", "positive", "negative"), triplets):
         first = triplets[0]
         count = first.shape[0] if isinstance(first, Tensor) and first.ndim and not first.is_nested else 0
-        validation.check_target(index, count, len(rows), rows, name=f"triplets: {name}", required=True)
+        validation.check_target(index, count, rows.shape[0], rows, name=f"triplets: {name}", required=True)
         if not needs_dispatcher(index):  # in a traced graph the operator tells
-            validation.check_inside(f"triplets: {name}", index, len(rows))
+            validation.check_inside(f"triplets: {name}", index, rows.shape[0])
     return tuple(triplets)

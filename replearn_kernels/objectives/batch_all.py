@@ -31,8 +31,8 @@ from .triplet_distance import TripletDistance
 class BatchAll(Objective):
     """FaceNet's loss over every triplet; the mean is over all of them, or over the violated ones (``nonzero``)."""
 
-    margin: float = 0.2
-    distance: TripletDistance = TripletDistance("euclidean")
+    margin: float
+    distance: TripletDistance
     nonzero: bool = False
 
     name = "batch_all"

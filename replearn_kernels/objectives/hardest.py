@@ -117,8 +117,8 @@ class BatchHard(Hardest):
     differences of their rows.
     """
 
-    margin: float = 0.2
-    distance: TripletDistance = TripletDistance("euclidean")
+    margin: float
+    distance: TripletDistance
 
     name = "batch_hard"
 

@@ -30,7 +30,7 @@ _LEAD = 3
 class SemiHard(Hardest):
     """The statistics alone."""
 
-    distance: TripletDistance = TripletDistance("euclidean")
+    distance: TripletDistance
 
     name = "semi_hard"
     family = "semi_hard"

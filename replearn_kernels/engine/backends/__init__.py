@@ -63,12 +63,15 @@ def warn_without_native() -> str:
     return "torch"
 
 
-@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels; torch.compile cannot trace the question."""
     import triton
 
     return triton.knobs.runtime.interpret
+
+
+# The mark that torch.compiler.assume_constant_result leaves, which itself imports all of dynamo: 1.3 s.
+_interpreted._dynamo_marked_constant = True
 
 
 def why_no_triton(device: torch.device, dtype: torch.dtype) -> Exception | None:
