@@ -89,7 +89,7 @@ def make_plan(
     room = memory_budget // itemsize if keeps else 0
     one_sweep = not needs_statistics and needs_grad and one_gradient
     if any_size and isinstance(rows + width, torch.SymInt):
-        kept = torch.sym_min(visited_pairs(rows, width, tile_shapes[0][0], is_batch), room)
+        kept = torch.sym_min(visited_pairs(rows, width, tile_shapes[0][0], is_batch), room) if room else 0
         return Plan("one_sweep" if one_sweep else "two_sweeps", None, None, kept)
     statistics_tile, gradient_tile = (
         TileShape(balanced_block(rows, most_rows), balanced_block(max(widths), most_columns))
@@ -116,7 +116,7 @@ def make_plan(
 def visited_pairs(rows: int, width: int, row_block: int, is_batch: bool) -> int:
     """The entries of all tiles that a sweep visits.
 
-    Of a batch, half of the square and of the tiles on its diagonal once more. No walk over blocks: rows may be a symbol.
+    Of a batch, half of the square and of the tiles on its diagonal. No walk over blocks: ``rows`` may be a symbol.
     """
     if not is_batch:
         return rows * width
