@@ -1,4 +1,7 @@
-"""What `import replearn_kernels` costs beyond torch: `python -m bench.import_time`, each time in a fresh process."""
+"""What `import replearn_kernels` costs beyond torch: `python -m bench.import_time`, each time in a fresh process.
+
+In the processor's time, which is the clock's where modules come from the system's cache of files, on an idle machine.
+"""
 
 import argparse
 import csv
@@ -16,15 +19,15 @@ CODE = f"""
 import importlib, json, time
 times = []
 for name in {MODULES}:
-    start = time.perf_counter()
+    start = time.process_time()
     importlib.import_module(name)
-    times.append((time.perf_counter() - start) * 1e3)
+    times.append((time.process_time() - start) * 1e3)
 print(json.dumps(times))
 """
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
-    """{module: ms in each round}, imported in this order; one more process before them fills the caches of files."""
+    """{module: ms in each round}, imported in this order; not of the first process, which fills the cache of files."""
     found = [json.loads(subprocess.check_output([sys.executable, "-c", CODE], text=True)) for _ in range(rounds + 1)]
     return dict(zip(MODULES, map(list, zip(*found[1:]))))
 
