@@ -122,7 +122,7 @@ def refuse_forward_mode(tensor: Tensor) -> None:
 
 def needs_dispatcher(*tensors: Tensor) -> bool:
     """Whether somebody traces or wraps these tensors, so that only a registered operator will do."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing():
         return True
     for tensor in tensors:
         if type(tensor) not in _PLAIN or tensor.is_meta:
