@@ -10,7 +10,7 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 WORKERS ?= 2
 TESTS    = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-gpu bench install clean
+.PHONY: demo test test-gpu test-triton-3.6 bench install clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,19 @@ test: install
 	$(BIN)/python -m pytest bench/regression.py --benchmark-disable & regression=$$!; \
 	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry --no-install --output build/gpu_dry; dry=$$?; \
 	wait $$regression && exit $$dry
+	$(MAKE) test-triton-3.6
+
+# Of the oldest Triton that is supported (torch 2.11 has it): every kernel compiled for one GPU, and interpreted once.
+TRITON_36 := $(VENV)/triton-3.6
+TESTS_36   = OMP_WAIT_POLICY=passive $(TRITON_36)/bin/python -m pytest -n $(WORKERS)
+
+$(TRITON_36)/.installed: $(VENV)/.installed scripts/setup_triton_venv.sh
+	bash scripts/setup_triton_venv.sh "$(VENV)" "triton==3.6.*" "$(TRITON_36)"
+	@touch $@
+
+test-triton-3.6: install $(TRITON_36)/.installed
+	$(TESTS_36) tests/test_triton*.py -m aot -k "not sm_80 and not sm_100"
+	TRITON_INTERPRET=1 $(TESTS_36) tests/test_triton*.py -m interpreter -k "several_tiles or shipped_blocks"
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -174,12 +174,13 @@ ROLES = {"margin_contrastive": (0.5, True), "batch_all": (0.5,)}
 EVEN, RAGGED = (2048, 4096), (2047, 4095)
 
 
-def launch(variant: Variant, kernel: str, dtype: torch.dtype) -> None:
-    """Gradients at d = 128, the widest that the fused kernel is used for."""
+def launch(variant: Variant, kernel: str, dtype: torch.dtype, d: int | None = None) -> None:
+    """Without ``d``, gradients at 128, the widest that the fused kernel is used for, and all else at 512."""
     rows, columns = sizes = RAGGED if kernel.endswith(" ragged") else EVEN
     kernel = kernel.removesuffix(" ragged")
     epilogue = EPILOGUES[variant.epilogue]
-    query, key = (torch.empty(size, 128 if kernel.startswith("gradient") else 512, dtype=dtype) for size in sizes)
+    d = d or (128 if kernel.startswith("gradient") else 512)
+    query, key = (torch.empty(size, d, dtype=dtype) for size in sizes)
     if kernel in ("statistics", "merge rows", "merge columns"):
         row_table, column_table = torch.empty(variant.quantities, rows), None
         if "merge columns" in variant.kernels:
@@ -187,7 +188,7 @@ def launch(variant: Variant, kernel: str, dtype: torch.dtype) -> None:
         read = (row_table, row_table if column_table is None else column_table) if epilogue.reads_tables else ()
         inputs = _inputs(variant, query, key, *read)
         if kernel == "statistics":
-            update_statistics(epilogue, query, key, inputs, row_table, column_table)
+            update_statistics(epilogue, query, key, inputs, *_points(variant, query, key), row_table, column_table)
         else:
             table = row_table if kernel == "merge rows" else column_table
             merge(epilogue, torch.empty(4, *table.shape), inputs, table)
@@ -198,7 +199,8 @@ def launch(variant: Variant, kernel: str, dtype: torch.dtype) -> None:
     if kernel == "weights":
         folded = row_table if variant.one_sweep else None
         of_columns = column_table if epilogue.folds_columns and not variant.diagonal else None
-        form_weights(epilogue, query, key, inputs, torch.empty(sizes, dtype=dtype), folded, of_columns)
+        points, out = _points(variant, query, key), torch.empty(sizes, dtype=dtype)
+        form_weights(epilogue, query, key, inputs, *points, out, folded, of_columns)
     else:
         transposed = kernel == "gradient transposed"
         own, other = (key, query) if transposed else (query, key)
@@ -210,14 +212,17 @@ def _inputs(variant: Variant, query, key, row_table=None, column_table=None) -> 
         return torch.empty(size, dtype=torch.int64) if given else None
 
     rows, columns = len(query), len(key)
-    points = None
-    if variant.distance:
-        points = Points.of(query, key, torch.empty(rows), torch.empty(columns), variant.distance == "square")
     return TileInputs.of(
         (rows, columns), torch.empty(()), torch.empty(()) if variant.epilogue == "sigmoid" else 0.0,
         ids(variant.target, rows), ids(variant.groups, rows), ids(variant.groups, columns),
-        16, variant.diagonal, row_table, column_table, points, ROLES.get(variant.epilogue),
+        16, variant.diagonal, row_table, column_table, ROLES.get(variant.epilogue, ()),
     )  # fmt: skip
+
+
+def _points(variant: Variant, query, key) -> tuple[Points | None, bool]:
+    if not variant.distance:
+        return None, False
+    return Points.of(query, key, torch.empty(len(query)), torch.empty(len(key))), variant.distance == "square"
 
 
 # -- compilation --------------------------------------------------------------------------------------------------
@@ -294,15 +299,28 @@ def _read_amdgcn(kernel, instruction: str) -> tuple[int, int, int]:
 # -- the table ----------------------------------------------------------------------------------------------------
 
 
-def load(path: Path = RESULTS) -> list[Row]:
-    with path.open() as file:
+def results_of_this_version() -> Path:
+    """``triton_3_6_resources.csv`` for Triton 3.6."""
+    major, minor = triton.__version__.split(".")[:2]
+    return RESULTS.with_name(f"triton_{major}_{minor}_resources.csv")
+
+
+def committed() -> Path:
+    """The table of this Triton: its own, or that of the pinned one."""
+    own = results_of_this_version()
+    return own if own.exists() else RESULTS
+
+
+def load(path: Path | None = None) -> list[Row]:
+    """A table; by default the one of this Triton."""
+    with (path or committed()).open() as file:
         return [
             Row(**{f.name: int(row[f.name]) if f.type == "int" else row[f.name] for f in fields(Row)})
             for row in csv.DictReader(file)
         ]
 
 
-def write(rows: Iterable[Row], path: Path) -> None:
+def write(rows: list[Row], path: Path) -> None:
     """The CSV file, and the same as a Markdown table beside it."""
     names = [field.name for field in fields(Row)]
     lines = [[str(getattr(row, name)) for name in names] for row in rows]
@@ -310,15 +328,28 @@ def write(rows: Iterable[Row], path: Path) -> None:
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([names, *lines])
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in (names, ["---"] * len(names), *lines))
-    heading = "# Triton kernels: what the compiler made of them\n\nCompiled without a GPU; nothing here is a time."
-    path.with_suffix(".md").write_text(f"{heading}\n\n{table}\n")
+    heading = f"# Triton kernels: what the compiler of Triton {rows[0].triton} made of them"
+    text = f"Compiled without a GPU; nothing here is a time. {_programs_of_clip(rows)}"
+    path.with_suffix(".md").write_text(f"{heading}\n\n{text}\n\n{table}\n")
 
 
-def main(output: Path = RESULTS, processes: int = 2, missing: bool = False) -> None:
+def _programs_of_clip(rows: list[Row]) -> str:
+    """What `configs.py` chooses the block of CLIP's weights kernel for: only another program can hide its epilogue."""
+    [row] = [row for row in rows if row.case == Case("softmax symmetric", "weights", "bf16", "sm_90")]
+    threads = 32 * int(re.search(r"(\d+) warps", row.config)[1])
+    fit = min(65_536 // (row.registers * threads), SHARED_LIMIT["sm_90"] // row.shared_bytes)
+    text = f"CLIP's weights kernel (softmax symmetric, bf16, sm_90) takes {row.registers} registers, room for {fit} on a"
+    instead = "" if fit > 1 else ", not 2 as with 128 (maxnreg=128 spills; which is faster is not measured)"
+    return f"{text} multiprocessor{instead}."
+
+
+def main(output: Path | None = None, processes: int = 2, missing: bool = False, by_version: bool = False) -> None:
     """Compile every kernel for every GPU, write the table, and exit with 1 if a kernel spills or does not fit.
 
     ``--missing``: only what the table has no row of yet. The others stay, so this is for new kernels alone.
+    ``--by-version``: to a table of this Triton's own, which stands beside that of the pinned Triton from then on.
     """
+    output = output or (results_of_this_version() if by_version else committed())
     known = {row.case: row for row in load(output)} if missing else {}
     new = [case for case in cases() if case not in known]
     with ProcessPoolExecutor(processes) as pool:

@@ -5,9 +5,11 @@ The other losses' are in test_triton_family.py; how values are compared, in trit
 
 from __future__ import annotations
 
+import itertools
 import os
 from functools import partial
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -198,11 +200,35 @@ class TestCompiled:
         is_kernel = row.kernel.startswith(kernel) and row.product == "bf16" and row.target == target
         return is_kernel and resources.VARIANTS[row.variant].epilogue == epilogue
 
+    def test_kernels_take_flat_tuples_of_numbers(self, resources):
+        """Triton 3.6 loses constants (None, 1, a constexpr) of a tuple in a tuple; its interpreter refuses bools."""
+        launches = []
+        with (
+            resources.compiling(resources.TARGETS["sm_90"]),
+            mock.patch.object(resources.JITFunction, "run", lambda self, *args, **_: launches.append((self, args))),
+        ):
+            for variant in resources.VARIANTS.values():
+                for kernel in variant.kernels:
+                    resources.launch(variant, kernel, torch.bfloat16)
+        tuples = [arg for _, args in launches for arg in args if isinstance(arg, tuple)]
+        assert len({kernel for kernel, _ in launches}) == 4
+        for value in itertools.chain(*tuples):
+            assert not isinstance(value, (tuple, bool, resources.triton.language.constexpr))
+
+    @pytest.mark.parametrize("kernel, d", [("statistics", 1), ("weights", 512)])
+    @pytest.mark.parametrize("variant, roots", [("batch_all", True), ("batch_all squared", False)])
+    def test_no_root_of_squares(self, resources, variant, roots, kernel, d):
+        """One feature: strides and widths of 1 are constants, too."""
+        with resources.compiling(resources.TARGETS["sm_90"]) as compiled:
+            resources.launch(resources.VARIANTS[variant], kernel, torch.bfloat16, d)
+        assert ("sqrt" in compiled[0][0].asm["ttir"]) == roots
+
     def test_portable(self, resources):
         assert resources.measure(resources.Case("sup_con", "weights", "bf16", "gfx942")).matrix
 
-    def test_table_is_complete_and_clean(self, resources):
-        rows = resources.load()
+    @pytest.mark.parametrize("name", ["triton_resources", "triton_3_6_resources"])
+    def test_table_is_complete_and_clean(self, resources, name):
+        rows = resources.load(resources.RESULTS.with_name(f"{name}.csv"))
         assert [row.case for row in rows] == resources.cases()
         assert [problem for row in rows for problem in row.problems()] == []
 

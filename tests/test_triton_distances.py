@@ -148,7 +148,7 @@ class TestInterpreter:
         "name",
         [
             "contrastive", "contrastive, none", "contrastive, hinge", "lifted", "hard lifted", "batch hard",
-            "semi hard", "batch all", "batch all, none",
+            "semi hard", "batch all", "batch all, none", "batch all, squared",
         ],
     )  # fmt: skip
     def test_several_tiles(self, name, small_tiles):

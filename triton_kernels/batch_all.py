@@ -17,7 +17,7 @@ _PER_PART = tl.constexpr(PER_PART)
 def batch_all_distances(v, row, column, inputs):
     """Of negatives; infinity, which violates nothing, for others."""
     negative = inside_tile(row, column, inputs) & (same_group(row, column, inputs) == 0)
-    return tl.where(negative, -inputs.roles[0] * v, float("inf"))
+    return tl.where(negative, -inputs.role_0 * v, float("inf"))
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def batch_all_weights(v, row, column, inputs):
         of_column += (table_quantity(row, column, inputs, 2 + k, 0) > distances).to(tl.float32)
     of_row *= load_vector(inputs.row_table + inputs.row_stride, row, inputs.rows)
     of_column *= load_vector(inputs.column_table + inputs.column_stride, column, inputs.columns)
-    return inputs.roles[0] * (of_row + of_column)
+    return inputs.role_0 * (of_row + of_column)
 
 
 BATCH_ALL = Epilogue(

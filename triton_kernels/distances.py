@@ -19,29 +19,28 @@ _MOST_FP16 = tl.constexpr(65504.0)
 
 
 @triton.jit
-def negative_distances(s, row, column, inputs, BLOCK_K: tl.constexpr):
-    """``v = -|x_i - x_j|``, or its square, from products ``s[M, N]``; 0 where there is no pair."""
+def negative_distances(s, row, column, inputs, points, SQUARED: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``v = -|x_i - x_j|``, or SQUARED, from products ``s[M, N]``; 0 where there is no pair."""
     pairs = inside_tile(row, column, inputs)
-    norms = load_vector(inputs.points.row_squares, row, inputs.rows)
-    norms = norms + load_vector(inputs.points.column_squares, column, inputs.columns)
+    norms = load_vector(points.row_squares, row, inputs.rows)
+    norms = norms + load_vector(points.column_squares, column, inputs.columns)
     squares = norms - 2.0 * s
     has_near = tl.max((pairs & (squares < NEAR * norms)).to(tl.int32), 1, keep_dims=True) > 0
     next = tl.min(tl.where(has_near, row, inputs.rows))
     while next < inputs.rows:
         near = pairs & (squares < NEAR * norms) & (row == next)
-        squares = tl.where(near, _squares_of_row(next, column, inputs, BLOCK_K), squares)
+        squares = tl.where(near, _squares_of_row(next, column, inputs, points, BLOCK_K), squares)
         next = tl.min(tl.where(has_near & (row > next), row, inputs.rows))
     squares = tl.where(pairs, squares, 0.0)
-    if inputs.points.squared:
+    if SQUARED:
         return -squares
     else:
         return -tl.sqrt(squares)
 
 
 @triton.jit
-def _squares_of_row(i, column, inputs, BLOCK_K: tl.constexpr):
+def _squares_of_row(i, column, inputs, points, BLOCK_K: tl.constexpr):
     """``|x_i - x_j|^2``, ``[1, N]``, of one row with the block's columns ``[1, N]``, from the points as given."""
-    points = inputs.points
     k, column = tl.arange(0, BLOCK_K), column.trans()
     x = points.rows + i.to(tl.int64) * points.row_stride + k  # [K]
     y = points.columns + column.to(tl.int64) * points.column_stride + k[None, :]  # [N, K]
@@ -56,13 +55,13 @@ def _squares_of_row(i, column, inputs, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def chained(w, v, points, DTYPE: tl.constexpr):
+def chained(w, v, SQUARED: tl.constexpr, DTYPE: tl.constexpr):
     """``W dv/d<x_i, x_j>``, to be stored in DTYPE: 0 at a distance of 0.
 
     In fp16 ``1 / D`` can be too large, for points within 1e-5 of each other or weights of thousands: such a W is the
     largest that there is, so that the pair counts for less, and no row's gradient is NaN.
     """
-    if points.squared:
+    if SQUARED:
         w = 2.0 * w
     else:
         w = w / tl.where(v == 0.0, float("inf"), -v)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .configs import Config, launch_options, pick
 from .distances import chained, negative_distances
 from .statistics import merge
-from .tiles import Epilogue, TileInputs, aligned, product, similarity_tile, store_quantities
+from .tiles import Epilogue, Points, TileInputs, aligned, product, similarity_tile, store_quantities
 
 # Programs that run at the same time share 8 blocks of rows, whose features (8 x 128 rows) then stay in L2.
 _GROUP = 8
@@ -30,7 +30,8 @@ def weights_kernel(
     column_partials,  # [row blocks, QUANTITIES, C], or None
     d,
     inputs,
-    WEIGHTS: tl.constexpr, REDUCE: tl.constexpr, QUANTITIES: tl.constexpr, GROUP: tl.constexpr,
+    points,  # where similarities are distances (SQUARED: their squares), or None
+    SQUARED: tl.constexpr, WEIGHTS: tl.constexpr, REDUCE: tl.constexpr, QUANTITIES: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -44,8 +45,8 @@ def weights_kernel(
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     near_row, near_column = tl.minimum(row, inputs.rows - 1), tl.minimum(column, inputs.columns - 1)
     s = similarity_tile(query, query_stride, near_row, key, key_stride, near_column, d, BLOCK_K, PRECISION, UPCAST)
-    if inputs.points is not None:
-        s = negative_distances(s, row[:, None], column[None, :], inputs, BLOCK_K)
+    if points is not None:
+        s = negative_distances(s, row[:, None], column[None, :], inputs, points, SQUARED, BLOCK_K)
     if row_partials is not None:  # first: what it shares with W is then all that has to stay in registers
         partials = row_partials + column_block.to(tl.int64) * QUANTITIES * inputs.rows
         of_rows = REDUCE(s, row[:, None], column[None, :], inputs, 1)
@@ -55,8 +56,8 @@ def weights_kernel(
         of_columns = REDUCE(s, row[:, None], column[None, :], inputs, 0)
         store_quantities(partials, inputs.columns, column, column < inputs.columns, of_columns)
     w = WEIGHTS(s, row[:, None], column[None, :], inputs)
-    if inputs.points is not None:
-        w = chained(w, s, inputs.points, weights.dtype.element_ty)
+    if points is not None:
+        w = chained(w, s, SQUARED, weights.dtype.element_ty)
     inside = (row < inputs.rows)[:, None] & (column < inputs.columns)[None, :]
     place = weights + row.to(tl.int64)[:, None] * weights_stride + column[None, :]
     tl.store(place, w.to(weights.dtype.element_ty), mask=inside)
@@ -104,6 +105,8 @@ def form_weights(
     query: Tensor,  # [R, d]
     key: Tensor,  # [C, d]
     inputs: TileInputs,
+    points: Points | None,  # where similarities are distances
+    squared: bool,  # they are their squares
     out: Tensor,
     row_table: Tensor | None = None,  # [quantities, R]
     column_table: Tensor | None = None,  # [quantities, C]
@@ -117,8 +120,8 @@ def form_weights(
         of_columns = None if column_table is None else column_table.new_empty(row_blocks, *column_table.shape)
         weights_kernel[(row_blocks * column_blocks,)](
             query, query.stride(0), key, key.stride(0), out, out.stride(0), of_rows, of_columns,
-            query.shape[1], inputs,
-            epilogue.weights, epilogue.reduce, 0 if row_table is None else row_table.shape[0], _GROUP,
+            query.shape[1], inputs, points,
+            squared, epilogue.weights, epilogue.reduce, 0 if row_table is None else row_table.shape[0], _GROUP,
             **launch_options(config, query),
         )  # fmt: skip
         return of_rows, of_columns

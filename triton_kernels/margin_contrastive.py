@@ -9,7 +9,7 @@ from .tiles import Epilogue, inside_tile, load_vector, same_group
 @triton.jit
 def margin_contrastive_short(v, inputs):
     """By how much a distance is short of the margin; NaN for NaN."""
-    short = v + inputs.roles[0]
+    short = v + inputs.role_0
     return tl.where(short < 0, 0.0, short)
 
 
@@ -27,7 +27,7 @@ def margin_contrastive_reduce(v, row, column, inputs, AXIS: tl.constexpr):
     and a tile above the diagonal gives its rows both halves.
     """
     losses = tl.where(same_group(row, column, inputs), -v, margin_contrastive_short(v, inputs))
-    losses = tl.where(inputs.roles[1], losses * losses, losses)
+    losses = tl.where(inputs.role_1 != 0, losses * losses, losses)
     total = tl.sum(tl.where(inside_tile(row, column, inputs), losses, 0.0), AXIS) / 2
     if inputs.row_table is not None:
         total = tl.where(inputs.diagonal == 0, 2 * total, total)
@@ -46,7 +46,7 @@ def margin_contrastive_weights(v, row, column, inputs):
     weight += load_vector(inputs.column_table + inputs.column_stride, column, inputs.columns)
     positive, short = same_group(row, column, inputs), margin_contrastive_short(v, inputs)
     slope = tl.where(positive, 2 * v, 2 * short)
-    slope = tl.where(inputs.roles[1], slope, tl.where(positive, -1.0, tl.where(short > 0, 1.0, 0.0)))
+    slope = tl.where(inputs.role_1 != 0, slope, tl.where(positive, -1.0, tl.where(short > 0, 1.0, 0.0)))
     return slope * weight / 2
 
 

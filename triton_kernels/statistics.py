@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .configs import Config, launch_options, pick
 from .distances import negative_distances
-from .tiles import Epilogue, TileInputs, aligned, load_quantities, similarity_tile, store_quantities
+from .tiles import Epilogue, Points, TileInputs, aligned, load_quantities, similarity_tile, store_quantities
 
 # A program of the merge kernel folds this many rows or columns: 16,384 columns make 256 programs.
 _MERGE_BLOCK = 64
@@ -22,7 +22,8 @@ def statistics_kernel(
     column_partials,  # [row blocks, column quantities, C], or None
     d,
     inputs,
-    EMPTY: tl.constexpr, REDUCE: tl.constexpr, MERGE: tl.constexpr,
+    points,  # where similarities are distances (SQUARED: their squares), or None
+    SQUARED: tl.constexpr, EMPTY: tl.constexpr, REDUCE: tl.constexpr, MERGE: tl.constexpr,
     ROW_QUANTITIES: tl.constexpr, COLUMN_QUANTITIES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -42,8 +43,8 @@ def statistics_kernel(
         s = similarity_tile(
             query, query_stride, near_row, key, key_stride, near_column, d, BLOCK_K, PRECISION, UPCAST
         )
-        if inputs.points is not None:
-            s = negative_distances(s, row[:, None], column[None, :], inputs, BLOCK_K)
+        if points is not None:
+            s = negative_distances(s, row[:, None], column[None, :], inputs, points, SQUARED, BLOCK_K)
         of_rows = MERGE(of_rows, REDUCE(s, row[:, None], column[None, :], inputs, 1), inputs)
         if column_partials is not None:
             of_columns = REDUCE(s, row[:, None], column[None, :], inputs, 0)
@@ -77,6 +78,8 @@ def update_statistics(
     query: Tensor,  # [R, d]
     key: Tensor,  # [C, d]
     inputs: TileInputs,
+    points: Points | None,  # where similarities are distances
+    squared: bool,  # they are their squares
     row_table: Tensor,  # [row quantities, R]
     column_table: Tensor | None,  # [column quantities, C]
 ) -> tuple[Tensor, ...]:
@@ -91,8 +94,8 @@ def update_statistics(
         of_columns = None if column_table is None else column_table.new_empty(row_blocks, *column_table.shape)
         statistics_kernel[(row_blocks, regions)](
             query, query.stride(0), key, key.stride(0), of_rows, of_columns,
-            query.shape[1], inputs,
-            epilogue.empty, epilogue.reduce, epilogue.merge,
+            query.shape[1], inputs, points,
+            squared, epilogue.empty, epilogue.reduce, epilogue.merge,
             row_table.shape[0], 0 if column_table is None else column_table.shape[0],
             COLUMN_BLOCKS=config.column_blocks, **launch_options(config, query),
         )  # fmt: skip

@@ -39,10 +39,15 @@ class Epilogue:
     reduce: Callable
     merge: Callable
     weights: Callable | None = None
-    takes_roles: bool = False  # of the objective, as ``inputs.roles``
+    takes_roles: bool = False  # of the objective, as ``inputs.role_0``, ...
     reads_tables: bool = False  # ``reduce`` reads the tables that its statistics go to, as ``inputs.row_table``, ...
     folds_columns: bool = False  # where one sweep does all, statistics of the columns come with W too
     per_part: int = 0  # positives of a row, if the tables tell of each, that one launch sees
+
+
+# No tuple that a kernel takes holds another, or a bool. Triton 3.6 copies tuples by their types where a loop begins,
+# and an outer one's type may be from before the inner one was filled: then the inner one's constants (1, a constexpr)
+# are None in the loop and after it, without a word. Its interpreter refuses bools in a tuple.
 
 
 class Points(NamedTuple):
@@ -55,14 +60,10 @@ class Points(NamedTuple):
     width: int
     row_squares: Tensor  # [rows]: |x|^2 of the centred rows, whose products the tile holds
     column_squares: Tensor  # [columns]
-    squared: tl.constexpr  # bool: v is the negative square of the distance
 
     @classmethod
-    def of(cls, rows, columns, row_squares, column_squares, squared: bool) -> Points:
-        return cls(
-            rows, rows.stride(0), columns, columns.stride(0), rows.shape[1], row_squares, column_squares,
-            tl.constexpr(squared),
-        )  # fmt: skip
+    def of(cls, rows, columns, row_squares, column_squares) -> Points:
+        return cls(rows, rows.stride(0), columns, columns.stride(0), rows.shape[1], row_squares, column_squares)
 
 
 class TileInputs(NamedTuple):
@@ -81,20 +82,21 @@ class TileInputs(NamedTuple):
     row_stride: int
     column_table: Tensor | None  # coefficients [quantities, columns]
     column_stride: int
-    points: Points | None  # where similarities are distances
-    roles: tuple[float | bool, ...] | None  # the objective's, for an epilogue that takes them
+    role_0: float | None  # the objective's roles, for an epilogue that takes them; a bool is 0 or 1
+    role_1: float | None
 
     @classmethod
     def of(cls, shape, scale, bias=0.0, target=None, row_group=None, column_group=None, first_column=0,
-           diagonal=False, row_table=None, column_table=None, points=None, roles=None) -> TileInputs:  # fmt: skip
+           diagonal=False, row_table=None, column_table=None, roles=()) -> TileInputs:  # fmt: skip
         """Scalars are numbers (on a GPU only a bias of 0) or 0-d tensors; tables may have any row stride."""
         scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
         if not isinstance(bias, Tensor):
             bias = torch.tensor(bias, dtype=torch.float32) if bias else None
         row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
+        role_0, role_1 = (float(roles[i]) if i < len(roles) else None for i in range(2))
         return cls(
             *shape, scale, bias, target, row_group, column_group, first_column, int(diagonal),
-            row_table, row_stride, column_table, column_stride, points, roles,
+            row_table, row_stride, column_table, column_stride, role_0, role_1,
         )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class TritonBackend(Backend):
     def __init__(self, objective):
         super().__init__(objective)
         self._epilogue = EPILOGUES[objective.name if objective.name in EPILOGUES else objective.family]
-        self._roles = objective.roles if self._epilogue.takes_roles else None
+        self._roles = objective.roles if self._epilogue.takes_roles else ()
         self._own = TorchBackend(objective)
         self._weights: Tensor | None = None
         self._partials: tuple[Tensor, ...] = ()
@@ -64,8 +64,8 @@ class TritonBackend(Backend):
             read = self._read_on(tile, *tables) if self._epilogue.reads_tables else (None, None)
             count_product(tile.query, tile.shape[1])
             self._partials = ()
-            inputs = self._inputs(problem, tile, *read)
-            self._partials = update_statistics(self._epilogue, tile.query, key, inputs, *tables)
+            inputs, points = self._inputs(problem, tile, *read), self._points(problem, tile)
+            self._partials = update_statistics(self._epilogue, tile.query, key, inputs, *points, *tables)
 
     def _weights_of(self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         out = self._weights_buffer(tile)
@@ -74,7 +74,8 @@ class TritonBackend(Backend):
         if not self.objective.needs_statistics:
             folded = row_table, column_table if self._epilogue.folds_columns else None
         inputs = self._inputs(problem, tile, *self._read_on(tile, row_table, column_table))
-        form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, out, *folded)
+        points = self._points(problem, tile)
+        form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, *points, out, *folded)
         return out
 
     def _parts(self, row_table: Tensor, column_table: Tensor | None):
@@ -127,13 +128,15 @@ class TritonBackend(Backend):
 
     def _inputs(self, problem: Problem, tile: Tile, row_table: Tensor | None, column_table: Tensor | None):
         pairs = problem.pairs(tile, self.objective.uses_target)
-        points = self._points(problem, tile) if self.objective.by_distance else None
-        return TileInputs.of(tile.shape, *pairs, row_table, column_table, points, self._roles)
+        return TileInputs.of(tile.shape, *pairs, row_table, column_table, self._roles)
 
-    def _points(self, problem: Problem, tile: Tile) -> Points:
+    def _points(self, problem: Problem, tile: Tile) -> tuple[Points | None, bool]:
+        """The points of a loss over distances, and whether over their squares."""
+        if not self.objective.by_distance:
+            return None, False
         rows, columns = (problem.given_rows[part] for part in (tile.rows, tile.columns))
         squares = problem.squares[tile.rows], problem.squares[tile.columns]
-        return Points.of(rows, columns, *squares, self.objective.by_distance == "square")
+        return Points.of(rows, columns, *squares), self.objective.by_distance == "square"
 
     @staticmethod
     def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with another Triton; all else in it is VENV's: torch, pytest, this package.
+# usage: setup_triton_venv.sh VENV TRITON_REQUIREMENT OTHER_VENV
+set -euo pipefail
+venv=$1 triton=$2 other=$3
+
+"$venv/bin/python" -m venv --without-pip --clear "$other"
+packages=$("$other/bin/python" -c 'import site; print(site.getsitepackages()[0])')
+"$venv/bin/python" -m pip install --quiet --no-deps --target "$packages" "$triton"
+# Behind its own packages, so that its own Triton comes first; with what .pth files there say, so that an editable
+# installation counts.
+"$venv/bin/python" - > "$packages/packages_of_venv.pth" <<'PY'
+import site
+
+for directory in site.getsitepackages() + [site.getusersitepackages()] * bool(site.ENABLE_USER_SITE):
+    print(f"import site; site.addsitedir({directory!r})")
+PY
+"$other/bin/python" -c 'import torch, triton; print(f"torch {torch.__version__}, Triton {triton.__version__}")'
