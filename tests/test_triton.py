@@ -190,7 +190,7 @@ class TestCompiled:
                 continue
             committed = max(rows, key=lambda row: row.registers)
             row = resources.measure(committed.case)
-            assert not row.problems()
+            assert row.problems() == committed.problems()
             assert row.config == committed.config, "the table is out of date: run python -m bench.triton_resources"
             if row.triton == committed.triton:
                 assert (row.registers, row.shared_bytes) == (committed.registers, committed.shared_bytes)
@@ -226,11 +226,13 @@ class TestCompiled:
     def test_portable(self, resources):
         assert resources.measure(resources.Case("sup_con", "weights", "bf16", "gfx942")).matrix
 
-    @pytest.mark.parametrize("name", ["triton_resources", "triton_3_6_resources"])
-    def test_table_is_complete_and_clean(self, resources, name):
+    @pytest.mark.parametrize("name, spilling", [("triton_resources", 0), ("triton_3_6_resources", 20)])
+    def test_table_is_complete_and_clean(self, resources, name, spilling):
+        """The block sizes are the largest that do not spill under Triton 3.9: under 3.6 a few do, and nothing else."""
         rows = resources.load(resources.RESULTS.with_name(f"{name}.csv"))
         assert [row.case for row in rows] == resources.cases()
-        assert [problem for row in rows for problem in row.problems()] == []
+        problems = [problem for row in rows for problem in row.problems()]
+        assert [problem.endswith("instructions spill registers") for problem in problems] == [True] * spilling
 
 
 class TestGPU:
