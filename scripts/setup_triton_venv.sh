@@ -15,4 +15,12 @@ import site
 for directory in site.getsitepackages() + [site.getusersitepackages()] * bool(site.ENABLE_USER_SITE):
     print(f"import site; site.addsitedir({directory!r})")
 PY
-"$other/bin/python" -c 'import torch, triton; print(f"torch {torch.__version__}, Triton {triton.__version__}")'
+"$other/bin/python" - <<'PY'
+import sys
+
+import torch
+import triton
+
+assert triton.__file__.startswith(sys.prefix), triton.__file__
+print(f"torch {torch.__version__}, Triton {triton.__version__}")
+PY
