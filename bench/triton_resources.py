@@ -338,7 +338,7 @@ def _programs_of_clip(rows: list[Row]) -> str:
     [row] = [row for row in rows if row.case == Case("softmax symmetric", "weights", "bf16", "sm_90")]
     threads = 32 * int(re.search(r"(\d+) warps", row.config)[1])
     fit = min(65_536 // (row.registers * threads), SHARED_LIMIT["sm_90"] // row.shared_bytes)
-    text = f"CLIP's weights kernel (softmax symmetric, bf16, sm_90) takes {row.registers} registers, room for {fit} on a"
+    text = f"CLIP's weights kernel (softmax symmetric, bf16, sm_90) takes {row.registers} registers: {fit} fit on a"
     instead = "" if fit > 1 else ", not 2 as with 128 (maxnreg=128 spills; which is faster is not measured)"
     return f"{text} multiprocessor{instead}."
 

@@ -115,7 +115,8 @@ def check(name: str) -> str | None:
         allowed = (eager[i] if eager[i] == eager[i] else 0.0) + slack
         at_kink = jump > max(4 * NEAR_A_KINK * sensitivity, allowed)
         if not (error <= allowed or at_kink):  # NaN is no error that is allowed
-            return f"{what}: result {i} is off by {error:.3g} of {size:.3g}, allowed {allowed:.3g} (formula {eager[i]:.3g})"
+            off = f"result {i} is off by {error:.3g} of {size:.3g}, allowed {allowed:.3g}, formula by {eager[i]:.3g}"
+            return f"{what}: {off}"
     return None
 
 

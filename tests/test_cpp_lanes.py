@@ -43,7 +43,7 @@ def outliers(name: str, n: int, dtype: torch.dtype):
             for moved in range(2 if name in PAIRED else 1):
                 pair = [x.clone(), y.clone()]
                 pair[moved][place] *= factor
-                if name == "lifted" and place ^ 1 < n:  # the other row of its label, to the other side: J stays positive
+                if name == "lifted" and place ^ 1 < n:  # its label's other row goes to the other side: J > 0
                     pair[moved][place ^ 1] = -pair[moved][place]
                 yield *pair, torch.arange(n) // 2
 
@@ -79,7 +79,8 @@ def test_every_instruction_set(instruction_set):
     if instruction_set == torch.ops.replearn_kernels.instruction_set():
         return
     environment = {**os.environ, "REPLEARN_KERNELS_INSTRUCTION_SET": instruction_set, "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0", __file__, "-k", "outlier and fp32"]
+    options = ["-q", "-p", "no:cacheprovider", "-n", "0", "-k", "outlier and fp32"]
+    command = [sys.executable, "-m", "pytest", *options, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if "must be one of" in done.stdout + done.stderr:
         pytest.skip(f"{instruction_set} does not run on this processor")

@@ -34,7 +34,8 @@ def test_a_wrong_result_is_told(monkeypatch, capsys):
 
     right = CASES["clip"]
     for wrong in (lambda loss: loss * 1.001, lambda loss: loss * float("nan")):
-        def broken(*args, backend, **options):
+
+        def broken(*args, backend, wrong=wrong, **options):
             loss = right(*args, backend=backend, **options)
             return loss if backend == "eager" else wrong(loss)
 

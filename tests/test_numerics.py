@@ -153,7 +153,7 @@ def test_derivatives_of_rows_of_zeros_when_normalised(order, rng):
 @pytest.mark.parametrize("name", ["clip", "info_nce", "symmetric", "target", "queue", "siglip", "siglip_groups"])
 @pytest.mark.parametrize("size", [1.0, 1e15])
 def test_a_scale_of_0_and_nearly(scale, name, size, backend, rng):
-    """Every logit is 0, whatever the similarities: at features of 1e15 they are 1e30, at which 1e-30 is not yet nothing."""
+    """Every logit is 0, whatever the similarities: features of 1e15 have some of 1e30, for which 1e-30 is not 0."""
     x, y = (size * torch.randn(40, 8, generator=rng) for _ in range(2))
     labels = torch.arange(40) % 7
     exact = loss_cases.value_and_gradients(name, x.double(), y.double(), labels, scale, backend="eager")

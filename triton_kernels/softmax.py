@@ -180,7 +180,7 @@ LIFTED = Epilogue("lifted", sup_con_empty, lifted_reduce, softmax_merge, lifted_
 
 @triton.jit
 def margin_others(s, row, column, inputs):
-    """``s``, -inf at the true class, which can be far above the max, and past the edge, where rows and columns repeat."""
+    """``s``, -inf at the true class, which can be far above the max, and past the edge, where the last ones repeat."""
     other = (row < inputs.rows) & (column < inputs.columns) & (is_target(row, column, inputs) == 0)
     return tl.where(other, s, float("-inf"))
 

@@ -34,8 +34,8 @@ def _state_of_call(state: Tensor, has_moved: bool) -> tuple[Tensor, Tensor]:
     if again and has_moved:
         raise RuntimeError(
             "a loss was computed again inside a backward pass, as activation checkpointing does, but its center has "
-            "moved since: construct it with defer_center=True and call update_center() after the backward pass, or call "
-            "it outside of torch.utils.checkpoint"
+            "moved since: construct it with defer_center=True and call update_center() after the backward pass, or "
+            "call it outside of torch.utils.checkpoint"
         )
     return state.clone(), state.new_full((), not again, dtype=torch.bool)
 

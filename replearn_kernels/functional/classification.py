@@ -42,8 +42,8 @@ def arcface_loss(
 
         L_i = logsumexp_j l_ij - l_i,y_i,   l_ij = scale * c_ij,   l_i,y_i = scale * cos(arccos(c_i,y_i) + margin)
 
-    Where the angle and the margin exceed pi, ``c - max(margin * sin(margin), 1 - cos(margin))`` takes the cosine's place,
-    so that the loss goes on rising with the angle (the first up to a margin of 2.33, as published; beyond, it would not).
+    Where the angle and the margin exceed pi, ``c - max(margin * sin(margin), 1 - cos(margin))`` takes the cosine's
+    place, so that the loss goes on rising with the angle (the first, as published, does so up to a margin of 2.33).
     The true class's cosine and its gradients are formed from the difference of unit rows, in fp32 or fp64, so that they
     are right however near a row is to its class. At c = 1, where the angle has no gradient, it is taken as 0.
     B x C is never formed.

@@ -144,5 +144,5 @@ def sign(scale: float | Tensor) -> int | Tensor:
 
 
 def steepness(scale: float | Tensor) -> float | Tensor:
-    """``|scale|``; 1 where that is 0, as a masked similarity, -inf, would become NaN: the others are 0 by their sign."""
+    """``|scale|``; 1 where that is 0, which would make NaN of a masked similarity, -inf: others are 0 by their sign."""
     return torch.where(scale == 0, 1, abs(scale)) if isinstance(scale, Tensor) else abs(scale) or 1.0

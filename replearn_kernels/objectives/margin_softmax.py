@@ -12,15 +12,16 @@ With cosines ``c_ij`` of row i to class j, ``t_i`` its class, and phi the cosine
     CosFace  phi(c) = c - m
 
 phi' grows without bound as c approaches 1, while the gradient of c shrinks as sin(arccos c): their product is of order
-1, and neither can be had from a cosine, which is rounded to half an eps: of an angle of 1e-3 that leaves 6 % in fp32.
+1, and neither can be had from a cosine: rounding it in fp32 is an error of 6 % in the square of an angle of 1e-3.
 So the true class has nothing to do with the tiles. With u and v the unit rows of the features and of the class, it is
 read off ``q = |u - v|^2``, formed from the difference, as are its gradients::
 
     c = 1 - q / 2,   sin^2 = q (1 - q / 4),   dc/du = v - c u = (v - u) + q / 2 u,   dc/dv the same with u and v changed
 
-(Zeros, and what is too short to be normalised, have no length of 1: there c is the product, and q is 2 - 2 c.) It joins the sweep's sums afterwards, per row, so that 1 - P is the others' share, without a rounding. Statistics and
-coefficients are those of :mod:`.softmax`, but that q takes the positive's place; ``positive_weight`` is the true class's
-W, which the passes leave at 0.
+(Zeros, and what is too short to be normalised, have no length of 1: there c is the product, and q is 2 - 2 c.) The true
+class joins the sweep's sums afterwards, per row, so that 1 - P is the others' share, without a rounding. Statistics and
+coefficients are those of :mod:`.softmax`, but that q takes the positive's place; ``positive_weight`` is the true
+class's W, which the passes leave at 0.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def chord_squares(unit: Tensor, true: Tensor, normalised: Tensor) -> Tensor:
 
 
 def above_rounding(square: Tensor) -> Tensor:
-    """``|u - v|^2`` of unit rows; 0 where it is no more than the rounding of u and v, of whose direction nothing is known.
+    """``|u - v|^2`` of unit rows; 0 where it is no more than the rounding of u and v, whose direction tells nothing.
 
     There the gradient of the angle, of length 1 however small that is, is taken as 0.
     """
