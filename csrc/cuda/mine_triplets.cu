@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <optional>
 #include <string>
@@ -33,7 +34,7 @@ class Gpu {
 
   explicit Gpu(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -57,14 +58,14 @@ class Gpu {
   Numbers running_sum(const Numbers& x) {
     // cumsum(Tensor self, int dim, *, ScalarType? dtype=None) -> Tensor
     StableIValue stack[] = {value(x.tensor), value(int64_t{0}), value(std::optional<ScalarType>())};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cumsum", "", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::cumsum", "", stack, TORCH_ABI_VERSION));
     return {torch::stable::detail::to<Tensor>(stack[0])};
   }
 
   std::pair<Numbers, Numbers> sort(const Numbers& x) {
     // sort.stable(Tensor self, *, bool? stable, int dim=-1, bool descending=False) -> (Tensor values, Tensor indices)
     StableIValue stack[] = {value(x.tensor), value(std::optional<bool>(true)), value(int64_t{0}), value(false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
     return {{torch::stable::detail::to<Tensor>(stack[0])}, {torch::stable::detail::to<Tensor>(stack[1])}};
   }
 

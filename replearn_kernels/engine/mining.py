@@ -7,7 +7,9 @@ serves the loss of semi_hard alone, whose distances are then those of products (
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,16 +44,29 @@ def resolve_miner(name: str, device: torch.device) -> str:
     if name == "auto":
         if device.type == "cpu":
             return "cpp" if native.available() else warn_without_native()
-        return "cuda" if device.type == "cuda" and native.mines_on_cuda() else "torch"
+        if device.type == "cuda":
+            return "cuda" if native.mines_on_cuda() else _without_cuda_kernels()
+        return "torch"
     if name in ("cpp", "cuda"):
         wanted = {"cpp": "cpu", "cuda": "cuda"}[name]
         if device.type != wanted:
             raise ValueError(f"backend={name!r} runs on {wanted.upper()} tensors, got tensors on {device}")
-        if not native.available():
-            raise RuntimeError(f"backend={name!r} is not available: {native.why_missing()}")
-        if name == "cuda" and not native.mines_on_cuda():
-            raise RuntimeError("backend='cuda' is not available: the C++ kernels were built without CUDA")
+        missing = native.why_missing() if name == "cpp" else native.why_not_on_cuda()
+        if missing is not None:
+            raise RuntimeError(f"backend={name!r} is not available: {missing}")
     return name
+
+
+@cache
+def _without_cuda_kernels() -> str:
+    """Plain PyTorch, where they were not built. That they were, and do not load, is told once."""
+    if native.cuda_is_broken():
+        warnings.warn(
+            f"the CUDA kernels of replearn_kernels are not available ({native.why_not_on_cuda()}); "
+            "mining on a GPU uses the slower 'torch' backend.",
+            stacklevel=4,
+        )
+    return "torch"
 
 
 def mine(

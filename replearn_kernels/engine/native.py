@@ -1,4 +1,4 @@
-"""The compiled C++ library: loaded once if it was built, its absence explained if not."""
+"""The compiled libraries, of the C++ and of the CUDA kernels: loaded once if they were built, their absence explained."""
 
 from __future__ import annotations
 
@@ -9,17 +9,34 @@ import torch
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 
-def _load() -> str | None:
-    """Register the native operators; None on success, else why they are missing."""
-    libraries = sorted(_PACKAGE.glob("_native*.so"))
+def _libraries(name: str) -> list[Path]:
+    return sorted(_PACKAGE.glob(f"{name}.*so"))
+
+
+def _load(name: str, not_built: str) -> str | None:
+    """Register a library's native operators; None on success, else why they are missing."""
+    libraries = _libraries(name)
     if not libraries:
-        return "it was not built: no working C++ compiler was found at installation"
+        return f"it was not built: {not_built}"
     try:
         torch.ops.load_library(libraries[0])
-    except OSError as error:
-        return f"{libraries[0].name} could not be loaded: {error}"
-    _register_fakes()
+    except OSError as error:  # torch tells only which file it is; the linker, whose error it wraps, tells what is wrong
+        return f"{libraries[0].name} could not be loaded: {error.__cause__ or error}"
     return None
+
+
+def _load_cpu() -> str | None:
+    missing = _load("_native", "no working C++ compiler was found at installation")
+    if missing is None:
+        _register_fakes()
+    return missing
+
+
+def _load_cuda() -> str | None:
+    """The CUDA kernels implement operators of the C++ library, and are of no use without it."""
+    if _missing is not None:
+        return _missing
+    return _load("_native_cuda", "torch was built without CUDA, or no working nvcc was found at installation")
 
 
 def _register_fakes() -> None:
@@ -50,7 +67,10 @@ def fake_triplets(embeddings, labels, *config):
     return tuple(labels.new_empty(count, dtype=torch.int64) for _ in range(3))
 
 
-_missing = _load()  # at import, so that torch.ops.replearn_kernels is complete once the package is imported
+# At import, so that torch.ops.replearn_kernels is complete once the package is imported.
+_missing = _load_cpu()
+_missing_cuda = _load_cuda()
+_cuda_was_built = bool(_libraries("_native_cuda"))
 
 
 def available() -> bool:
@@ -58,10 +78,21 @@ def available() -> bool:
     return _missing is None
 
 
-def mines_on_cuda() -> bool:
-    """Whether the library was built with CUDA, and its operators run on a GPU too."""
-    return available() and torch._C._dispatch_has_kernel_for_dispatch_key("replearn_kernels::mine_triplets", "CUDA")
-
-
 def why_missing() -> str | None:
+    """Why the C++ kernels are not loaded, if so."""
     return _missing
+
+
+def mines_on_cuda() -> bool:
+    """Whether the CUDA kernels are loaded too: the mining operator runs on a GPU."""
+    return _missing_cuda is None
+
+
+def why_not_on_cuda() -> str | None:
+    """Why the CUDA kernels are not loaded, if so."""
+    return _missing_cuda
+
+
+def cuda_is_broken() -> bool:
+    """Whether the CUDA kernels were built, and could not be loaded."""
+    return _cuda_was_built and not mines_on_cuda()

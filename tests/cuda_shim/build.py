@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-import ninja
-import torch.utils.cpp_extension
-
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_shim"
@@ -45,6 +42,9 @@ VARIANTS = {
 
 def why_missing() -> str | None:
     """Why the module cannot be built here, if so."""
+    for package in ("ninja", "pybind11"):
+        if importlib.util.find_spec(package) is None:
+            return f"no {package}: see requirements.txt"
     if shutil.which(COMPILER.split()[0]) is None:
         return f"no C++ compiler {COMPILER}"
     if not (PYTHON_HEADERS / "Python.h").exists():
@@ -65,7 +65,10 @@ def why_no_sanitizers() -> str | None:
 @functools.cache
 def build() -> None:
     """Build every variant that this compiler can: two at a time, those that are not up to date."""
-    headers = " ".join(f"-isystem {path}" for path in (*torch.utils.cpp_extension.include_paths(), PYTHON_HEADERS))
+    import ninja
+    import pybind11
+
+    headers = f"-isystem {pybind11.get_include()} -isystem {PYTHON_HEADERS}"
     lines = [
         "rule compile",
         f"  command = {COMPILER} -MMD -MF $out.d {FLAGS} $flags -c $in -o $out",

@@ -56,7 +56,7 @@ def backend_class(name: str) -> type[Backend]:
 @cache
 def warn_without_native() -> str:
     warnings.warn(
-        f"replearn_kernels was installed without its C++ kernels ({native.why_missing()}); "
+        f"the C++ kernels of replearn_kernels are not available ({native.why_missing()}); "
         "CPU losses use the slower 'torch' backend.",
         stacklevel=4,
     )
