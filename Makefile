@@ -10,11 +10,11 @@ NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 WORKERS ?= 2
 TESTS    = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-gpu test-triton-3.6 bench install clean
+.PHONY: demo test test-gpu test-triton-3.6 bench install packages clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt scripts/setup_venv.sh $(NATIVE)
+$(VENV)/.installed: requirements.txt $(addprefix scripts/,setup_venv.sh venv_beside.sh requirements_beside_torch.py) $(NATIVE)
 	bash scripts/setup_venv.sh "$(PYTHON)" "$(VENV)" "$(TORCH)"
 	@touch $@
 
@@ -22,6 +22,7 @@ demo: install
 	$(BIN)/python examples/digits_clip.py
 
 test: install
+	bash scripts/check_packages.sh "$(BIN)/python"
 	$(TESTS) -m "not interpreter and not gpu"
 	TRITON_INTERPRET=1 $(TESTS) -m interpreter
 	# Two processes that use one core each most of the time.
@@ -41,6 +42,9 @@ $(TRITON_36)/.installed: $(VENV)/.installed scripts/setup_triton_venv.sh
 test-triton-3.6: install $(TRITON_36)/.installed
 	$(TESTS_36) tests/test_triton*.py -m aot -k "not sm_80 and not sm_100"
 	TRITON_INTERPRET=1 $(TESTS_36) tests/test_triton*.py -m interpreter -k "several_tiles or shipped_blocks"
+
+packages: install
+	bash scripts/check_packages.sh "$(BIN)/python"
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

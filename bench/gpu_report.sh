@@ -78,11 +78,7 @@ install_tree() { # a venv that sees all packages of $python, also where that is 
     venv=$(mktemp -d)
     trap 'rm -rf "$venv"' EXIT
     # Without pip: on older Pythons it comes with a setuptools that would hide the machine's own.
-    "$python" -m venv --system-site-packages --without-pip "$venv" || fail "cannot make a venv; try --no-install"
-    local site
-    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    "$python" -c 'import site
-for path in site.getsitepackages(): print(f"import site; site.addsitedir({path!r})")' >"$site/outer.pth"
+    bash scripts/venv_beside.sh "$python" "$venv" --without-pip || fail "cannot make a venv; try --no-install"
     python=$venv/bin/python
     "$python" -m pip install --quiet --no-index --no-build-isolation --no-deps -e "$root" >"$output/install.log" 2>&1 ||
         { tail -n 20 "$output/install.log" >&2; fail "the build failed, see $output/install.log"; }

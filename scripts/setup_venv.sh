@@ -7,17 +7,20 @@ python=$1 venv=$2 torch=$3
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
   { echo "replearn-kernels needs Python 3.10 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
 
+no_venv() { echo "$python -m venv failed; on Debian and Ubuntu: apt install python3-venv python3-dev" >&2; exit 1; }
+
 # A torch that is already there may be the only one that fits its GPU's driver: build on it, install no other.
 has_torch='import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 10))'
 if "$python" -c "$has_torch" 2>/dev/null; then
   echo "Using the torch that $python already has."
-  "$python" -m venv --system-site-packages "$venv"
+  bash scripts/venv_beside.sh "$python" "$venv" || no_venv
 else
-  "$python" -m venv "$venv" ||
-    { echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv python3-dev" >&2; exit 1; }
-  "$venv/bin/python" -m pip install --quiet "$torch"
+  "$python" -m venv "$venv" || no_venv
+  read -ra torch <<<"$torch"  # options may follow the version
+  "$venv/bin/python" -m pip install --quiet "${torch[@]}"
 fi
-"$venv/bin/python" -m pip install --quiet -r requirements.txt
+"$venv/bin/python" scripts/requirements_beside_torch.py requirements.txt >"$venv/requirements.txt"
+"$venv/bin/python" -m pip install --quiet -r "$venv/requirements.txt"
 "$venv/bin/python" -m pip install --quiet --no-build-isolation --no-deps -e .
 "$venv/bin/python" - <<'PY'
 import torch, replearn_kernels
