@@ -21,8 +21,7 @@ $(VENV)/.installed: requirements.txt $(addprefix scripts/,setup_venv.sh venv_bes
 demo: install
 	$(BIN)/python examples/digits_clip.py
 
-test: install
-	bash scripts/check_packages.sh "$(BIN)/python"
+test: install packages
 	$(TESTS) -m "not interpreter and not gpu"
 	TRITON_INTERPRET=1 $(TESTS) -m interpreter
 	# Two processes that use one core each most of the time.
