@@ -14,7 +14,9 @@ TESTS    = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist 
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt $(addprefix scripts/,setup_venv.sh venv_beside.sh requirements_beside_torch.py) $(NATIVE)
+SCRIPTS := $(addprefix scripts/,setup_venv.sh venv_beside.sh requirements_beside_torch.py)
+
+$(VENV)/.installed: requirements.txt $(SCRIPTS) $(NATIVE)
 	bash scripts/setup_venv.sh "$(PYTHON)" "$(VENV)" "$(TORCH)"
 	@touch $@
 

@@ -1,8 +1,8 @@
 """Builds the C++ kernels, with LibTorch's stable ABI: each library is one file for every Python and torch >= 2.10.
 
-``replearn_kernels/_native`` has the CPU kernels, where a C++ compiler works. ``replearn_kernels/_native_cuda`` has those
-of csrc/cuda, where torch was built with CUDA and its nvcc works too: a library of its own, so that the CPU kernels build
-and load without it. What works is found out by building one line of code as the library would be built, and linking it.
+``replearn_kernels/_native`` has the CPU kernels, where a C++ compiler works; ``replearn_kernels/_native_cuda`` those of
+csrc/cuda, where torch was built with CUDA and an nvcc works too. That is a library of its own, so that the CPU kernels
+are built and loaded without it. What works is found out by building and linking a few lines as the library would be.
 
 CUDA_HOME                where nvcc is, if it is not on the path
 TORCH_CUDA_ARCH_LIST     the GPUs to compile for, as in "8.0 9.0+PTX"; see architectures() for what is taken otherwise
@@ -31,7 +31,10 @@ NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden"]
 LINK_FLAGS = [] if sys.platform == "darwin" else ["-Wl,-s"]
 
 CPP_PROBE = "#include <torch/csrc/stable/tensor.h>\n"
-CUDA_PROBE = "#include <cuda_runtime.h>\n__global__ void probe(int* x) { *x = 1; }\nvoid run() { probe<<<1, 1>>>(nullptr); }\n"
+CUDA_PROBE = """#include <cuda_runtime.h>
+__global__ void probe(int* x) { *x = 1; }
+void run() { probe<<<1, 1>>>(nullptr); }
+"""
 
 SHIPPED = ((8, 0), (9, 0), (10, 0))  # the generations that the kernels are compiled for in the tests
 NEEDS_NO_TORCH = {"egg_info", "sdist"}  # commands: an sdist is the same wherever it is made

@@ -57,7 +57,7 @@ say "checks"
 "$tools/bin/abi3audit" --strict --report "$wheel" >"$folder/abi3audit.json" || fail "abi3audit: $folder/abi3audit.json"
 if [[ $(uname) == Linux ]]; then
   "$tools/bin/auditwheel" show "$wheel" 2>/dev/null | tee "$folder/auditwheel.txt"
-  grep -q manylinux_ "$folder/auditwheel.txt" || fail "the wheel needs more than torch and the system's C and C++ libraries"
+  grep -q manylinux_ "$folder/auditwheel.txt" || fail "the wheel needs more of the system than C and C++"
 fi
 
 smoke() { # smoke WHEEL SITE BACKEND: a loss and its gradients, installed and in another folder

@@ -13,8 +13,10 @@ SCRIPTS = ROOT / "scripts"
 
 def python(*command, path=None):
     """Its output; ``path``: a folder whose packages are found first."""
-    program = "import sys, runpy; sys.path[:0] = sys.argv[1:2]; del sys.argv[:2]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", program, str(path), *map(str, command)], capture_output=True, text=True)
+    program = "import sys, runpy; sys.path[:0], sys.argv = sys.argv[1:2], sys.argv[2:]\n"
+    program += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", program, path, *command]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -50,7 +52,7 @@ class TestRequirements:
 
     def test_shim_builds_with_the_pinned_pybind11(self):
         """Not with the copy that torch has for itself."""
-        assert any(re.fullmatch(r"pybind11==\d.*", line) for line in (ROOT / "requirements.txt").read_text().splitlines())
+        assert re.search(r"^pybind11==\d", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
         assert "torch" not in (ROOT / "tests" / "cuda_shim" / "build.py").read_text()
 
 
@@ -87,11 +89,12 @@ esac
 """
         )
         fake.chmod(0o755)
-        command = ["bash", SCRIPTS / "setup_venv.sh", fake, tmp_path / "venv", "torch==2.13.0 --index-url https://a.b/c"]
+        torch = "torch==2.13.0 --index-url https://a.b/c"
+        command = ["bash", SCRIPTS / "setup_venv.sh", fake, tmp_path / "venv", torch]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         calls = [call.split("\n") for call in log.read_text().strip().split("\n\n")]
-        torch = [call for call in calls if "torch==2.13.0" in call]
-        assert torch == ([] if has_torch else [[*"-m pip install --quiet torch==2.13.0 --index-url https://a.b/c".split()]])
+        asked = [call for call in calls if "torch==2.13.0" in call]
+        assert asked == ([] if has_torch else [["-m", "pip", "install", "--quiet", *torch.split()]])
 
 
 class TestDocumentation:

@@ -1,4 +1,4 @@
-"""The compiled libraries, of the C++ and of the CUDA kernels: loaded once if they were built, their absence explained."""
+"""The compiled libraries, C++ and CUDA: loaded once if they were built, their absence explained."""
 
 from __future__ import annotations
 
