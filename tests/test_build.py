@@ -242,7 +242,7 @@ class TestLoading:
         assert native._load_cuda() == native._missing  # nothing to implement
 
     def test_miner_on_a_gpu(self, monkeypatch):
-        """Not built: plain PyTorch, as documented. Built but broken: with a warning, or by name an error, that says why."""
+        """Not built: plain PyTorch, as documented. Broken: with a warning, or by name an error, that says why."""
         gpu = torch.device("cuda")
         monkeypatch.setattr(native, "_missing_cuda", "_native_cuda.abi3.so could not be loaded: no libcudart.so.13")
         mining._without_cuda_kernels.cache_clear()
