@@ -19,7 +19,7 @@ from pathlib import Path
 
 import setuptools
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))
 HEADERS = sorted(str(path.relative_to(ROOT)) for kind in ("h", "inl", "cuh") for path in ROOT.glob(f"csrc/**/*.{kind}"))
