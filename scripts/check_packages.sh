@@ -19,17 +19,25 @@ if ! cmp -s requirements-packages.txt "$tools/installed.txt"; then
 fi
 rm -rf "$folder"/{here,elsewhere,unpacked,bare,site,site_bare}
 
-build_sdist() { # build_sdist PYTHON FOLDER
+build_sdist() { # build_sdist PYTHON FOLDER TREE
   mkdir -p "$2"
-  "$1" -c 'import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])' "$2" >"$2/log" 2>&1 ||
-    { cat "$2/log" >&2; fail "no sdist"; }
+  (cd "$3" && "$1" -c 'import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])' "$2") \
+    >"$2/log" 2>&1 || { cat "$2/log" >&2; fail "no sdist"; }
   mkdir "$2/unpacked"
   tar -xzf "$2"/*.tar.gz --strip-components=1 -C "$2/unpacked"
 }
 
 say "sdist: with torch and a compiler, and without"
-build_sdist "$python" "$folder/here"
-CXX=false build_sdist "$tools/bin/python" "$folder/elsewhere"
+build_sdist "$python" "$folder/here" .
+tree=.
+if [[ -e .git ]]; then # a copy without what earlier builds left: setuptools reads its old list of files
+  tree=$folder/elsewhere/tree
+  mkdir -p "$tree"
+  git ls-files --cached --others --exclude-standard | while read -r file; do
+    [[ ! -e $file ]] || printf '%s\n' "$file"
+  done | tar -cf - -T - | tar -xf - -C "$tree"
+fi
+CXX=false build_sdist "$tools/bin/python" "$folder/elsewhere" "$tree"
 diff -r "$folder/here/unpacked" "$folder/elsewhere/unpacked" || fail "the sdist depends on where it is made"
 if [[ -e .git ]]; then # all of the checkout, as it is, but for what CI and git are told
   git ls-files --cached --others --exclude-standard | grep -v '^\.' | while read -r file; do
