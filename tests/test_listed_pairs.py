@@ -9,7 +9,7 @@ from replearn_kernels.engine import listed_pairs, native
 @pytest.mark.parametrize("most", [2**22, 40, 1])
 @pytest.mark.parametrize("n", [0, 1, 2, 29])
 def test_every_positive_pair_once(most, n, monkeypatch):
-    monkeypatch.setattr(listed_pairs, "_BLOCK_ELEMENTS", most)
+    monkeypatch.setattr(listed_pairs, "BLOCK_ELEMENTS", most)
     for classes in (1, 2, 9, 40):
         group = torch.randint(classes, (n,))
         found = [(int(a), int(b)) for i, j in listed_pairs.positive_pairs(group, 2) for a, b in zip(i, j)]
