@@ -26,7 +26,8 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "backend cpp", native.why_missing() or f"available, {torch.ops.replearn_kernels.instruction_set()}"
     yield "backend triton", _on_gpu(why_no_triton(torch.device("cuda"), torch.float32))
     yield "backend torch", "available"
-    yield "mine_triplets on a GPU", "CUDA kernels" if native.mines_on_cuda() else "torch: no CUDA kernels were built"
+    without = native.why_not_on_cuda()
+    yield "mine_triplets on a GPU", "CUDA kernels" if without is None else f"torch: {without}"
     for where, device in (("CPU", "cpu"), ("GPU", "cuda")):
         yield f'"auto" takes, for {where} tensors', _automatic(torch.device(device))
     for name in _VARIABLES:
