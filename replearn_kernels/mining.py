@@ -56,7 +56,8 @@ def mine_triplets(
         ValueError: wrong rank or shape, labels on another device, embeddings that are not finite, a margin that is
             negative, NaN or infinite, an unknown mining, distance or backend, or one that does not run on this device.
         RuntimeError: the backend asked for is not available here.
-        NotImplementedError: inside a torch.func transform.
+        NotImplementedError: inside a torch.func transform; embeddings on the meta device, where no triplets can be
+            counted (outside of a FakeTensorMode).
     """
     validation.check_features("embeddings", embeddings)
     labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)

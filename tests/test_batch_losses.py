@@ -153,6 +153,16 @@ def test_without_a_positive_pair_zero(n, backend):
     assert loss.item() == 0 and torch.equal(z.grad, torch.zeros(n, 4))
 
 
+@pytest.mark.parametrize("n", [2, 5, 300])
+def test_without_a_negative_pair_the_papers_formula(n, backend):
+    """log(N - 1) where all similarities are equal: of orthogonal rows, of one row N times. Not 0, as some have it."""
+    for z in (torch.eye(n), torch.ones(n, 3)):
+        loss = sup_con_loss(z, torch.zeros(n, dtype=torch.int64), backend=backend)
+        torch.testing.assert_close(loss, torch.tensor(math.log(n - 1)), rtol=1e-6, atol=1e-6)
+    nt_xent = nt_xent_loss(torch.eye(1, 3), torch.ones(1, 3), backend=backend)
+    torch.testing.assert_close(nt_xent, torch.tensor(0.0))
+
+
 @pytest.mark.parametrize("memory_budget", [0, 2**28])
 def test_bits_do_not_depend_on_the_run(memory_budget, backend, rng):
     z, labels = unit_rows(rng, 1500, 32), torch.randint(40, (1500,), generator=rng)

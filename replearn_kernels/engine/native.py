@@ -61,8 +61,20 @@ def _fake_one_tile(query, key, target, scale, share, symmetric, needs_query, nee
     )
 
 
+def check_has_data(embeddings) -> None:
+    """That triplets can be mined: meta tensors have no data to count them by, nor may their results' sizes be open."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if embeddings.is_meta and not isinstance(embeddings, FakeTensor):
+        raise NotImplementedError(
+            "embeddings are on the meta device: how many triplets are mined from them only their data tells. Mine from "
+            "tensors that have data, or in a FakeTensorMode with a ShapeEnv, where a size may be unknown"
+        )
+
+
 def fake_triplets(embeddings, labels, *config):
     """How many triplets there are, only the data tells; but as many anchors as positives and negatives."""
+    check_has_data(embeddings)
     count = torch.library.get_ctx().new_dynamic_size()
     return tuple(labels.new_empty(count, dtype=torch.int64) for _ in range(3))
 

@@ -96,7 +96,9 @@ def sup_con_loss(
         normalize: L2-normalise first. Default True.
 
     The other arguments, the result and the exceptions are those of :func:`nt_xent_loss`. Without any positive pair the
-    loss is 0, with zero gradients. Labels that are no integers: TypeError; of the wrong shape or device: ValueError.
+    loss is 0, with zero gradients. Without any negative pair, where all rows have one label, the formula stays as it
+    is: log(N - 1) where all similarities are equal, and more elsewhere (pytorch-metric-learning returns 0). Labels that
+    are no integers: TypeError; of the wrong shape or device: ValueError.
     """
     views = features.ndim if isinstance(features, Tensor) else 2
     validation.check_features("features", features, 3 if views == 3 else 2, "2 dimensions [N, d], or 3 [B, V, d]")

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..engine import mining as miner
 from ..engine import validation
+from ..engine.native import check_has_data
 from ..engine.operators import needs_dispatcher
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
@@ -94,6 +95,7 @@ def triplet_margin_loss(
         ValueError: wrong rank or shape, another device, triplets out of range, a margin that is negative or not finite,
             an unknown mining, distance, reduction or backend; neither labels nor triplets; triplets and a group.
         RuntimeError: the backend asked for is not available here.
+        NotImplementedError: semi_hard's embeddings are on the meta device, where no triplets can be counted.
     """
     margin = validation.check_margin(margin)
     validation.check_choice("mining", mining, MINING)
@@ -137,6 +139,8 @@ def _batch_all(inputs: Inputs, objective: BatchAll, options: Options, reduction:
 def _semi_hard(inputs: Inputs, margin: float, measure: TripletDistance, backend: str, reduction: str) -> Tensor:
     rows = inputs.query
     if backend == "eager":
+        if not torch.compiler.is_compiling():
+            check_has_data(rows)
         mined = reference.semi_hard_triplets(inputs, measure)
     else:
         mined = miner.mine(rows.detach(), inputs.row_group, "semi_hard", margin, measure.name, backend)
