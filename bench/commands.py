@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 from bench.cases import CASES
-from bench.harness import Case, Implementation, Point, implementations, measure_memory, measure_speed
+from bench.harness import Case, Implementation, Point, implementations, measure_memory, measure_speed, why_fallback
 from bench.report import memory_cell, show, time_cell, write_report
 from bench.results import Row, append, by_point, file_name, load, machine, make_row, parse, point_key
 from bench.targets import TARGETS, Target, target_table
 
-RESULTS = Path(__file__).parent / "results"
+LOCAL = Path(__file__).parent / "local_results"  # not in git: bench/results has what README quotes
 ALL_CASES = list(CASES)
 DEFAULT_D = [128, 512]
 DEFAULT_DTYPE = ["fp32"]
@@ -20,7 +20,7 @@ AUTO = ["auto"]
 EVERY: list[str] = []
 THE_CASES_OWN: list[int] = []
 
-Output = Annotated[Path, "directory of the CSV files, tables and plots"]
+Output = Annotated[Path, "directory of the CSV files, tables and plots; bench/results has the committed ones"]
 Rounds = Annotated[int, "timed rounds at least; in each, all implementations take turns"]
 Seconds = Annotated[float, "time at least spent on the rounds of a point: short steps get more rounds"]
 
@@ -38,7 +38,7 @@ def run(
     compiled: Annotated[bool, "measure the dense formulas under torch.compile too"] = True,
     speed: Annotated[bool, "measure time"] = True,
     memory: Annotated[bool, "measure peak extra memory, a fresh process per figure"] = True,
-    output: Output = RESULTS,
+    output: Output = LOCAL,
 ) -> None:
     """Measure cases and add the figures to OUTPUT/loss_CASE_DEVICE.csv."""
     for name in case:
@@ -60,6 +60,7 @@ def measure(
     memory: bool,
 ) -> None:
     """Measure a case at one point (its time unless rounds = 0), print the figures and add them to the CSV file."""
+    refuse_fallback(case, point, chosen)
     print(f"{case.name}: N = {point.n}, d = {point.d}, {point.dtype}, {point.device}", flush=True)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     measured_on = machine(point.device)
@@ -76,12 +77,22 @@ def measure(
     append(rows, output / file_name(case.name, point.device))
 
 
+def refuse_fallback(case: Case, point: Point, chosen: Sequence[Implementation]) -> None:
+    """What "auto" replaces by plain PyTorch must not pass for ours."""
+    automatic = any(one.kind in ("ours", "processes") and one.backend == "auto" for one in chosen)
+    if automatic and (missing := why_fallback(case, point)):
+        sys.exit(
+            f"{case.name} is not measured: 'auto' would take plain PyTorch for ours, since {missing}. "
+            "To measure that, ask for it by name: --backend torch"
+        )
+
+
 def line(row: Row) -> str:
     spread = f"({row['ms_p10']} to {row['ms_p90']})" if row["round_ms"] else ""
     return f"  {row['implementation']:<32}{time_cell(row):>10} ms {spread:<24}{memory_cell(row):>10} MB"
 
 
-def report(output: Output = RESULTS) -> None:
+def report(output: Output = LOCAL) -> None:
     """Write OUTPUT/report.md and its plots from the CSV files there."""
     path = write_report(output)
     show(path.read_text())
@@ -94,7 +105,7 @@ def targets(
     fresh: Annotated[bool, "measure now; otherwise judge the results that are there"] = True,
     rounds: Rounds = 9,
     seconds: Seconds = 10.0,
-    output: Output = RESULTS,
+    output: Output = LOCAL,
 ) -> None:
     """Print every acceptance bar with its measured value; exit with 1 if one is missed."""
     wanted = [target for target in TARGETS if target.case in case and (large or not target.large)]

@@ -7,7 +7,7 @@ usage() {
     cat <<'USAGE'
 usage: bench/gpu_report.sh [--output DIR] [--no-install] [--dry]
 
-  --output DIR   where the results go (default: bench/results/gpu)
+  --output DIR   where the results go (default: bench/local_results/gpu, which git ignores)
   --no-install   use replearn_kernels as the current environment finds it, instead of installing the tree in a new venv
   --dry          rehearse on the CPU with tiny sizes and Triton's interpreter; needs --output
 
@@ -33,7 +33,7 @@ while (($#)); do
     esac
 done
 [[ $dry == no || -n $output ]] || fail "--dry needs --output, so that its figures never pass for results"
-mkdir -p "${output:=$root/bench/results/gpu}"
+mkdir -p "${output:=$root/bench/local_results/gpu}"
 output=$(cd "$output" && pwd)
 cd "$root"
 

@@ -16,6 +16,9 @@ from pathlib import Path
 
 import torch
 
+from replearn_kernels.engine import native
+from replearn_kernels.engine.backends import why_no_triton
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "fp16": 1e-2, "fp64": 1e-6}
 DENSE_KINDS = ("eager", "compiled")
@@ -79,6 +82,20 @@ class Point:
 
     def make_inputs(self, case: Case) -> Inputs:
         return case.make_inputs(self.n, self.d, DTYPES[self.dtype], self.device)
+
+
+def why_fallback(case: Case, point: Point) -> str | None:
+    """Why "auto" stands for plain PyTorch here in place of the kernels that the case would be measured for, if so."""
+    device = torch.device(point.device)
+    if device.type == "cpu":
+        missing = native.why_missing() if "cpp" in case.backends else None
+        return missing and f"the C++ kernels are not available: {missing}"
+    if "cuda" in case.backends and not native.mines_on_cuda():
+        return "the CUDA kernels are not available"
+    if "triton" in case.backends and point.dtype != "fp64":  # which only PyTorch has on a GPU
+        missing = why_no_triton(device, DTYPES[point.dtype])
+        return missing and str(missing)
+    return None
 
 
 def training_step(loss: Loss, inputs: Inputs) -> Step:

@@ -14,7 +14,7 @@ def write_report(directory: Path) -> Path:
     """`report.md` beside the CSV files, and its plots where matplotlib is installed."""
     rows = load(directory)
     if not rows:
-        raise FileNotFoundError(f"no results in {directory}; measure first, with `python -m bench run`")
+        raise FileNotFoundError(f"no results in {directory}: measure first (`python -m bench run`), or name --output")
     groups = grouped(by_point(rows))
     plots = draw_plots(groups, directory)
     parts = ["# Benchmark results", "Times are medians in ms, forward + backward; memory is the peak extra MB (10^6)."]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+import replearn_kernels
 from bench.harness import DENSE_KINDS, Case, Implementation, Point
 
 MEASURED = ("loops", "ms_p10", "ms_median", "ms_p90", "round_ms", "peak_mb", "memory_method", "error")
@@ -52,7 +53,7 @@ def machine(device: str) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
-        "package": version("replearn-kernels"),
+        "package": replearn_kernels.__version__,
         "matmul_precision": torch.get_float32_matmul_precision(),
     }
 

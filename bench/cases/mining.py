@@ -56,7 +56,7 @@ MINING = Case(
     make_inputs=grid_rows,
     ours={"ours": ours},
     dense={MINER: metric_learning},
-    backends=("auto", "cpp", "torch"),
+    backends=("auto", "cpp", "cuda", "torch"),
     sizes=(1024, 4096),
     training=False,
 )
