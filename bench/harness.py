@@ -90,8 +90,9 @@ def why_fallback(case: Case, point: Point) -> str | None:
     if device.type == "cpu":
         missing = native.why_missing() if "cpp" in case.backends else None
         return missing and f"the C++ kernels are not available: {missing}"
-    if "cuda" in case.backends and not native.mines_on_cuda():
-        return "the CUDA kernels are not available"
+    if "cuda" in case.backends:
+        missing = native.why_not_on_cuda()
+        return missing and f"the CUDA kernels are not available: {missing}"
     if "triton" in case.backends and point.dtype != "fp64":  # which only PyTorch has on a GPU
         missing = why_no_triton(device, DTYPES[point.dtype])
         return missing and str(missing)

@@ -39,9 +39,9 @@ if [[ -e .git ]]; then # a copy without what earlier builds left: setuptools rea
 fi
 CXX=false build_sdist "$tools/bin/python" "$folder/elsewhere" "$tree"
 diff -r "$folder/here/unpacked" "$folder/elsewhere/unpacked" || fail "the sdist depends on where it is made"
-if [[ -e .git ]]; then # all of the checkout, as it is, but for what CI and git are told
+if [[ -e .git ]]; then # all files of the checkout, as they are, but for what CI and git are told; a link is none
   git ls-files --cached --others --exclude-standard | grep -v '^\.' | while read -r file; do
-    [[ ! -e $file ]] || cmp "$file" "$folder/here/unpacked/$file" || exit 1
+    [[ ! -f $file ]] || cmp "$file" "$folder/here/unpacked/$file" || exit 1
   done || fail "the sdist lacks files"
   (cd "$folder/here/unpacked" && find . -type f | sed 's|^\./||') | while read -r file; do
     case $file in PKG-INFO | setup.cfg | *.egg-info/*) continue ;; esac

@@ -49,9 +49,9 @@ def test_on_a_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # import triton fails
     assert "needs the triton package" in why_fallback(clip, Point(16, 8, "bf16", "cuda"))
     assert why_fallback(clip, Point(16, 8, "fp64", "cuda")) is None  # "auto" takes torch for it wherever it runs
-    monkeypatch.setattr(native, "mines_on_cuda", lambda: False)
-    assert "CUDA kernels" in why_fallback(mining, Point(16, 8, "fp32", "cuda"))
-    monkeypatch.setattr(native, "mines_on_cuda", lambda: True)
+    monkeypatch.setattr(native, "_missing_cuda", NOT_BUILT)
+    assert f"CUDA kernels are not available: {NOT_BUILT}" in why_fallback(mining, Point(16, 8, "fp32", "cuda"))
+    monkeypatch.setattr(native, "_missing_cuda", None)
     assert why_fallback(mining, Point(16, 8, "fp32", "cuda")) is None
 
 

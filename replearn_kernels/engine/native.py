@@ -17,7 +17,7 @@ def _load(name: str, not_built: str) -> str | None:
     """Register a library's native operators; None on success, else why they are missing."""
     libraries = _libraries(name)
     if not libraries:
-        return f"it was not built: {not_built}"
+        return f"it was not built: no {name}.*so in {_PACKAGE}; {not_built}"
     try:
         torch.ops.load_library(libraries[0])
     except OSError as error:  # torch tells only which file it is; the linker, whose error it wraps, tells what is wrong
@@ -25,8 +25,18 @@ def _load(name: str, not_built: str) -> str | None:
     return None
 
 
+def _why_not_built(root: Path) -> str:
+    """Of the C++ library of the package in ``root``. A checkout comes before what is installed if Python starts in it."""
+    if not (root / "csrc" / "ops.cpp").is_file():
+        return "no working C++ compiler was found at installation"
+    return (
+        f"{root} is a source checkout, and `pip install --no-build-isolation -e {root}` builds it there if a C++ compiler "
+        "works; an installed package is found by a Python that starts in another folder"
+    )
+
+
 def _load_cpu() -> str | None:
-    missing = _load("_native", "no working C++ compiler was found at installation")
+    missing = _load("_native", _why_not_built(_PACKAGE.parent))
     if missing is None:
         _register_fakes()
     return missing
