@@ -289,11 +289,11 @@ def _make_plan(
 
 def on_device_of(query: Tensor) -> AbstractContextManager:
     """The features' GPU as the current one, and products of the dtype chosen for them, whatever autocast says."""
-    device, stack = query.device.type, ExitStack()
-    if device == "meta" or device == "cpu" and not torch._C._is_any_autocast_enabled():
+    if query.is_cpu and not torch._C._is_any_autocast_enabled():
         return nullcontext()
+    device, stack = query.device.type, ExitStack()
     if device == "cuda":
         stack.enter_context(torch.cuda.device_of(query))
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # torch has no autocast there
         stack.enter_context(torch.autocast(device, enabled=False))
     return stack
