@@ -83,7 +83,7 @@ def refuse_fallback(case: Case, point: Point, chosen: Sequence[Implementation]) 
     if automatic and (missing := why_fallback(case, point)):
         sys.exit(
             f"{case.name} is not measured: 'auto' would take plain PyTorch for ours, since {missing}. "
-            "To measure that, ask for it by name: --backend torch"
+            "To measure that, ask for it by name: python -m bench run --backend torch"
         )
 
 

@@ -26,12 +26,12 @@ def _load(name: str, not_built: str) -> str | None:
 
 
 def _why_not_built(root: Path) -> str:
-    """Of the C++ library of the package in ``root``. A checkout comes before what is installed if Python starts in it."""
+    """Of the C++ library of the package in ``root``. Python starts with the checkout it is in, if any."""
     if not (root / "csrc" / "ops.cpp").is_file():
         return "no working C++ compiler was found at installation"
     return (
-        f"{root} is a source checkout, and `pip install --no-build-isolation -e {root}` builds it there if a C++ compiler "
-        "works; an installed package is found by a Python that starts in another folder"
+        f"{root} is a source checkout, and `pip install --no-build-isolation -e {root}` builds it there if a C++ "
+        "compiler works; an installed package is found by a Python that starts in another folder"
     )
 
 
