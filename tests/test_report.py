@@ -34,11 +34,13 @@ def test_what_a_bug_report_needs():
 
 def test_what_is_missing_and_why(monkeypatch):
     monkeypatch.setattr(native, "_missing", "it was not built: no working C++ compiler was found at installation")
+    monkeypatch.setattr(native, "_missing_cuda", "_native_cuda.abi3.so could not be loaded")
     monkeypatch.setitem(sys.modules, "triton", None)  # import triton fails
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = dict(facts())
     assert report["backend cpp"].startswith("it was not built")
+    assert report["mine_triplets on a GPU"] == "torch: _native_cuda.abi3.so could not be loaded"
     assert report["triton"].startswith("none: ModuleNotFoundError")
     assert report["backend triton"].startswith("missing: backend='triton' needs the triton package")
     assert report['"auto" takes, for CPU tensors'] == "torch (fp64: torch)"
