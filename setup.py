@@ -147,12 +147,15 @@ def why_no_cuda() -> str | None:
 
 def extensions() -> list:
     """The libraries that can be built here."""
+    needs_cuda = os.environ.get("REPLEARN_KERNELS_CUDA") == "1"
     if problem := why_not_built(cpp_extension, ".cpp", CPP_PROBE):
+        if needs_cuda:
+            sys.exit(f"replearn-kernels: REPLEARN_KERNELS_CUDA=1, but there is no working C++ compiler: {problem}")
         say(f"no working C++ compiler, installing without the C++ kernels ({problem})")
         return []
     found = [cpp_extension(SOURCES)]
     if problem := why_no_cuda():
-        if os.environ.get("REPLEARN_KERNELS_CUDA") == "1":
+        if needs_cuda:
             sys.exit(f"replearn-kernels: REPLEARN_KERNELS_CUDA=1, but no CUDA kernels can be built: {problem}")
         say(f"no CUDA kernels: {problem}")
         return found

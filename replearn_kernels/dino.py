@@ -106,8 +106,11 @@ class DINOLoss(ShowsOptions, SharesGroup, nn.Module):
         in the ``state_dict``.
 
         Raises:
+            RuntimeError: the center moves with every call, as ``defer_center`` is False.
             ValueError: the ranks differ in what they must have alike.
         """
+        if not self.defer_center:
+            raise RuntimeError("update_center() is for defer_center=True: here the center moves with every call")
         world = self._world(".update_center") if not self._loss_meets else None
         if world is not None:
             agree(world, self._center_alike, {})
@@ -148,7 +151,7 @@ class DINOLoss(ShowsOptions, SharesGroup, nn.Module):
     def _teacher_total(self, world: World | None, tensors: tuple[Tensor, ...]) -> Tensor:
         """The sum of the teacher's logits over views, batch and the ranks of a world; and the number of these rows."""
         teacher, dtype = tensors[1], self.center.dtype
-        count = self.center.new_full((1,), teacher.shape[:2].numel())
+        count = self.center.new_ones(teacher.shape[:2]).sum().reshape(1)  # a number would stay in torch.jit.trace
         total = torch.cat([teacher.sum((0, 1), dtype=dtype).to(dtype), count])
         if world is not None:
             world.sum_(total)

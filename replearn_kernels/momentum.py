@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .engine import validation
-from .engine.world import World
+from .engine.world import World, telling
 
 
 class NegativeQueue(nn.Module):
@@ -82,20 +82,32 @@ class NegativeQueue(nn.Module):
 
         Raises:
             TypeError: not a floating-point tensor.
-            ValueError: wrong rank, width or device.
+            ValueError: wrong rank, width or device; any of these errors on another rank.
         """
+        shared = self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        keys = self._keys_of_all_ranks(keys) if shared else self._checked(keys)
+        self.pushed.add_(keys.shape[0])
+        keys = keys[-self.size :]
+        numbers = self.pushed - keys.shape[0] + torch.arange(keys.shape[0], device=keys.device)
+        self.keys.index_copy_(0, numbers % self.size, keys)
+
+    @torch._disable_dynamo
+    def _keys_of_all_ranks(self, keys: Tensor) -> Tensor:
+        """In the order of the ranks."""
+        world = World.of(dist.group.WORLD, "NegativeQueue.push")
+        with telling(world):
+            keys = self._checked(keys)
+        counts = [told["rows"] for told in world.meet({"rows": len(keys)})]
+        return torch.cat(world.swap([keys.contiguous()] * world.size, counts))
+
+    def _checked(self, keys: Tensor) -> Tensor:
+        """In the queue's dtype."""
         validation.check_features("keys", keys)
         if keys.shape[1] != self.dim:
             raise ValueError(f"keys must have the queue's width {self.dim}, got {keys.shape[1]}")
         if keys.device != self.keys.device:
             raise ValueError(f"keys must be on the queue's device {self.keys.device}, got {keys.device}")
-        keys = keys.to(self.keys.dtype)
-        if self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            keys = _gather(keys)
-        self.pushed.add_(keys.shape[0])
-        keys = keys[-self.size :]
-        numbers = self.pushed - keys.shape[0] + torch.arange(keys.shape[0], device=keys.device)
-        self.keys.index_copy_(0, numbers % self.size, keys)
+        return keys.to(self.keys.dtype)
 
     def negatives(self) -> Tensor:
         """The valid rows ``[K, dim]``, ``K = min(pushed, size)``, without gradient; ``[0, dim]`` of an empty queue.
@@ -225,14 +237,6 @@ def _matched(
                 f"target_module and {tuple(sources[name].shape)} in source_module"
             )
     return [(target, sources[name]) for name, target in targets.items()]
-
-
-@torch._disable_dynamo
-def _gather(keys: Tensor) -> Tensor:
-    """The keys of all ranks, in the order of the ranks."""
-    world = World.of(dist.group.WORLD, "NegativeQueue")
-    counts = [told["rows"] for told in world.meet({"rows": len(keys)}, "push")]
-    return torch.cat(world.swap([keys.contiguous()] * world.size, counts))
 
 
 def _check_module(name: str, module: nn.Module) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 _MISSING = object()
 
@@ -18,9 +17,9 @@ class ShowsOptions:
     def extra_repr(self) -> str:
         options = getattr(self, "options", {})
         shown = []
-        for name, default in dict(_arguments(type(self))).items():
+        for name, default in _arguments(type(self)).items():
             value = options.get(name, getattr(self, name, _MISSING))
-            if value is _MISSING or isinstance(value, nn.Module) or value is default or value == default:
+            if value is _MISSING or isinstance(value, (nn.Module, Tensor)) or value is default or value == default:
                 continue
             if name == "group":
                 shown.append(f"group={dist.get_world_size(value)} ranks")
@@ -29,11 +28,16 @@ class ShowsOptions:
         return ", ".join(shown)
 
 
-def _arguments(cls: type) -> Iterator[tuple[str, object]]:
-    """Names and defaults of the constructor's arguments; where it passes on all others, of its base's too."""
-    _, *parameters = inspect.signature(cls.__init__).parameters.values()
-    for parameter in parameters:
-        if parameter.kind is parameter.VAR_KEYWORD:
-            yield from _arguments(cls.__mro__[1])
-        elif parameter.kind is not parameter.VAR_POSITIONAL:
-            yield parameter.name, parameter.default
+def _arguments(cls: type) -> dict[str, object]:
+    """Names and defaults of the constructor's arguments; where it passes on all others, of the next class's too."""
+    found: dict[str, object] = {}
+    for part in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        if "__init__" not in vars(part):
+            continue
+        _, *parameters = inspect.signature(part.__init__).parameters.values()
+        for one in parameters:
+            if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL):
+                found.setdefault(one.name, one.default)
+        if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+            break
+    return found

@@ -12,11 +12,13 @@ import argparse
 import random
 import sys
 import time
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from accuracy import TOLERANCE
 from loss_cases import CASES, value_and_gradients
+from metric_cases import small_batch_tiles
 from torch import Tensor
 
 from replearn_kernels.engine import native
@@ -91,8 +93,10 @@ def check(name: str) -> str | None:
     x, y = random_matrix(n, d, dtype), random_matrix(m, d, dtype)
     labels, scale = random_labels(n), random.choice(SCALES)
     backend = random.choice(("cpp", "cpp", "torch") if native.available() else ("torch",))
-    options = {"memory_budget": random.choice((0, 2**28)), "reduction": random.choice(("mean", "sum", "none"))}
-    what = f"{name} {backend} N={n} M={m} d={d} {dtype} scale={scale} {options}"
+    # Some of the tiles are kept at 3,000 bytes, and of a chunk of rows.
+    options = {"memory_budget": random.choice((0, 3000, 2**28)), "reduction": random.choice(("mean", "sum", "none"))}
+    tile = random.choice((16, 32, 48, None, None))  # rows and columns at most; None: as the backend has it
+    what = f"{name} {backend} N={n} M={m} d={d} {dtype} scale={scale} tile={tile} {options}"
 
     def formula(of: Tensor, other: Tensor) -> list[Tensor]:
         return value_and_gradients(name, of, other, labels, scale, backend="eager", **options)
@@ -102,7 +106,8 @@ def check(name: str) -> str | None:
     eps = torch.finfo(dtype).eps
     nearby = [distances_from(formula(*(moved(t, eps) for t in wide)), exact) for _ in range(3)]
     far = [distances_from(formula(*(moved(t, NEAR_A_KINK * eps) for t in wide)), exact) for _ in range(3)]
-    ours = value_and_gradients(name, x, y, labels, scale, backend=backend, **options)
+    with small_batch_tiles(tile) if tile else nullcontext():
+        ours = value_and_gradients(name, x, y, labels, scale, backend=backend, **options)
     eager = distances_from(formula(x, y), exact)
     for i, (result, truth) in enumerate(zip(ours, exact)):
         size = truth.abs().amax().item() if truth.numel() else 0.0

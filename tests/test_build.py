@@ -153,6 +153,9 @@ class TestLibraries:
             monkeypatch.setattr(setup, "CPP_PROBE", "int probe;\n")
         assert setup.extensions() == []
         assert "no working C++ compiler, installing without the C++ kernels" in capfd.readouterr().err
+        monkeypatch.setenv("REPLEARN_KERNELS_CUDA", "1")
+        with pytest.raises(SystemExit, match="(?s)REPLEARN_KERNELS_CUDA=1, but there is no working C.. compiler"):
+            setup.extensions()
 
     def test_a_compiler_that_works_is_found_to(self, setup):
         assert setup.why_not_built(setup.cpp_extension, ".cpp", setup.CPP_PROBE) is None

@@ -2,6 +2,7 @@
 are not finite; in one process and in two.
 """
 
+import warnings
 from functools import partial
 
 import pytest
@@ -75,9 +76,11 @@ def test_checkpointed_calls_take_the_center_that_they_took_first(head, use_reent
 def test_a_center_that_has_moved_is_refused(head, use_reentrant):
     """With the call, or between it and its backward pass: not another gradient in silence."""
     calls = batches(1, head)
-    for module in (module_of(head), module_of(head, defer_center=True)):
+    for defer in (False, True):
+        module = module_of(head, defer_center=defer)
         loss = checkpoint(module, *calls[0], use_reentrant=use_reentrant)
-        module.update_center()
+        if defer:
+            module.update_center()
         with pytest.raises(RuntimeError, match="its center has moved since: construct it with defer_center=True"):
             loss.backward()
 
@@ -164,6 +167,17 @@ def test_compiled_checkpoint():
         loss.backward()
 
 
+def test_traced_module():
+    """Whenever the program runs, its center moves, by batches of any size."""
+    (call, other), plain, module = batches(2, False), module_of(False), module_of(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        program = torch.jit.trace(module, call, check_trace=False)
+    plain(*call)  # as the tracing did
+    torch.testing.assert_close(program(*other), plain(*other))
+    torch.testing.assert_close(program.center, plain.center)
+
+
 def test_a_checkpointed_call_that_is_not_finite():
     """The gradients tell a GradScaler; an error would end the training."""
     ((student, teacher),) = batches(1, False)
@@ -219,6 +233,8 @@ def test_defer_center_is_a_flag():
     with pytest.raises(TypeError, match="defer_center must be a bool, got int"):
         DINOLoss(K, defer_center=1)
     assert "defer_center=True" in repr(DINOLoss(K, defer_center=True))
+    with pytest.raises(RuntimeError, match=r"update_center\(\) is for defer_center=True"):
+        DINOLoss(K).update_center()
 
 
 # -- what is not finite ------------------------------------------------------------------------------------------------
@@ -234,10 +250,12 @@ def test_not_finite_does_not_enter_the_center(value, defer):
     for _ in range(2):
         eager = dino_loss(*bad, center, backend="eager")
         torch.testing.assert_close(module(*bad), eager, equal_nan=True)
-        module.update_center()
+        if defer:
+            module.update_center()
         assert torch.equal(module.center, center)
     module(*good)
-    module.update_center()
+    if defer:
+        module.update_center()
     torch.testing.assert_close(module.center, 0.9 * center + 0.1 * mean_logits([good]))
 
 

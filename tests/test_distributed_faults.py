@@ -156,6 +156,15 @@ def beyond_any_float(odd):
     return in_group(triplet_margin_loss, features(), labels(), margin=10**400 if odd else 1.0)
 
 
+def a_temperature(odd):
+    return in_group(clip_loss, features(), features(), 1.0, **({"temperature": 0.5} if odd else {}))
+
+
+def nan_bias(odd):
+    bias = torch.full((), float("nan") if odd else 1.0)
+    return in_group(clip_loss, features(), features(), 1.0, logit_bias=bias)
+
+
 def in_forward_mode(odd):
     if not odd:
         return in_group(triplet_margin_loss, features(), labels())
@@ -170,6 +179,8 @@ def another_world_size(odd):
 
 WRONG_ON_ONE = [
     (another_world_size, ValueError, "world_size must be the group's, 3, got 2"),
+    (a_temperature, TypeError, "clip_loss takes no temperature: call it with logit_scale = 1 / temperature"),
+    (nan_bias, ValueError, "logit_bias must be finite in torch.float32, got nan"),
     (beyond_any_float, ValueError, r"margin must be in \[0, 3.40282e\+38\], got 1000"),
     (in_forward_mode, NotImplementedError, "replearn_kernels losses have no rule for forward-mode"),
     (unequal_pair, ValueError, "image_features and text_features must have the same number of rows, got 4 and 3"),

@@ -244,14 +244,17 @@ def test_rows_without_features(ranks, name):
     assert sum(ranks.run(without_features, name)) / world == pytest.approx(expected, rel=1e-12)
 
 
-def not_finite(rank, dtype):
+def not_finite(rank, dtype, mining):
     x = torch.randn(4, 3).to(dtype)
     if rank == 1:
         x[2, 1] = float("nan")
-    loss = triplet_margin_loss(x, torch.tensor([0, 0, 1, 1]), mining="batch_hard", group=dist.group.WORLD)
-    assert loss.isnan()
+    x.requires_grad_()
+    loss = triplet_margin_loss(x, torch.tensor([0, 0, 1, 1]), mining=mining, group=dist.group.WORLD)
+    loss.backward()
+    assert loss.isnan() and x.grad.isnan().all()  # every row is compared with the one that is not finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_nan_shows_on_every_rank(ranks, dtype):
-    ranks.run(not_finite, dtype)
+@pytest.mark.parametrize("mining", ["batch_hard", "semi_hard", "batch_all"])
+def test_a_nan_shows_on_every_rank(ranks, dtype, mining):
+    ranks.run(not_finite, dtype, mining)

@@ -1,5 +1,6 @@
 """The queue of negatives in two processes: all ranks push the keys of all ranks, also in DistributedDataParallel."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from processes import Ranks, needs_gloo
@@ -38,6 +39,16 @@ def takes_uneven_batches(rank):
     assert first_column(queue) == [21, 10, 11, 12, 20]
     queue.push(numbered(30 + 10 * rank, 4 - rank))
     assert queue.pushed.item() == 13 and first_column(queue) == [40, 41, 42, 32, 33]
+
+
+def tells_of_wrong_keys(rank):
+    """Nobody waits for a rank whose keys were refused, and the queue goes on."""
+    queue = NegativeQueue(5, 2)
+    message = "keys must have the queue's width 2, got 3"
+    with pytest.raises(ValueError, match=message if rank else f"failed on other ranks .*: rank 1: .*{message}"):
+        queue.push(torch.zeros(2, 2 + rank))
+    queue.push(numbered(rank, 1))
+    assert first_column(queue) == [0, 1]
 
 
 def own_queue_without_gather(rank):
@@ -81,6 +92,7 @@ def inside_distributed_data_parallel(rank):
 DISTRIBUTED_CHECKS = [
     gathers_in_the_order_of_the_ranks,
     takes_uneven_batches,
+    tells_of_wrong_keys,
     own_queue_without_gather,
     inside_distributed_data_parallel,
 ]

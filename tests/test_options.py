@@ -159,6 +159,23 @@ def test_repr_of_a_subclass(base):
     assert repr(loss).endswith("reduction='sum')")
 
 
+def test_repr_of_a_mixin_and_of_an_argument_that_is_a_tensor():
+    class Mixin:
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+
+    class Mixed(Mixin, ClipLoss):
+        pass
+
+    class Weighted(ClipLoss):
+        def __init__(self, weight, **options):
+            super().__init__(**options)
+            self.weight = weight
+
+    assert repr(Mixed(True)) == "Mixed(local_loss=True)"
+    assert repr(Weighted(torch.ones(3), label_smoothing=0.1)) == "Weighted(label_smoothing=0.1)"
+
+
 # -- nothing that is passed is left without a gradient -----------------------------------------------------------------
 
 
@@ -173,9 +190,6 @@ def test_the_bias_of_clip_has_a_gradient_of_zero(backend, shape, rng):
         assert torch.equal(loss, ClipLoss(backend=backend)(x, y, 5.0)) and loss.dtype == torch.float32
         loss.backward()
         assert bias.grad.shape == shape and bias.grad == 0
-    infinite = torch.tensor(torch.inf, requires_grad=True)
-    (gradient,) = torch.autograd.grad(clip_loss(x, y, 5.0, logit_bias=infinite, reduction="none").sum(), infinite)
-    assert gradient == 0
 
 
 def test_the_bias_of_clip_compiles(rng):
@@ -185,7 +199,13 @@ def test_the_bias_of_clip_compiles(rng):
     assert gradient.shape == (1,) and gradient == 0
 
 
-@pytest.mark.parametrize("bias, exception", [("a", TypeError), (torch.zeros(2), ValueError), (torch.nan, ValueError)])
+@pytest.mark.parametrize(
+    "bias, exception",
+    [
+        ("a", TypeError), (torch.zeros(2), ValueError), (torch.nan, ValueError),
+        (torch.tensor(torch.inf, requires_grad=True), ValueError),
+    ],
+)
 def test_the_bias_of_clip_is_checked(bias, exception):
     with pytest.raises(exception, match="logit_bias must be"):
         ClipLoss()(torch.randn(4, 3), torch.randn(4, 3), 5.0, bias)

@@ -127,8 +127,9 @@ def test_numpy_options_compile_or_say_why_not(pair):
         return torch.compile(lambda v: info_nce_loss(*pair, label_smoothing=v), fullgraph=True, backend="eager")(value)
 
     torch.testing.assert_close(smoothed(np.float64(0.25)), info_nce_loss(*pair, label_smoothing=0.25))
-    with pytest.raises(Exception, match=r"use float\(label_smoothing\)"):
-        smoothed(np.float32(0.25))
+    for other in (np.float32(0.25), np.int64(1)):
+        with pytest.raises(Exception, match=r"use float\(label_smoothing\)"):
+            smoothed(other)
 
 
 @pytest.mark.parametrize("wrong", [np.bool_(True), True, np.array(1.0), np.complex64(1), "1", None])

@@ -24,7 +24,7 @@ def state_of_call(state: Tensor, has_moved: bool) -> tuple[Tensor, Tensor]:
     Raises:
         RuntimeError: it is, and has.
     """
-    if torch.compiler.is_compiling():  # a graph runs more often than it is traced: when it runs, the question is asked
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # what is traced once asks whenever it runs
         return torch.ops.replearn_kernels.state_of_call(state, has_moved)
     return _state_of_call(state, has_moved)
 

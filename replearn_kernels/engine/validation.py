@@ -200,9 +200,12 @@ def check_number(name: str, value: float, expected: str = "a float") -> float:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value
     if is_number(value):
-        return int(value) if isinstance(value, Integral) else float(value)
+        try:
+            return int(value) if isinstance(value, Integral) else float(value)
+        except OverflowError:  # of a fraction
+            raise ValueError(f"{name} must be finite, got {type(value).__name__} beyond any float") from None
     if (traced := _traced_scalar(value)) is not None:
-        if traced.dtype not in (torch.float64, torch.int64):
+        if traced.dtype != torch.float64:
             raise TypeError(f"{name} is a NumPy scalar, whose value torch.compile does not know: use float({name})")
         return traced.item()
     raise TypeError(f"{name} must be {expected}, got {type(value).__name__}")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..engine import validation
+from ..engine.operators import needs_dispatcher
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..objectives import Sigmoid, Softmax
@@ -15,8 +16,8 @@ from .gathered import loss_of_every_rank
 from .rows import unit_rows
 
 
-@takes_logit_scale
 @in_group
+@takes_logit_scale
 def info_nce_loss(
     query: Tensor,
     key: Tensor,
@@ -102,8 +103,8 @@ def info_nce_loss(
     return _softmax_loss(objective, features, target, negatives, None, logit_scale, normalize, options)
 
 
-@takes_logit_scale
 @in_group
+@takes_logit_scale
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -142,13 +143,15 @@ def clip_loss(
     if logit_bias is not None:
         validation.check_features("image_features", image_features)
         logit_bias = validation.check_scale("logit_bias", logit_bias, image_features)
+        if logit_bias.is_cpu and not needs_dispatcher(logit_bias):  # in a graph nobody reads it
+            validation.check_finite("logit_bias", logit_bias.item(), logit_bias.dtype)
     objective = Softmax(symmetric=True, label_smoothing=validation.check_fraction("label_smoothing", label_smoothing))
     features = {"image_features": image_features, "text_features": text_features}
     options = reduction, backend, memory_budget, group, strategy
     loss = _softmax_loss(objective, features, None, None, None, logit_scale, normalize, options)
     if logit_bias is None or not logit_bias.requires_grad:
         return loss
-    return loss + logit_bias.expand(0).sum(dtype=loss.dtype)  # no value of it, whatever it is, and a gradient of 0
+    return loss + logit_bias.expand(0).sum(dtype=loss.dtype)  # no value of it, and a gradient of 0
 
 
 @in_group
@@ -188,8 +191,8 @@ def n_pair_loss(
     return _softmax_loss(objective, features, None, None, labels, 1.0, normalize, options)
 
 
-@takes_logit_scale
 @in_group
+@takes_logit_scale
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,

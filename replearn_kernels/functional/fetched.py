@@ -39,9 +39,10 @@ def triplets_over_ranks(
     pairs = anchor.repeat(2), torch.cat([positive, negative])
     others = RemotePairs(world, layout.rows, *pairs, held=_HELD_ROWS * max(layout.rows))
     how = margin, objective.distance.name, "cpp" if options.backend == "cpp" else "torch"
-    losses = _TripletLosses.apply(rows, others, *how)
+    nan_of_rows = shard.squares * 0  # NaN for all rows of all ranks if one is not finite, chosen or not
+    losses = _TripletLosses.apply(rows, nan_of_rows, others, *how)
     counted = (losses > 0).sum() if reduction == "mean_nonzero" else torch.tensor(len(anchor), device=rows.device)
-    losses = losses.new_zeros(len(rows)).index_add(0, anchor, losses) + shard.squares * 0  # a NaN shows, on every rank
+    losses = losses.new_zeros(len(rows)).index_add(0, anchor, losses) + nan_of_rows
     return reduced(losses, world.sum(counted), reduction, world)
 
 
@@ -52,10 +53,15 @@ def _hardest_triplets(problem: Problem, row_table: Tensor) -> Triplets:
 
 
 class _TripletLosses(torch.autograd.Function):
-    """:func:`~replearn_kernels.engine.triplets.triplet_loss_at` of rows that are fetched: in parts, in both passes."""
+    """:func:`~replearn_kernels.engine.triplets.triplet_loss_at` of rows that are fetched: in parts, in both passes.
+
+    ``nan_of_rows``, ``[N]``, is added to each row's gradient.
+    """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, others: RemotePairs, margin: float, distance: str, backend: str) -> Tensor:
+    def forward(
+        ctx, rows: Tensor, nan_of_rows: Tensor, others: RemotePairs, margin: float, distance: str, backend: str
+    ) -> Tensor:
         wide = statistics_dtype(rows.dtype)
         squares = rows.new_empty(others.pairs, dtype=wide)
         from_zero = torch.zeros_like(squares, dtype=torch.bool) if distance == "cosine" else None
@@ -70,7 +76,7 @@ class _TripletLosses(torch.autograd.Function):
             losses = losses_of(distances, margin)
         ctx.others, ctx.how = others, (margin, distance, backend)
         kept = both if len(others) == 1 else None  # fetched again otherwise
-        ctx.save_for_backward(rows, distances, from_zero, kept)
+        ctx.save_for_backward(rows, nan_of_rows, distances, from_zero, kept)
         return losses
 
     @staticmethod
@@ -79,11 +85,11 @@ class _TripletLosses(torch.autograd.Function):
         ctx.others.world.meet_again("backward")
         with torch.no_grad():
             total = _TripletLosses._gradient(ctx, saved, grad)
-        return *differentiable_once([grad, saved[0]], [total]), None, None, None, None
+        return *differentiable_once([grad, saved[0]], [total]), None, None, None, None, None
 
     @staticmethod
     def _gradient(ctx, saved: tuple[Tensor | None, ...], grad: Tensor) -> Tensor:
-        rows, distances, from_zero, both = saved
+        rows, nan_of_rows, distances, from_zero, both = saved
         margin, distance, backend = ctx.how
         with on_device_of(rows):
             weight = pair_weights(grad, distances, margin, distance, from_zero).flatten()
@@ -96,4 +102,4 @@ class _TripletLosses(torch.autograd.Function):
                 own, shares = gradient.to(total.dtype).tensor_split([len(rows)])
                 total += own
                 total += route.send_back(shares)
-            return total.to(rows.dtype)
+            return total.add_(nan_of_rows.unsqueeze(1)).to(rows.dtype)

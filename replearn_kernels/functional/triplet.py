@@ -178,7 +178,8 @@ def _reduced(losses: Tensor, counted: Tensor, reduction: str) -> Tensor:
 
 def _checked(triplets: Triplets, rows: Tensor) -> Triplets:
     if not isinstance(triplets, (tuple, list)) or len(triplets) != 3:
-        raise TypeError(f"triplets must be (anchor, positive, negative), got {type(triplets).__name__}")
+        length = f" of {len(triplets)}" if isinstance(triplets, (tuple, list)) else ""
+        raise TypeError(f"triplets must be (anchor, positive, negative), got {type(triplets).__name__}{length}")
     for name, index in zip(("anchor", "positive", "negative"), triplets):
         first = triplets[0]
         count = first.shape[0] if isinstance(first, Tensor) and first.ndim and not first.is_nested else 0
