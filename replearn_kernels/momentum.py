@@ -94,10 +94,10 @@ class NegativeQueue(nn.Module):
     @torch._disable_dynamo
     def _keys_of_all_ranks(self, keys: Tensor) -> Tensor:
         """In the order of the ranks."""
-        world = World.of(dist.group.WORLD, "NegativeQueue.push")
+        world = World.of(dist.group.WORLD, "NegativeQueue")
         with telling(world):
             keys = self._checked(keys)
-        counts = [told["rows"] for told in world.meet({"rows": len(keys)})]
+        counts = [told["rows"] for told in world.meet({"rows": len(keys)}, "push")]
         return torch.cat(world.swap([keys.contiguous()] * world.size, counts))
 
     def _checked(self, keys: Tensor) -> Tensor:
