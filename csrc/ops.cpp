@@ -12,6 +12,7 @@
 #include "cpu/margin_contrastive_tile.h"
 #include "cpu/memory.h"
 #include "cpu/mine_triplets.h"
+#include "cpu/mirror.h"
 #include "cpu/semi_hard_tile.h"
 #include "cpu/sigmoid_tile.h"
 #include "cpu/softmax_tile.h"
@@ -85,6 +86,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
       "-> (Tensor anchor, Tensor positive, Tensor negative)");
   m.def("pair_squares(Tensor x, Tensor i, Tensor j) -> Tensor");
   m.def("add_differences_(Tensor(a!) gradient, Tensor x, Tensor i, Tensor j, Tensor weight) -> ()");
+  m.def("mirror_(Tensor(a!) square) -> ()");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   m.def("vector_exp(Tensor x) -> Tensor");
   m.def("vector_log1p(Tensor x) -> Tensor");
@@ -106,6 +108,7 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("mine_triplets", TORCH_BOX(&replearn::mine_triplets));
   m.impl("pair_squares", TORCH_BOX(&replearn::pair_squares));
   m.impl("add_differences_", TORCH_BOX(&replearn::add_differences_));
+  m.impl("mirror_", TORCH_BOX(&replearn::mirror_));
   m.impl("advise_huge_pages_", TORCH_BOX(&replearn::advise_huge_pages_));
   m.impl("vector_exp", TORCH_BOX(&vector_exp));
   m.impl("vector_log1p", TORCH_BOX(&vector_log1p));

@@ -167,6 +167,20 @@ def test_sigmoid_pass_equals_the_plain_pytorch_one(rows, columns, dtype, scale, 
     assert torch.equal(tables[0], tables[1])
 
 
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("n", [0, 1, 2, 15, 16, 17, 33, 100])
+def test_mirror(n, dtype):
+    """Of a part of a matrix, whose other elements stay."""
+    whole = torch.randn(n + 3, n + 5, dtype=dtype)
+    expected = whole.clone()
+    square = expected[1 : n + 1, 2 : n + 2]
+    square.copy_(square.triu() + square.triu(1).t())
+    ops.mirror_(whole[1 : n + 1, 2 : n + 2])
+    assert torch.equal(whole, expected)
+    with pytest.raises(RuntimeError, match="as many columns as rows"):
+        ops.mirror_(whole)
+
+
 def test_operators_refuse_what_would_read_out_of_bounds():
     s, rows, columns = torch.randn(4, 6), torch.zeros(3, 4), torch.zeros(2, 6)
     target, groups = torch.zeros(4, dtype=torch.int64), [torch.zeros(n, dtype=torch.int32) for n in (4, 6)]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
 from .counters import count_product
 
 Step = Callable[[], object]
@@ -173,6 +174,8 @@ def _mirror_(square: Tensor) -> None:
     BLAS may round <x_i, x_j> and <x_j, x_i> differently (MKL: up to 11 rows in fp32, at most sizes in fp64). One is the
     other's in W, which subtracts the maxima of both rows: at logits of 1e5 they must not differ by a unit.
     """
+    if square.is_cpu and native.available():
+        return torch.ops.replearn_kernels.mirror_.default(square)
     below = torch.ones_like(square, dtype=torch.bool).tril_(-1)
     square.copy_(torch.where(below, square.t(), square))
 

@@ -53,7 +53,8 @@ def _register_fakes() -> None:
     """Shapes without data, for torch.compile: the tile passes return nothing and write in place."""
     families = ("softmax", "sigmoid", "margin_contrastive", "batch_all")
     passes = [f"{family}_{sweep}_" for family in families for sweep in ("statistics", "weights")]
-    for op in (*passes, "hardest_statistics_", "semi_hard_statistics_", "add_differences_", "advise_huge_pages_"):
+    others = ("hardest_statistics_", "semi_hard_statistics_", "add_differences_", "mirror_", "advise_huge_pages_")
+    for op in (*passes, *others):
         torch.library.register_fake(f"replearn_kernels::{op}", lambda *args, **options: None)
     torch.library.register_fake("replearn_kernels::softmax_one_tile", _fake_one_tile)
     torch.library.register_fake("replearn_kernels::mine_triplets", fake_triplets)

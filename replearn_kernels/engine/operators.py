@@ -286,8 +286,10 @@ def _save(ctx, config: Config, form: _Form, tensors, saved: list[Tensor]) -> Non
 
 def save_for_backward(ctx, *tensors: Tensor | None) -> None:
     """Of a tensor made under ``torch.inference_mode()``, which autograd refuses to save, a copy."""
-    if any(ctx.needs_input_grad):
-        tensors = (t.clone() if t is not None and t.is_inference() else t for t in tensors)
+    for tensor in tensors:  # a loop, for the microseconds of a small batch: there is hardly ever one
+        if tensor is not None and tensor.is_inference() and any(ctx.needs_input_grad):
+            tensors = [t.clone() if t is not None and t.is_inference() else t for t in tensors]
+            break
     ctx.save_for_backward(*tensors)
 
 
