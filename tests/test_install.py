@@ -104,7 +104,7 @@ class TestDocumentation:
         lines = re.findall(r"^pip install (.*?)(?:\s+#.*)?$", (ROOT / name).read_text(), re.MULTILINE)
         trees = [line for line in lines if re.search(r"-e ", line)]
         assert trees and all("--no-build-isolation" in line for line in trees)
-        assert lines[lines.index(trees[0]) - 1] == "--upgrade setuptools ninja numpy"
+        assert lines[lines.index(trees[0]) - 1] == '"setuptools>=77,<82" ninja numpy'
 
     def test_building_asks_for_no_torch(self):
         """An isolated build would download one."""
