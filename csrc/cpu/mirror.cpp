@@ -6,7 +6,7 @@ namespace replearn {
 
 namespace {
 
-// Of a block of 16 x 16 both images lie in the first cache, whatever the stride: 16 + 16 lines of 64 bytes, or twice that.
+// Both images of a block lie in the first cache, whatever the stride: 16 + 16 lines of 64 bytes, or twice that in fp64.
 constexpr int64_t kBlock = 16;
 
 template <typename T>

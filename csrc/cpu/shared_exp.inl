@@ -54,8 +54,8 @@ class SharedExp {
   static bool serves(const Tile<T>& tile, Range<T> range) {
 #if defined(REPLEARN_INTRINSIC) || defined(__aarch64__)
     const T bits = tile.steepness * C::log2e, largest = range.high * bits;
-    return tile.rows * tile.columns >= kLeastEntries && bits >= T(1e-30) && (range.high - range.low) * bits <= Window<T>::spread &&
-           largest <= kMostBits && largest >= -kMostBits;
+    return tile.rows * tile.columns >= kLeastEntries && bits >= T(1e-30) &&
+           (range.high - range.low) * bits <= Window<T>::spread && largest <= kMostBits && largest >= -kMostBits;
 #else
     return false;
 #endif
