@@ -282,7 +282,7 @@ class TestGPU:
         "lifted, large": {"loss": "lifted", "n": 3001, "d": 640, "classes": 500},
         "hard lifted, large": {"loss": "hard lifted", "n": 2500, "d": 128, "classes": 200},
         "batch hard, large": {"loss": "batch hard", "n": 5000, "d": 256, "classes": 100},
-        "batch all, large": {"loss": "batch all", "n": 1500, "d": 128, "classes": 150},
+        "batch all, large": {"loss": "batch all", "n": 700, "d": 128, "classes": 70},
     }
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
