@@ -3,6 +3,8 @@
     tiles.py        what a kernel sees of a tile, and the tile of similarities itself
     distances.py    similarities that are distances
     statistics.py   sweep 1: statistics of rows and columns (skeleton and launcher)
+    sums.py         sweep 1 of a plain softmax: sums of one exponential an entry
+    tma.py          features moved by TMA
     gradients.py    sweep 2: dL/dl of a tile, or its products with the features (skeletons and launchers)
     softmax.py      the softmax family's epilogues
     sigmoid.py      the sigmoid family's
@@ -22,6 +24,7 @@ from .semi_hard import SEMI_HARD
 from .sigmoid import SIGMOID
 from .softmax import LIFTED, MARGIN_SOFTMAX, SOFTMAX, SUP_CON
 from .statistics import update_statistics
+from .sums import largest_squares, update_by_sums
 from .tiles import Epilogue, Points, TileInputs
 
 EPILOGUES: dict[str, Epilogue] = {
@@ -32,4 +35,7 @@ EPILOGUES: dict[str, Epilogue] = {
 }
 """By the objective's name, or where a family shares one by the family's."""
 
-__all__ = ["EPILOGUES", "Epilogue", "Points", "TileInputs", "accumulate_gradient", "form_weights", "update_statistics"]
+__all__ = [
+    "EPILOGUES", "Epilogue", "Points", "TileInputs", "accumulate_gradient", "form_weights", "largest_squares",
+    "update_by_sums", "update_statistics",
+]  # fmt: skip

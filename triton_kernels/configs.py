@@ -19,6 +19,9 @@ class Config:
     """A program's tile of ``block_m x block_n`` similarities, formed ``block_k`` features at a time (0: all of d).
 
     ``column_blocks``: how many blocks of columns a program of the statistics kernel visits in turn.
+    ``parts``: 0: features are read through pointers. Otherwise by TMA, by programs that stay for many blocks, and an
+    epilogue takes a block's columns in this many parts (1 or 2): half of them take half the registers.
+    ``programs``: of those, on one multiprocessor. ``registers``: of a thread at most, so that as many fit.
     """
 
     block_m: int
@@ -27,6 +30,9 @@ class Config:
     warps: int
     stages: int
     column_blocks: int = 8
+    parts: int = 0
+    programs: int = 1
+    registers: int | None = None
 
 
 # The largest sizes that no variant spills at, ragged ones too: `python -m bench.triton_resources` compiles them and
@@ -63,6 +69,12 @@ DEFAULTS: dict[tuple, Config] = {
     ("weights", "tf32", 90): Config(128, 64, 32, warps=8, stages=4),
     ("weights", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
     ("weights", "ieee", 80): Config(128, 64, 16, warps=8, stages=3),
+    ("sums", "half", 90): Config(128, 128, 64, warps=8, stages=3, parts=1, programs=2, registers=128),
+    ("finish", "half", 90): Config(128, 128, 64, warps=8, stages=4, parts=1),
+    **{
+        (epilogue, "weights", "half", 90): Config(128, 128, 64, 8, 3, parts=8, programs=2, registers=128)
+        for epilogue in ("softmax", "sup_con", "margin_softmax", "sigmoid")
+    },
     ("gradient", "half", 80): Config(128, 64, 0, warps=8, stages=2),
     ("gradient", "tf32", 80): Config(64, 32, 0, warps=4, stages=2),
     ("gradient", "ieee", 80): Config(32, 32, 0, warps=8, stages=1),
@@ -140,10 +152,16 @@ def pick(kernel: str, epilogue: str, features: Tensor, trial: Callable[[Config],
     return default(kernel, epilogue, product_kind(features.dtype), architecture())
 
 
-def default(kernel: str, epilogue: str, kind: str, arch: int) -> Config:
-    """The shipped config: the epilogue's own where it has one."""
+def default(kernel: str, epilogue: str, kind: str, arch: int) -> Config | None:
+    """The shipped config: the epilogue's own where it has one. None: there is no such kernel on this GPU."""
     keys = (epilogue, kernel, kind, arch), (kernel, kind, arch), (kernel, kind, 80)
-    return next(DEFAULTS[key] for key in keys if key in DEFAULTS)
+    return next((DEFAULTS[key] for key in keys if key in DEFAULTS), None)
+
+
+def by_tma(kernel: str, epilogue: str, dtype: torch.dtype) -> bool:
+    """Whether TMA moves what the kernel reads, of features of this dtype, on the current GPU."""
+    config = _override or default(kernel, epilogue, product_kind(dtype), architecture())
+    return config is not None and config.parts > 0
 
 
 def product_kind(dtype: torch.dtype) -> str:
@@ -171,7 +189,8 @@ def architecture() -> int:
 
 def launch_options(config: Config, features: Tensor) -> dict:
     """The keyword arguments that all kernels over features share."""
-    return {
+    options = {} if config.registers is None else {"maxnreg": config.registers}
+    return options | {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k or max(triton.next_power_of_2(features.shape[1]), 16),

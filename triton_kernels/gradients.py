@@ -16,6 +16,7 @@ from .configs import Config, launch_options, pick
 from .distances import chained, negative_distances
 from .statistics import merge
 from .tiles import Epilogue, Points, TileInputs, aligned, product, similarity_tile, store_quantities
+from .tma import described_rows, described_tile, descriptor, resident_programs
 
 # Programs that run at the same time share 8 blocks of rows, whose features (8 x 128 rows) then stay in L2.
 _GROUP = 8
@@ -45,6 +46,22 @@ def weights_kernel(
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     near_row, near_column = tl.minimum(row, inputs.rows - 1), tl.minimum(column, inputs.columns - 1)
     s = similarity_tile(query, query_stride, near_row, key, key_stride, near_column, d, BLOCK_K, PRECISION, UPCAST)
+    w = weights_of_block(
+        s, row, column, row_block, column_block, row_partials, column_partials, inputs, points,
+        SQUARED, WEIGHTS, REDUCE, QUANTITIES, BLOCK_K, weights.dtype.element_ty,
+    )  # fmt: skip
+    inside = (row < inputs.rows)[:, None] & (column < inputs.columns)[None, :]
+    place = weights + row.to(tl.int64)[:, None] * weights_stride + column[None, :]
+    tl.store(place, w, mask=inside)
+
+
+@triton.jit
+def weights_of_block(
+    s, row, column, row_block, column_block, row_partials, column_partials, inputs, points,
+    SQUARED: tl.constexpr, WEIGHTS: tl.constexpr, REDUCE: tl.constexpr, QUANTITIES: tl.constexpr,
+    BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """W of a block of products, in DTYPE; where one sweep does all, the block's statistics are written."""
     if points is not None:
         s = negative_distances(s, row[:, None], column[None, :], inputs, points, SQUARED, BLOCK_K)
     if row_partials is not None:  # first: what it shares with W is then all that has to stay in registers
@@ -57,10 +74,52 @@ def weights_kernel(
         store_quantities(partials, inputs.columns, column, column < inputs.columns, of_columns)
     w = WEIGHTS(s, row[:, None], column[None, :], inputs)
     if points is not None:
-        w = chained(w, s, SQUARED, weights.dtype.element_ty)
-    inside = (row < inputs.rows)[:, None] & (column < inputs.columns)[None, :]
-    place = weights + row.to(tl.int64)[:, None] * weights_stride + column[None, :]
-    tl.store(place, w.to(weights.dtype.element_ty), mask=inside)
+        w = chained(w, s, SQUARED, DTYPE)
+    return w.to(DTYPE)
+
+
+@triton.jit
+def column_parts(s, PARTS: tl.constexpr):
+    """A block's columns as a tuple of PARTS blocks, a power of two, from left to right."""
+    if PARTS == 1:
+        return (s,)
+    else:
+        left, right = tl.split(tl.permute(tl.reshape(s, [s.shape[0], 2, s.shape[1] // 2]), [0, 2, 1]))
+        return column_parts(left, PARTS // 2) + column_parts(right, PARTS // 2)
+
+
+@triton.jit
+def resident_weights_kernel(
+    query, key,  # descriptors of [R, d], [C, d]
+    weights,  # a descriptor of [R, C]
+    row_partials,  # [column blocks * PARTS, QUANTITIES, R], or None
+    column_partials,  # [row blocks, QUANTITIES, C], or None
+    d,
+    inputs,
+    points,
+    SQUARED: tl.constexpr, WEIGHTS: tl.constexpr, REDUCE: tl.constexpr, QUANTITIES: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The same by programs that visit one block after another, features and W moved by TMA.
+
+    TMA reads zeros past the edges and writes nothing there. While one program of a multiprocessor forms W, the other's
+    products run.
+    """
+    row_blocks, column_blocks = tl.cdiv(inputs.rows, BLOCK_M), tl.cdiv(inputs.columns, BLOCK_N)
+    width: tl.constexpr = BLOCK_N // PARTS
+    for block in range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
+        i, j = tl.swizzle2d(block // column_blocks, block % column_blocks, row_blocks, column_blocks, GROUP)
+        s = described_tile(query, key, i * BLOCK_M, j * BLOCK_N, d, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
+        row = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        parts = column_parts(s, PARTS)
+        for part in tl.static_range(PARTS):
+            start = j * BLOCK_N + part * width
+            w = weights_of_block(
+                parts[part], row, start + tl.arange(0, width), i, j * PARTS + part, row_partials, column_partials,
+                inputs, points, SQUARED, WEIGHTS, REDUCE, QUANTITIES, BLOCK_K, weights.dtype,
+            )  # fmt: skip
+            weights.store([i * BLOCK_M, start], w)
 
 
 @triton.jit
@@ -113,17 +172,24 @@ def form_weights(
 ) -> None:
     """``out[R, C] = W`` of the tile, in ``out``'s dtype; given tables, its statistics are folded in, too."""
     query, key = aligned(query), aligned(key)
+    functions = squared, epilogue.weights, epilogue.reduce, 0 if row_table is None else row_table.shape[0], _GROUP
 
     def launch(config: Config) -> tuple[Tensor | None, Tensor | None]:
         row_blocks, column_blocks = triton.cdiv(out.shape[0], config.block_m), triton.cdiv(out.shape[1], config.block_n)
-        of_rows = None if row_table is None else row_table.new_empty(column_blocks, *row_table.shape)
+        parts = column_blocks * max(config.parts, 1)
+        of_rows = None if row_table is None else row_table.new_empty(parts, *row_table.shape)
         of_columns = None if column_table is None else column_table.new_empty(row_blocks, *column_table.shape)
-        weights_kernel[(row_blocks * column_blocks,)](
-            query, query.stride(0), key, key.stride(0), out, out.stride(0), of_rows, of_columns,
-            query.shape[1], inputs, points,
-            squared, epilogue.weights, epilogue.reduce, 0 if row_table is None else row_table.shape[0], _GROUP,
-            **launch_options(config, query),
-        )  # fmt: skip
+        blocks, options = row_blocks * column_blocks, launch_options(config, query)
+        if config.parts:
+            described = *described_rows(query, key, config), descriptor(out, config.block_m, config.block_n // config.parts)
+            resident_weights_kernel[(min(blocks, resident_programs(config, out.device)),)](
+                *described, of_rows, of_columns, query.shape[1], inputs, points, *functions, config.parts, **options
+            )  # fmt: skip
+        else:
+            weights_kernel[(blocks,)](
+                query, query.stride(0), key, key.stride(0), out, out.stride(0), of_rows, of_columns,
+                query.shape[1], inputs, points, *functions, **options,
+            )  # fmt: skip
         return of_rows, of_columns
 
     partials = launch(pick("weights", epilogue.name, query, launch))

@@ -115,7 +115,7 @@ def softmax_weights(s, row, column, inputs):
     return w
 
 
-SOFTMAX = Epilogue("softmax", softmax_empty, softmax_reduce, softmax_merge, softmax_weights)
+SOFTMAX = Epilogue("softmax", softmax_empty, softmax_reduce, softmax_merge, softmax_weights, by_sums=True)
 
 
 # -- positives by group, rows against each other: SupCon, NT-Xent ---------------------------------------------------

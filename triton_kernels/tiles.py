@@ -43,6 +43,7 @@ class Epilogue:
     reads_tables: bool = False  # ``reduce`` reads the tables that its statistics go to, as ``inputs.row_table``, ...
     folds_columns: bool = False  # where one sweep does all, statistics of the columns come with W too
     per_part: int = 0  # positives of a row, if the tables tell of each, that one launch sees
+    by_sums: bool = False  # statistics are (max, sum of exp, v of the positive): sums.py has a shorter way to them
 
 
 # No tuple that a kernel takes holds another, or a bool. Triton 3.6 copies tuples by their types where a loop begins,

@@ -176,7 +176,8 @@ class _Run:
     def _tile(self, sweep: str, rows: int, columns: int) -> TileShape:
         query = self.shard.query
         most_rows, most_columns = self.runner.tile_shape(
-            sweep, query.shape[1], query.dtype, query.device.type, self.objective, self.is_batch
+            sweep, rows, query.shape[1], query.dtype, query.device.type, self.objective, self.is_batch,
+            self.config.memory_budget,
         )
         return TileShape(balanced_block(rows, most_rows), balanced_block(columns, most_columns))
 

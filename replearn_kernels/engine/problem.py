@@ -71,6 +71,7 @@ class Problem:
     squares: Tensor | None = None  # [N]: |x_i|^2 of the centred rows
     isolated: Tensor | None = None  # [N]: what is added to the squared distances of row i
     inverse_norms: Tensor | None = None  # [N]: the rows are the queries times these
+    _numbers: Tensor | None = None
     _positive_counts: Tensor | None = None
     _positives: tuple[Tensor, Tensor] | None = None
 
@@ -111,9 +112,11 @@ class Problem:
     @property
     def target(self) -> Tensor:
         """``[N]`` int64."""
-        if self.given_target is None:
-            self.given_target = torch.arange(self.rows, device=self.query.device)
-        return self.given_target
+        if self.given_target is not None:
+            return self.given_target
+        if self._numbers is None:
+            self._numbers = torch.arange(self.rows, device=self.query.device)
+        return self._numbers
 
     @property
     def positive_counts(self) -> Tensor:

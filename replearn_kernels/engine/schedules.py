@@ -270,11 +270,13 @@ def _make_plan(
     any_size,
 ) -> Plan:
     kind, objective = backend_class(backend), OBJECTIVES[objective].from_parameters(parameters)
+    known_rows = rows if isinstance(rows, int) else None
     return make_plan(
         rows, widths, d,
         itemsize=statistics_dtype(dtype).itemsize if kind.keeps_tiles else 0,
         tile_shapes=tuple(
-            kind.tile_shape(sweep, d, dtype, device.type, objective, is_batch) for sweep in ("statistics", "gradients")
+            kind.tile_shape(sweep, known_rows, d, dtype, device.type, objective, is_batch, memory_budget)
+            for sweep in ("statistics", "gradients")
         ),
         memory_budget=memory_budget,
         needs_grad=needs_grad,

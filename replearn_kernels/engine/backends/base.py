@@ -46,11 +46,15 @@ class Backend(ABC):
 
     @staticmethod
     @abstractmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
+    def tile_shape(
+        sweep: str, rows: int | None, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool,
+        memory_budget: int,
+    ) -> tuple[int, int]:  # fmt: skip
         """Most rows and columns of a tile in the sweep "statistics" or "gradients".
 
-        The same for both where tiles are kept. ``d``, ``dtype`` and ``device``: of the features. ``is_batch``: rows
-        are compared with each other, and tiles on the diagonal, as wide as high, do half of their work twice.
+        The same for both where tiles are kept. ``rows``: of the problem, None where they are not known. ``d``,
+        ``dtype`` and ``device``: of the features. ``is_batch``: rows are compared with each other, and tiles on the
+        diagonal, as wide as high, do half of their work twice.
         """
 
     @abstractmethod

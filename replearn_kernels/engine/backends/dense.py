@@ -31,7 +31,7 @@ class TorchBackend(Backend):
         self._views: dict[tuple, Tensor] = {}
 
     @staticmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
+    def tile_shape(sweep, rows, d, dtype, device, objective, is_batch, memory_budget) -> tuple[int, int]:
         # On a GPU a tile has to fill the machine; on a CPU it has to stay in the caches.
         if device != "cpu":
             return (1024, 4096) if is_batch else (4096, 4096)
@@ -126,7 +126,7 @@ class CppBackend(TorchBackend):
         self._groups: tuple[Problem, Tensor, Tensor] | None = None
 
     @staticmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
+    def tile_shape(sweep, rows, d, dtype, device, objective, is_batch, memory_budget) -> tuple[int, int]:
         # The three products of N = 8,192 on two cores: d = 128: 0.30 s at 2048 x 512, 0.33 s at 2048 x 1024;
         # d = 512: 1.20 s and 1.13 s, where one tile of 8 MB is still small beside the gradients.
         # Half of a symmetric matrix, N = 8,192, without keeping: d = 128: 0.28 s at 1024 x 1024, 0.31 s at 512 x 512;

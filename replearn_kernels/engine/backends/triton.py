@@ -7,7 +7,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...triton_kernels import EPILOGUES, Points, TileInputs, accumulate_gradient, form_weights, update_statistics
+from ...triton_kernels import (
+    EPILOGUES,
+    Points,
+    TileInputs,
+    accumulate_gradient,
+    form_weights,
+    largest_squares,
+    update_by_sums,
+    update_statistics,
+)
+from ...triton_kernels.configs import by_tma
 from ..columns import OwnColumns, Step, Tile, run
 from ..counters import count_product
 from ..distances import TileSums, finish_tile_
@@ -21,8 +31,13 @@ from .dense import TorchBackend
 # Beyond 128 the fused kernel's rows no longer fit on chip.
 FUSED_WIDTH = 128
 
-_WEIGHTS_BYTES = 32 * 2**20
+# The bytes of W: the memory budget, within these bounds. On an H200 the products with W of a tile of 4096 x 4096 reach
+# 581 TFLOP/s at d = 512, of 8192 x 8192 744, of 16,384 x 16,384 787 (measured 2026-11-26, bench/results/gpu), and every
+# tile takes the host some 0.2 ms. The smallest stays in L2.
+_WEIGHTS_BYTES = (32 * 2**20, 2**30)
 _WEIGHTS_ALIGNMENT = 16  # elements: rows of W start where vector loads can
+# Columns of a tile at most: a classifier's are copied, normalised, one tile's at a time.
+_COLUMNS, _NORMALISED_COLUMNS = 2**19, 2**15
 
 
 class TritonBackend(Backend):
@@ -33,22 +48,31 @@ class TritonBackend(Backend):
 
     def __init__(self, objective):
         super().__init__(objective)
-        self._epilogue = EPILOGUES[objective.name if objective.name in EPILOGUES else objective.family]
+        self._epilogue = _epilogue_of(objective)
         self._roles = objective.roles if self._epilogue.takes_roles else ()
         self._own = TorchBackend(objective)
         self._weights: Tensor | None = None
         self._partials: tuple[Tensor, ...] = ()
+        self._largest: tuple[Problem, int, Tensor] | None = None
 
     @staticmethod
-    def tile_shape(sweep: str, d: int, dtype: torch.dtype, device: str, objective, is_batch: bool) -> tuple[int, int]:
-        # Blocks of rows that are high enough to fill a GPU and, in a batch, low enough that little is on the diagonal.
-        if sweep == "statistics":
-            # Partial statistics of a tile take 17 MB; merging them, 4 % of the time of its product (modelled).
-            return 2048 if is_batch else 16384, 16384
-        if _fused(d, objective, is_batch):
+    def tile_shape(sweep, rows, d, dtype, device, objective, is_batch, memory_budget) -> tuple[int, int]:
+        most_columns = _NORMALISED_COLUMNS if objective.unit_features else _COLUMNS
+        if sweep == "gradients" and _fused(d, dtype, objective, is_batch):
             return 65536, 65536  # no buffer: as many rows as fill any GPU
-        rows = 2048 if is_batch else 4096
-        return rows, _WEIGHTS_BYTES // (rows * dtype.itemsize)  # W stays in L2
+        # High enough to fill a GPU and, in a batch, low enough that little is on the diagonal.
+        high = 4096 if is_batch else 8192
+        if sweep == "gradients":
+            low, most = _WEIGHTS_BYTES
+            entries = min(max(memory_budget, low), most) // dtype.itemsize
+            high = high if entries >= 8192 * 8192 else 4096
+        else:
+            # Partial statistics of a tile take 17 MB; merging them, 4 % of the time of its product (modelled).
+            entries = 2**28
+            high = high if is_batch else 65536 if _by_sums(objective, dtype) else 16384
+        if rows is not None:  # few rows take wide tiles
+            high = min(high, max(rows, 16))
+        return high, min(entries // high // _WEIGHTS_ALIGNMENT * _WEIGHTS_ALIGNMENT, most_columns)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -65,7 +89,18 @@ class TritonBackend(Backend):
             count_product(tile.query, tile.shape[1])
             self._partials = ()
             inputs, points = self._inputs(problem, tile, *read), self._points(problem, tile)
+            if inputs.row_group is None and (inputs.target is None or problem.given_target is None):
+                if _by_sums(self.objective, tile.query.dtype):
+                    largest, first = self._largest_squares(problem, tile), _first_positive(tile, inputs)
+                    self._partials = update_by_sums(self._epilogue, tile.query, key, inputs, largest, first, *tables)
+                    continue
             self._partials = update_statistics(self._epilogue, tile.query, key, inputs, *points, *tables)
+
+    def _largest_squares(self, problem: Problem, tile: Tile) -> Tensor:
+        """Of the rows and of the tile's source, read once."""
+        if self._largest is None or self._largest[0] is not problem or self._largest[1] != tile.position:
+            self._largest = problem, tile.position, largest_squares(problem.query, tile.source.features)
+        return self._largest[2]
 
     def _weights_of(self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         out = self._weights_buffer(tile)
@@ -97,7 +132,7 @@ class TritonBackend(Backend):
             return run(self._own.gradient_steps(problem, tile, None, coefficients, d_query, d_source))
         if self.objective.by_distance:
             return self._accumulate_over_distances(problem, tile, coefficients, d_query)
-        if not _fused(tile.query.shape[1], self.objective, problem.is_batch):
+        if not _fused(tile.query.shape[1], tile.query.dtype, self.objective, problem.is_batch):
             w = self._weights_of(problem, tile, *statistics_of(tile, *coefficients))
             return run(tile.source.output_products(tile, w, self.addmm_, d_query, d_source))
         inputs = self._inputs(problem, tile, *coefficients_of(tile, *coefficients))
@@ -161,10 +196,28 @@ class TritonBackend(Backend):
         return self._weights[: rows * stride].view(rows, stride)[:, :columns]
 
 
-def _fused(d: int, objective, is_batch: bool) -> bool:
+def _epilogue_of(objective):
+    return EPILOGUES[objective.name if objective.name in EPILOGUES else objective.family]
+
+
+def _fused(d: int, dtype: torch.dtype, objective, is_batch: bool) -> bool:
     """Whether the products with W are taken in registers: not where W's sweep has more to do than its products, nor
-    where blocks of rows are too few to fill a GPU."""
-    return d <= FUSED_WIDTH and objective.needs_statistics and not is_batch
+    where blocks of rows are too few to fill a GPU, nor where TMA moves W."""
+    fits = d <= FUSED_WIDTH and objective.needs_statistics and not is_batch
+    return fits and not by_tma("weights", _epilogue_of(objective).name, dtype)
+
+
+def _by_sums(objective, dtype: torch.dtype) -> bool:
+    """Whether sums of one exponential can be the statistics, of tiles without groups."""
+    epilogue = _epilogue_of(objective)
+    return epilogue.by_sums and by_tma("sums", epilogue.name, dtype)
+
+
+def _first_positive(tile: Tile, inputs: TileInputs) -> int | None:
+    """The column, in the tile, of the positive of its first row, where row i's is column i; None: no row's is in it."""
+    first = tile.rows.start - tile.columns.start
+    rows, columns = tile.shape
+    return None if inputs.target is None or first >= columns or first + rows <= 0 else first
 
 
 def _upcast(tile: Tile, problem: Problem) -> Tile:
