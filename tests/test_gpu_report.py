@@ -99,10 +99,11 @@ def test_no_stage_starts_with_less_than_its_least(tmp_path):
 
 
 @pytest.mark.parametrize("lengths", [[HANGS] * 5, [50, HANGS, 3, HANGS, 70], [59.9] * 5, [1] * 5])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("seconds", [12.0, 100.0, 175.0, 1000.0])
-def test_the_whole_ends_in_time(tmp_path, seconds, lengths):
+def test_the_whole_ends_in_time(tmp_path, seconds, scale, lengths):
     stages = [stage(f"stage{i}", command(f"command{i}", length)) for i, length in enumerate(lengths)]
-    made, machine = report(tmp_path, stages, seconds=seconds, scale=seconds / 360)
+    made, machine = report(tmp_path, stages, seconds=seconds, scale=scale)
     made.run()
     assert machine.started and all(start <= 1000 + seconds - 10 for _, start in machine.started)
     assert machine.now <= 1000 + seconds + machine.kill_seconds
