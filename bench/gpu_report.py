@@ -203,7 +203,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, leave)  # by way of the stage's end, and of what there is of it
     os.environ.pop("TRITON_INTERPRET", None)
     if given.dry:
-        os.environ["TRITON_INTERPRET"] = "1"
+        # The tensors are tiny, and threads that wait for each other would take the cores from what runs beside.
+        os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     date = datetime.now(timezone.utc)
     facts = {"date": date.isoformat(timespec="seconds")} | machine_facts(given.dry)
     folder = given.output or ROOT / "bench" / "local_results" / "gpu" / f"{date:%Y-%m-%d_%H%M%S}"
