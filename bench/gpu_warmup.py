@@ -31,7 +31,8 @@ def side_by_side(function: Callable, jobs: Sequence[Job], processes: int) -> Non
         running = {pool.submit(function, *job): job for job in jobs}
         for future in as_completed(running):
             error = future.exception()
-            told = "compiled" if error is None else f"not compiled: {type(error).__name__}: {short_error(f'{error} ')}"
+            failure = short_error(f"{type(error).__name__}: {error}")
+            told = "compiled" if error is None else f"not compiled: {failure}"
             print(f"{' '.join(map(str, running[future]))}: {told}", flush=True)
 
 
