@@ -28,11 +28,12 @@ test: install packages
 	TRITON_INTERPRET=1 $(TESTS) -m interpreter
 	# Two processes that use one core each most of the time.
 	$(BIN)/python -m pytest bench/regression.py --benchmark-disable & regression=$$!; \
-	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry --no-install --output build/gpu_dry; dry=$$?; \
+	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry --output build/gpu_dry; dry=$$?; \
 	wait $$regression && exit $$dry
 	$(MAKE) test-triton-3.6
 
-# Of the oldest Triton that is supported (torch 2.11 has it): every kernel compiled for one GPU, and interpreted once.
+# Of the oldest Triton that is supported (torch 2.11 has it): every kernel compiled for one GPU, and interpreted once; and
+# what the GPU report calls of Triton itself.
 TRITON_36 := $(VENV)/triton-3.6
 TESTS_36   = OMP_WAIT_POLICY=passive $(TRITON_36)/bin/python -m pytest -n $(WORKERS)
 
@@ -43,6 +44,7 @@ $(TRITON_36)/.installed: $(VENV)/.installed scripts/setup_triton_venv.sh
 test-triton-3.6: install $(TRITON_36)/.installed
 	$(TESTS_36) tests/test_triton*.py -m aot -k "not sm_80 and not sm_100"
 	TRITON_INTERPRET=1 $(TESTS_36) tests/test_triton*.py -m interpreter -k "several_tiles or shipped_blocks"
+	PYTHON="$(TRITON_36)/bin/python" bash bench/gpu_report.sh --dry --stages profile,configs --output build/gpu_dry_3.6
 
 packages: install
 	bash scripts/check_packages.sh "$(BIN)/python"

@@ -1,13 +1,23 @@
 """The commands of `python -m bench`. Each option's help is the text in its annotation."""
 
 import sys
+import traceback
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
 from bench.cases import CASES
-from bench.harness import Case, Implementation, Point, implementations, measure_memory, measure_speed, why_fallback
+from bench.harness import (
+    Case,
+    Implementation,
+    Point,
+    implementations,
+    measure_memory,
+    measure_speed,
+    short_error,
+    why_fallback,
+)
 from bench.report import memory_cell, show, time_cell, write_report
 from bench.results import Row, append, by_point, file_name, load, machine, make_row, parse, point_key
 from bench.targets import TARGETS, Target, target_table
@@ -38,15 +48,25 @@ def run(
     compiled: Annotated[bool, "measure the dense formulas under torch.compile too"] = True,
     speed: Annotated[bool, "measure time"] = True,
     memory: Annotated[bool, "measure peak extra memory, a fresh process per figure"] = True,
+    keep_going: Annotated[bool, "where ours fails, record the error, go on, and exit with 1 in the end"] = False,
     output: Output = LOCAL,
 ) -> None:
-    """Measure cases and add the figures to OUTPUT/loss_CASE_DEVICE.csv."""
+    """Measure cases and add the figures to OUTPUT/loss_CASE_DEVICE.csv, after each point."""
+    all_measured = True
     for name in case:
         sizes = n or CASES[name].sizes
         for point in (Point(rows, width, kind, device) for kind in dtype for width in d for rows in sizes):
             chosen = implementations(CASES[name], backend, implementation)
             chosen = [one for one in chosen if compiled or one.kind != "compiled"]
-            measure(CASES[name], point, chosen, output, rounds * speed, seconds, memory=memory)
+            try:
+                measure(CASES[name], point, chosen, output, rounds * speed, seconds, memory=memory)
+            except Exception as error:
+                if not keep_going:
+                    raise
+                record_failure(CASES[name], point, chosen, output, error)
+                all_measured = False
+    if not all_measured:
+        sys.exit(1)
 
 
 def measure(
@@ -74,6 +94,18 @@ def measure(
         row = make_row(date, case, implementation, point, measured) | measured_on
         rows.append(row)
         print(line(parse(row)), flush=True)
+    append(rows, output / file_name(case.name, point.device))
+
+
+def record_failure(
+    case: Case, point: Point, chosen: Sequence[Implementation], output: Path, error: Exception
+) -> None:
+    """A row for each of ours, with the error in place of figures."""
+    traceback.print_exception(error)
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    measured = {"error": short_error(f"{type(error).__name__}: {error}")}
+    ours = [implementation for implementation in chosen if implementation.kind == "ours"]
+    rows = [make_row(date, case, one, point, measured) | machine(point.device) for one in ours]
     append(rows, output / file_name(case.name, point.device))
 
 

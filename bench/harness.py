@@ -169,7 +169,13 @@ def measure_speed(
         if result is not None:
             losses[implementation.name] = result[0].item()
         del result
-    check_agreement(losses, LOSS_TOLERANCE[point.dtype] if case.training else 0.0)
+    kinds = {implementation.name: implementation.kind for implementation in chosen}
+    for name, reason in disagreements(losses, LOSS_TOLERANCE[point.dtype] if case.training else 0.0).items():
+        # A formula that loses all digits in half precision is a finding; anything else is a mistake.
+        if DTYPES[point.dtype].itemsize > 2 or kinds[name] not in (*DENSE_KINDS, "chunked"):
+            raise RuntimeError(f"implementations disagree: {reason}")
+        measured[name] = {"error": f"another loss: {reason}"}
+        del steps[name]
     for name, times in time_rounds(timer, steps, rounds, seconds).items():
         measured[name] = {"loops": steps[name][1], "round_ms": times}
     return measured
@@ -232,14 +238,14 @@ def time_cuda(step: Step, loops: int, *, flush: torch.Tensor) -> float:
     return sum(start.elapsed_time(end) for start, end in events) / loops
 
 
-def check_agreement(losses: dict[str, float], tolerance: float) -> None:
-    """A time is worth nothing if the implementations do not compute the same loss."""
-    if not losses:
-        return
-    first, expected = next(iter(losses.items()))
-    for name, value in losses.items():
-        if not math.isclose(value, expected, rel_tol=tolerance, abs_tol=tolerance):
-            raise RuntimeError(f"implementations disagree: {first} gives {expected}, {name} gives {value}")
+def disagreements(losses: dict[str, float], tolerance: float) -> dict[str, str]:
+    """{implementation: what it gives} of those without the first one's loss: their times are worth nothing."""
+    first, expected = next(iter(losses.items()), ("", 0.0))
+    return {
+        name: f"{first} gives {expected}, {name} gives {value}"
+        for name, value in losses.items()
+        if not math.isclose(value, expected, rel_tol=tolerance, abs_tol=tolerance)
+    }
 
 
 def short_error(message: str) -> str:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,52 @@ def test_figures_go_where_git_does_not_look():
     for place in (places[0], places[0] / "gpu"):
         ignored = subprocess.run(["git", "check-ignore", "-q", place / "loss_clip_cpu.csv"], cwd=ROOT)
         assert ignored.returncode == 0, f"git looks at {place}"
+
+
+def failing_at(n):
+    """CLIP, ours failing at N rows."""
+
+    ours = CASES["clip"].ours["ours"]
+
+    def loss(**inputs):
+        if len(inputs["image_features"]) == n:
+            raise RuntimeError("no such kernel\nand more of it")
+        return ours(**inputs)
+
+    return replace(CASES["clip"], ours={"ours": loss})
+
+
+def test_a_run_goes_on_where_ours_fails_if_it_is_told_to(monkeypatch, tmp_path):
+    monkeypatch.setitem(CASES, "clip", failing_at(16))
+    options = SHORT | {"n": [16, 32], "backend": ["torch"], "implementation": ["ours[torch]"]}
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        run(["clip"], **options, output=tmp_path)
+    assert load(tmp_path) == []
+    with pytest.raises(SystemExit, match="1"):
+        run(["clip"], **options, keep_going=True, output=tmp_path)
+    rows = [(row["n"], row["error"], bool(row["round_ms"])) for row in load(tmp_path)]
+    assert rows == [(16, "RuntimeError: no such kernel", False), (32, "", True)]
+
+
+def test_each_point_is_on_disk_before_the_next_one(monkeypatch, tmp_path):
+    monkeypatch.setitem(CASES, "clip", failing_at(32))
+    with pytest.raises(RuntimeError):
+        run(["clip"], **SHORT | {"n": [16, 32]}, backend=["torch"], implementation=["ours[torch]"], output=tmp_path)
+    assert [row["n"] for row in load(tmp_path)] == [16]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_another_loss_is_no_rival(monkeypatch, tmp_path, dtype):
+    """In half precision a formula may lose all digits, which its row says; otherwise it would be a mistake."""
+    ours = CASES["clip"].ours["ours"]
+    other = {"open_clip": lambda **inputs: 2 * ours(**inputs)}
+    monkeypatch.setitem(CASES, "clip", replace(CASES["clip"], dense=other, chunked={}, products={}))
+    options = SHORT | {"dtype": [dtype], "backend": ["torch"]}
+    if dtype == "fp32":
+        with pytest.raises(RuntimeError, match="implementations disagree: ours.torch. gives .*eager_open_clip gives"):
+            run(["clip"], **options, output=tmp_path)
+        return
+    run(["clip"], **options, output=tmp_path)
+    timed = {row["implementation"]: (bool(row["round_ms"]), row["error"][:12]) for row in load(tmp_path)}
+    assert timed.pop("eager_open_clip") == (False, "another loss")
+    assert timed == dict.fromkeys(["ours[torch]", "ours_budget_0[torch]"], (True, ""))
