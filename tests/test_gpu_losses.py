@@ -15,9 +15,10 @@ from loss_cases import CASES, value_and_gradients
 pytest.importorskip("triton")
 
 import dino_oracle
+from triton_harness import gpu, interpreter, relative_error, tolerance
+
 import replearn_kernels as rk
 from replearn_kernels.engine.backends import why_no_triton
-from triton_harness import gpu, interpreter, relative_error, tolerance
 
 SCALE = 14.3
 NONE_FOR_Y = ("sup_con", "lifted", "contrastive", "batch_", "semi_hard")
@@ -41,6 +42,8 @@ def check_against_fp64(name: str, n: int, d: int, dtype: torch.dtype, device: st
     MOVED times what the result moves by where every feature moves by half of fp32's unit in the last place."""
     if name.startswith("batch_all"):
         n = min(n, 150)  # its formula has N^3 triplets, and other tests run beside this one
+    if name.startswith("semi_hard"):
+        n = min(n, 100)  # no negative as near as a positive, as far as fp32 can tell: those are not taken (README)
     x, y, labels = sample(n, d, dtype, device)
     wide = x.double(), y.double()
     truth = value_and_gradients(name, *wide, labels, SCALE, backend="eager")
@@ -52,7 +55,7 @@ def check_against_fp64(name: str, n: int, d: int, dtype: torch.dtype, device: st
         size = truth[i].norm().item()
         allowed = of_eager + tolerance(dtype, 0) * size + MOVED * of_nearby
         allowed += (tolerance(dtype, SCALE) - tolerance(dtype, 0)) * max(size, SCALE / n**0.5)
-        assert of_ours <= allowed, f"{what} {size:.2e}: error {of_ours:.2e}, allowed {allowed:.2e}, eager {of_eager:.2e}"
+        assert of_ours <= allowed, f"{what} of {size:.2e}: error {of_ours:.2e}, allowed {allowed:.2e}"
     assert truth[1].any() and (truth[2].any() or name.startswith(NONE_FOR_Y))
 
 

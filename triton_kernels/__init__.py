@@ -24,7 +24,7 @@ from .semi_hard import SEMI_HARD
 from .sigmoid import SIGMOID
 from .softmax import LIFTED, MARGIN_SOFTMAX, SOFTMAX, SUP_CON
 from .statistics import update_statistics
-from .sums import largest_squares, update_by_sums
+from .sums import largest_squares, shared_reference, update_by_sums
 from .tiles import Epilogue, Points, TileInputs
 
 EPILOGUES: dict[str, Epilogue] = {
@@ -37,5 +37,5 @@ EPILOGUES: dict[str, Epilogue] = {
 
 __all__ = [
     "EPILOGUES", "Epilogue", "Points", "TileInputs", "accumulate_gradient", "form_weights", "largest_squares",
-    "update_by_sums", "update_statistics",
+    "shared_reference", "update_by_sums", "update_statistics",
 ]  # fmt: skip

@@ -97,29 +97,59 @@ def resident_weights_kernel(
     d,
     inputs,
     points,
+    diagonal,  # the column of this tile that has row 0's own number; None: blocks are not told apart
     SQUARED: tl.constexpr, WEIGHTS: tl.constexpr, REDUCE: tl.constexpr, QUANTITIES: tl.constexpr, GROUP: tl.constexpr,
+    OFF_WEIGHTS: tl.constexpr, OFF_REDUCE: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The same by programs that visit one block after another, features and W moved by TMA.
 
     TMA reads zeros past the edges and writes nothing there. While one program of a multiprocessor forms W, the other's
-    products run.
+    products run. Blocks off the diagonal, nearly all, take the epilogue that has less to do.
     """
     row_blocks, column_blocks = tl.cdiv(inputs.rows, BLOCK_M), tl.cdiv(inputs.columns, BLOCK_N)
-    width: tl.constexpr = BLOCK_N // PARTS
+    told_apart = True
+    if inputs.reference is not None:
+        told_apart = tl.load(inputs.reference + 1) != 0
     for block in range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
         i, j = tl.swizzle2d(block // column_blocks, block % column_blocks, row_blocks, column_blocks, GROUP)
         s = described_tile(query, key, i * BLOCK_M, j * BLOCK_N, d, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST)
-        row = i * BLOCK_M + tl.arange(0, BLOCK_M)
-        parts = column_parts(s, PARTS)
-        for part in tl.static_range(PARTS):
-            start = j * BLOCK_N + part * width
-            w = weights_of_block(
-                parts[part], row, start + tl.arange(0, width), i, j * PARTS + part, row_partials, column_partials,
-                inputs, points, SQUARED, WEIGHTS, REDUCE, QUANTITIES, BLOCK_K, weights.dtype,
+        if diagonal is None:
+            store_weights(
+                s, i, j, weights, row_partials, column_partials, inputs, points, SQUARED, WEIGHTS, REDUCE, QUANTITIES,
+                PARTS, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            weights.store([i * BLOCK_M, start], w)
+        else:
+            near = i * BLOCK_M + diagonal - j * BLOCK_N
+            if told_apart & ((near >= BLOCK_N) | (near + BLOCK_M <= 0)):
+                store_weights(
+                    s, i, j, weights, row_partials, column_partials, inputs, points, SQUARED, OFF_WEIGHTS, OFF_REDUCE,
+                    QUANTITIES, PARTS, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+            else:
+                store_weights(
+                    s, i, j, weights, row_partials, column_partials, inputs, points, SQUARED, WEIGHTS, REDUCE,
+                    QUANTITIES, PARTS, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+
+
+@triton.jit
+def store_weights(
+    s, i, j, weights, row_partials, column_partials, inputs, points,
+    SQUARED: tl.constexpr, WEIGHTS: tl.constexpr, REDUCE: tl.constexpr, QUANTITIES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """W of block (i, j), some of its columns at a time, into the matrix that ``weights`` describes."""
+    row, parts = i * BLOCK_M + tl.arange(0, BLOCK_M), column_parts(s, PARTS)
+    width: tl.constexpr = BLOCK_N // PARTS
+    for part in tl.static_range(PARTS):
+        start = j * BLOCK_N + part * width
+        w = weights_of_block(
+            parts[part], row, start + tl.arange(0, width), i, j * PARTS + part, row_partials, column_partials,
+            inputs, points, SQUARED, WEIGHTS, REDUCE, QUANTITIES, BLOCK_K, weights.dtype,
+        )  # fmt: skip
+        weights.store([i * BLOCK_M, start], w)
 
 
 @triton.jit
@@ -169,8 +199,13 @@ def form_weights(
     out: Tensor,
     row_table: Tensor | None = None,  # [quantities, R]
     column_table: Tensor | None = None,  # [quantities, C]
+    diagonal: int | None = None,
 ) -> None:
-    """``out[R, C] = W`` of the tile, in ``out``'s dtype; given tables, its statistics are folded in, too."""
+    """``out[R, C] = W`` of the tile, in ``out``'s dtype; given tables, its statistics are folded in, too.
+
+    ``diagonal``: the column of the tile that has its first row's own number, which may lie outside, if entries off that
+    diagonal are what the epilogue's ``off_diagonal`` takes them for; with ``inputs.reference`` where it reads that.
+    """
     query, key = aligned(query), aligned(key)
     functions = squared, epilogue.weights, epilogue.reduce, 0 if row_table is None else row_table.shape[0], _GROUP
 
@@ -181,9 +216,10 @@ def form_weights(
         of_columns = None if column_table is None else column_table.new_empty(row_blocks, *column_table.shape)
         blocks, options = row_blocks * column_blocks, launch_options(config, query)
         if config.parts:
-            described = *described_rows(query, key, config), descriptor(out, config.block_m, config.block_n // config.parts)
+            into = descriptor(out, config.block_m, config.block_n // config.parts)
             resident_weights_kernel[(min(blocks, resident_programs(config, out.device)),)](
-                *described, of_rows, of_columns, query.shape[1], inputs, points, *functions, config.parts, **options
+                *described_rows(query, key, config), into, of_rows, of_columns, query.shape[1], inputs, points, diagonal,
+                *functions, epilogue.off_diagonal, epilogue.off_diagonal_reduce, config.parts, **options,
             )  # fmt: skip
         else:
             weights_kernel[(blocks,)](

@@ -3,22 +3,44 @@
 import triton
 import triton.language as tl
 
+from .softmax import LOG2_E
 from .tiles import Epilogue, is_target, load_vector, same_group
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_FACTORS = tl.constexpr(64)
+"""Factors ``1 + u``, of 2 at most, in one product: 128 of them could overflow."""
 
 
 @triton.jit
 def log1p(u):
-    """For 0 <= u <= 1, to a few units in the last place however small u is.
+    """For u >= 0, to a few units in the last place however small u is.
 
-    ``2 atanh(z)`` with ``z = u / (2 + u)``, at most 1/3, by its series ``z + z^3 / 3 + z^5 / 5 + ...``, of which seven
-    terms leave out less than 2e-8 of the sum.
+    Up to 1 ``2 atanh(z)`` with ``z = u / (2 + u)``, at most 1/3, by its series ``z + z^3 / 3 + z^5 / 5 + ...``, of
+    which seven terms leave out less than 2e-8 of the sum.
     """
     z = u / (2.0 + u)
     square = z * z
     sum = tl.full(u.shape, 1 / 13, tl.float32)
     for k in tl.static_range(11, 0, -2):
         sum = sum * square + 1 / k
-    return 2.0 * z * sum
+    return tl.where(u <= 1.0, 2.0 * z * sum, tl.log(1.0 + u))
+
+
+@triton.jit
+def reciprocal(x):
+    """One instruction on an NVIDIA GPU, right to 1 unit in the last place, where a division takes five."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def compound(a, b):
+    """``(1 + a)(1 + b) - 1``, which keeps the digits of small a and b."""
+    return a + b + a * b
 
 
 @triton.jit
@@ -30,20 +52,26 @@ def sigmoid_positive(row, column, inputs):
 
 
 @triton.jit
-def sigmoid_wrong_side(s, positive, inputs):
-    """``-z l``: how far every logit is on the wrong side of 0."""
-    logit = s * tl.load(inputs.scale).to(tl.float32)
+def sigmoid_wrong_side(s, positive, column, inputs):
+    """``-z l`` in units of ln 2: how far every logit is on the wrong side of 0; -inf past the last column.
+
+    ``positive``: which are, or None: none is.
+    """
+    logit = s * (tl.load(inputs.scale).to(tl.float32) * LOG2_E)
     if inputs.bias is not None:
-        logit += tl.load(inputs.bias).to(tl.float32)
-    return tl.where(positive, -logit, logit)
+        logit += tl.load(inputs.bias).to(tl.float32) * LOG2_E
+    if positive is not None:
+        logit = tl.where(positive, -logit, logit)
+    return tl.where(column < inputs.columns, logit, float("-inf"))
 
 
 @triton.jit
 def sigmoid_slope(wrong, positive):
     """``-z sigmoid(-z l)``."""
-    u = tl.exp(-tl.abs(wrong))
-    w = tl.where(wrong > 0, 1.0, u) / (1.0 + u)
-    return tl.where(positive, -w, w)
+    w = tl.where(wrong > 0, 1.0, tl.exp2(-tl.abs(wrong))) * reciprocal(1.0 + tl.exp2(-tl.abs(wrong)))
+    if positive is not None:
+        w = tl.where(positive, -w, w)
+    return w
 
 
 @triton.jit
@@ -53,14 +81,30 @@ def sigmoid_empty(BLOCK: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
+def sigmoid_totals(s, positive, column, inputs):
+    """(loss, sum of W, 0 for the table's row of weights) of every row.
+
+    ``sum_j log1p(u_j)``, with ``u_j = exp(-|l_ij|)``, is the logarithm of a product: one logarithm for 64 entries.
+    """
+    wrong = sigmoid_wrong_side(s, positive, column, inputs)
+    u = tl.exp2(-tl.abs(wrong))
+    width: tl.constexpr = min(u.shape[1], _FACTORS)
+    products = tl.reduce(tl.reshape(u, [u.shape[0], u.shape[1] // width, width]), 2, compound)
+    loss = tl.sum(tl.maximum(wrong, 0.0), 1) / LOG2_E + tl.sum(log1p(products), 1)
+    return loss, tl.sum(sigmoid_slope(wrong, positive), 1), tl.zeros_like(loss)
+
+
+@triton.jit
 def sigmoid_reduce(s, row, column, inputs, AXIS: tl.constexpr):
-    """(loss, sum of W, 0 for the table's row of weights)."""
-    inside = (row < inputs.rows) & (column < inputs.columns)
-    positive = sigmoid_positive(row, column, inputs)
-    wrong = sigmoid_wrong_side(s, positive, inputs)
-    loss = tl.maximum(wrong, 0.0) + log1p(tl.exp(-tl.abs(wrong)))
-    total = tl.sum(tl.where(inside, loss, 0.0), AXIS)
-    return total, tl.sum(tl.where(inside, sigmoid_slope(wrong, positive), 0.0), AXIS), tl.zeros_like(total)
+    tl.static_assert(AXIS == 1, "columns have no statistics")
+    return sigmoid_totals(s, sigmoid_positive(row, column, inputs), column, inputs)
+
+
+@triton.jit
+def sigmoid_off_diagonal_reduce(s, row, column, inputs, AXIS: tl.constexpr):
+    """Of entries none of which is positive."""
+    tl.static_assert(AXIS == 1, "columns have no statistics")
+    return sigmoid_totals(s, None, column, inputs)
 
 
 @triton.jit
@@ -73,7 +117,17 @@ def sigmoid_weights(s, row, column, inputs):
     """W of ``objectives/sigmoid.py``."""
     positive = sigmoid_positive(row, column, inputs)
     weight = load_vector(inputs.row_table + 2 * inputs.row_stride, row, inputs.rows)
-    return weight * sigmoid_slope(sigmoid_wrong_side(s, positive, inputs), positive)
+    return weight * sigmoid_slope(sigmoid_wrong_side(s, positive, column, inputs), positive)
 
 
-SIGMOID = Epilogue("sigmoid", sigmoid_empty, sigmoid_reduce, sigmoid_merge, sigmoid_weights)
+@triton.jit
+def sigmoid_off_diagonal(s, row, column, inputs):
+    """Of entries none of which is positive."""
+    weight = load_vector(inputs.row_table + 2 * inputs.row_stride, row, inputs.rows)
+    return weight * sigmoid_slope(sigmoid_wrong_side(s, None, column, inputs), None)
+
+
+SIGMOID = Epilogue(
+    "sigmoid", sigmoid_empty, sigmoid_reduce, sigmoid_merge, sigmoid_weights,
+    off_diagonal=sigmoid_off_diagonal, off_diagonal_reduce=sigmoid_off_diagonal_reduce,
+)  # fmt: skip

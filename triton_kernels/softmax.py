@@ -115,7 +115,28 @@ def softmax_weights(s, row, column, inputs):
     return w
 
 
-SOFTMAX = Epilogue("softmax", softmax_empty, softmax_reduce, softmax_merge, softmax_weights, by_sums=True)
+@triton.jit
+def softmax_off_diagonal(s, row, column, inputs):
+    """W without positives and offsets, by the exponential that a row and a column share."""
+    rate, reference = tl.load(inputs.scale).to(tl.float32) * LOG2_E, tl.load(inputs.reference)
+    share = softmax_share_of(inputs.row_table, inputs.row_stride, row, inputs.rows, inputs)
+    if inputs.column_table is not None:
+        share += softmax_share_of(inputs.column_table, inputs.column_stride, column, inputs.columns, inputs)
+    return tl.exp2(s * rate - reference) * share
+
+
+@triton.jit
+def softmax_share_of(table, stride, index, size, inputs):
+    """``weight / sum`` of exponentials that are taken against the reference."""
+    top = load_vector(table, index, size) * softmax_rate(inputs) - tl.load(inputs.reference)
+    logarithm = top + load_vector(table + stride, index, size) * LOG2_E
+    return load_vector(table + 2 * stride, index, size) * tl.exp2(-logarithm)
+
+
+SOFTMAX = Epilogue(
+    "softmax", softmax_empty, softmax_reduce, softmax_merge, softmax_weights,
+    by_sums=True, off_diagonal=softmax_off_diagonal, by_reference=True,
+)  # fmt: skip
 
 
 # -- positives by group, rows against each other: SupCon, NT-Xent ---------------------------------------------------
@@ -146,7 +167,18 @@ def sup_con_weights(s, row, column, inputs):
     return w - tl.where(inside & same_group(row, column, inputs), positive, 0.0)
 
 
-SUP_CON = Epilogue("sup_con", sup_con_empty, sup_con_reduce, softmax_merge, sup_con_weights)
+@triton.jit
+def sup_con_off_diagonal(s, row, column, inputs):
+    """W of rows with others, by the exponential that they share."""
+    positive = load_vector(inputs.row_table + 3 * inputs.row_stride, row, inputs.rows)
+    positive += load_vector(inputs.column_table + 3 * inputs.column_stride, column, inputs.columns)
+    return softmax_off_diagonal(s, row, column, inputs) - tl.where(same_group(row, column, inputs), positive, 0.0)
+
+
+SUP_CON = Epilogue(
+    "sup_con", sup_con_empty, sup_con_reduce, softmax_merge, sup_con_weights,
+    by_sums=True, off_diagonal=sup_con_off_diagonal, by_reference=True,
+)  # fmt: skip
 
 
 # -- other groups' rows alone, over distances: lifted structure ------------------------------------------------------

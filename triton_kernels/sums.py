@@ -1,11 +1,17 @@
-"""Sweep 1 of a softmax by one exponential an entry, which rows and columns share.
+"""Softmax with one exponential an entry, which its row and its column share.
 
-Against the maximum of its row and of its column an entry takes two exponentials, and both maxima first. Here all of a
-tile is taken against one number: ``E_ij = 2^(rate v_ij - shift)``, where rate is ``|logit_scale| log2(e)`` and
-``rate v_ij`` is at most ``bound = rate max|x| max|y|`` (Cauchy-Schwarz). With ``shift = max(0, bound - 100)`` no sum can
-overflow. A row's statistics are then (shift / rate, sum of E), as good as its maximum: see :func:`enough` for when they
-are not. Then :func:`finish_kernel` forms the rows or columns concerned again, against their maxima. Unit rows and a
-scale of 69 or less never are; at a scale of 100 only those whose best cosine is below -0.28 are.
+Against the maximum of its row and that of its column an entry takes two exponentials, and both maxima first. Here all
+entries of a tile are taken against one number:
+
+Sweep 1. ``E_ij = 2^(rate v_ij - shift)``, where rate is ``|logit_scale| log2(e)`` and ``rate v_ij`` is at most
+``bound = rate max|x| max|y|`` (Cauchy-Schwarz). With ``shift = max(0, bound - 100)`` no sum can overflow. Rows and
+columns whose sums may have lost what underflowed (:func:`enough`) are formed again against their maxima, by the same
+launch that finishes the others. Unit rows and a scale of 69 or less never are; at a scale of 100 only those whose best
+cosine is below -0.28 are. A bound beyond 220 is not tried.
+
+Sweep 2. ``W_ij = E_ij (r_i + c_j)``, against the largest sum of a row or column less 100, which no entry can overflow
+either (:func:`shared_reference`). Where sums lie too far apart for that, and in blocks that hold a positive or a row
+with itself, W is formed with two exponentials, as everywhere else (softmax.py).
 """
 
 from __future__ import annotations
@@ -17,13 +23,15 @@ from torch import Tensor
 
 from .configs import Config, launch_options, pick
 from .softmax import LOG2_E, softmax_rate
-from .tiles import Epilogue, TileInputs, aligned, load_quantities, store_quantities
+from .tiles import Epilogue, TileInputs, aligned, load_quantities, load_vector, store_quantities
 from .tma import described_rows, described_tile, resident_programs
 
 _HEADROOM = tl.constexpr(100.0)
 """The largest exponent of an entry: 2^27 of them fit one sum."""
 _LARGEST_SHIFT = tl.constexpr(120.0)
 """Beyond it hardly a row has an entry near enough to the bound, and the sums are not even tried."""
+_LOWEST = tl.constexpr(86.0)
+"""How far below the reference a sum may lie: its entries then count to 2^-24, and its inverse does not overflow."""
 _BOUND_PROGRAMS = 128
 _FOLDED = tl.constexpr(32)  # partial sums that are loaded at once
 
@@ -65,17 +73,18 @@ def sums_kernel(
     largest,  # [2, PROGRAMS]
     row_sums,  # [column blocks, R]
     column_sums,  # [regions, C], or None
-    positives,  # [R]: v of the rows that have their positive in this tile
-    first_positive,  # row i's positive is column i + first_positive of the tile; None: no row's is in it
+    positives,  # [R]: v of the rows that have their positive in this tile; GROUPED: [column blocks, R], sums of v
+    diagonal,  # row i's own number is that of column i + diagonal of the tile
     height,  # blocks of rows in a region
     d,
     inputs,
-    PROGRAMS: tl.constexpr, WARPS: tl.constexpr,
+    GROUPED: tl.constexpr, PROGRAMS: tl.constexpr, WARPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of columns against a region of rows.
 
+    The entries on the diagonal are the positives, or GROUPED no pairs, and positives are all others of a row's group.
     A thread holds the same columns of every block of rows, and 2 rows of every 16 of its warp. So its part of the
     columns' sums stays in registers until the region ends: the reshape names these axes, and moves nothing.
     """
@@ -83,33 +92,57 @@ def sums_kernel(
     column = tl.arange(0, BLOCK_N)
     scale = tl.load(inputs.scale).to(tl.float32)
     rate, shift = scale * LOG2_E, shift_of(largest, inputs, PROGRAMS)
-    mine = row_sums + tl.program_id(0).to(tl.int64) * inputs.rows
+    offset = tl.program_id(0).to(tl.int64) * inputs.rows
     groups: tl.constexpr = min(BLOCK_M // 16, WARPS)
     of_columns = tl.zeros([groups, 8, BLOCK_N], tl.float32)
+    if GROUPED:
+        own_groups = load_vector(inputs.column_group, start + column, inputs.columns)[None, :]
     if shift <= _LARGEST_SHIFT:
         for block in range(first, tl.minimum(first + height, tl.cdiv(inputs.rows, BLOCK_M))):
             row = block * BLOCK_M + tl.arange(0, BLOCK_M)
             s = described_tile(
                 query, key, block * BLOCK_M, start, d, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST
             )
-            if first_positive is not None:
-                near = block * BLOCK_M + first_positive - start  # the column of the block's first row, in this block
-                if (near < BLOCK_N) & (near + BLOCK_M > 0):
-                    here = (near + tl.arange(0, BLOCK_M))[:, None] == column[None, :]
-                    v = tl.sum(tl.where(here, s, 0.0), 1)
-                    of_row = near + tl.arange(0, BLOCK_M)
-                    inside = (row < inputs.rows) & (of_row >= 0) & (of_row < tl.minimum(BLOCK_N, inputs.columns - start))
-                    tl.store(positives + row, tl.where(scale < 0, -v, v), mask=inside)
+            own = block * BLOCK_M + diagonal - start + tl.arange(0, BLOCK_M)  # rows' own columns, in this block
+            here = own[:, None] == column[None, :]
+            on_diagonal = (tl.min(own) < BLOCK_N) & (tl.max(own) >= 0)
+            if GROUPED:
+                same = load_vector(inputs.row_group, row, inputs.rows)[:, None] == own_groups
+                v = tl.where(same, s, 0.0)
+                if on_diagonal:
+                    v = tl.where(here, 0.0, v)
+                of_positives = tl.sum(v, 1)
+                of_positives = tl.where(scale < 0, -of_positives, of_positives)
+                tl.store(positives + offset + row, of_positives, mask=row < inputs.rows)
+            elif on_diagonal:
+                v = tl.sum(tl.where(here, s, 0.0), 1)
+                inside = (row < inputs.rows) & (own >= 0) & (own < tl.minimum(BLOCK_N, inputs.columns - start))
+                tl.store(positives + row, tl.where(scale < 0, -v, v), mask=inside)
             # Past the edges s is 0: rows there are given an E of 0 by their shift, columns by a mask in the last block.
             e = tl.exp2(s * rate - tl.where(row < inputs.rows, shift, 1e30)[:, None])
             if start + BLOCK_N > inputs.columns:
                 e = tl.where((column < inputs.columns - start)[None, :], e, 0.0)
-            tl.store(mine + row, tl.sum(e, 1), mask=row < inputs.rows)
+            if GROUPED:
+                if on_diagonal:
+                    e = tl.where(here, 0.0, e)
+            tl.store(row_sums + offset + row, tl.sum(e, 1), mask=row < inputs.rows)
             if column_sums is not None:
                 of_columns += tl.sum(tl.sum(tl.reshape(e, [BLOCK_M // 16 // groups, groups, 2, 8, BLOCK_N]), 2), 0)
         if column_sums is not None:
             place = column_sums + tl.program_id(1).to(tl.int64) * inputs.columns + start + column
             tl.store(place, tl.sum(tl.sum(of_columns, 1), 0), mask=column < inputs.columns - start)
+
+
+@triton.jit
+def against_itself(shift, total, rate):
+    """(max, sum) for ``total 2^shift``, with a sum near 1, as the true max has it: its logarithm loses no digits.
+
+    ``total 2^(shift - rate top)`` is formed with the top as it was rounded, and of an exponent near 0.
+    """
+    exponent = tl.floor(tl.log2(total))
+    mantissa = total * tl.exp2(-exponent)
+    top = (shift + tl.log2(total)) / tl.maximum(rate, 1e-6)  # a scale of 0 has any top
+    return top, mantissa * tl.exp2(shift + exponent - rate * top)
 
 
 @triton.jit
@@ -123,12 +156,12 @@ def finish_kernel(
     query, key,  # descriptors of [R, d], [C, d]
     largest,  # [2, PROGRAMS]
     sums,  # [count, R], or [count, C] where AXIS = 0
-    positives,  # [R], or None: no quantity of this table
+    positives,  # of the rows, as sums_kernel left them
     table, table_stride,  # [QUANTITIES, R], or [QUANTITIES, C]
-    first_positive, count, d,
+    diagonal, count, d,
     inputs,
     EMPTY: tl.constexpr, REDUCE: tl.constexpr, MERGE: tl.constexpr, QUANTITIES: tl.constexpr, AXIS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    GROUPED: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Fold a block of rows (AXIS = 1) or columns (0) into the table: its sums, or where they are not enough, anew."""
@@ -140,21 +173,17 @@ def finish_kernel(
     index = start + tl.arange(0, block)
     inside = index < size
     shift = shift_of(largest, inputs, PROGRAMS)
-    total = tl.zeros([block], tl.float32)
-    for first in range(0, count, _FOLDED):
-        part = first + tl.arange(0, _FOLDED)
-        place = sums + part.to(tl.int64)[:, None] * size + index[None, :]
-        total += tl.sum(tl.load(place, mask=(part < count)[:, None] & inside[None, :], other=0.0), 0)
+    total = partial_sums(sums, count, index, inside, size)
     known = load_quantities(table, table_stride, index, inside, QUANTITIES)
     if (shift <= _LARGEST_SHIFT) & (tl.min((enough(total, others) | (inside == 0)).to(tl.int32), 0) == 1):
-        found = (tl.zeros([block], tl.float32) + shift / softmax_rate(inputs), total)
-        if QUANTITIES == 3:
-            if first_positive is None:
-                found = found + (tl.zeros([block], tl.float32),)
-            else:
-                of_row = index + first_positive
-                has = inside & (of_row >= 0) & (of_row < inputs.columns)
-                found = found + (tl.load(positives + index, mask=has, other=0.0),)
+        top, total = against_itself(shift, total, softmax_rate(inputs))
+        found = (top, total)
+        if GROUPED:
+            found = found + (partial_sums(positives, count, index, inside, size),)
+        elif QUANTITIES == 3:
+            own = index + diagonal
+            has = inside & (own >= 0) & (own < inputs.columns)
+            found = found + (tl.load(positives + index, mask=has, other=0.0),)
         store_quantities(table, table_stride, index, inside, MERGE(known, found, inputs))
     else:
         for other in range(0, others, BLOCK_N if AXIS == 1 else BLOCK_M):
@@ -165,6 +194,52 @@ def finish_kernel(
             row, column = row_start + tl.arange(0, BLOCK_M), column_start + tl.arange(0, BLOCK_N)
             known = MERGE(known, REDUCE(s, row[:, None], column[None, :], inputs, AXIS), inputs)
         store_quantities(table, table_stride, index, inside, known)
+
+
+@triton.jit
+def partial_sums(partials, count, index, inside, size):
+    """``sum(partials[:count, index])``."""
+    total = tl.zeros(index.shape, tl.float32)
+    for first in range(0, count, _FOLDED):
+        part = first + tl.arange(0, _FOLDED)
+        place = partials + part.to(tl.int64)[:, None] * size + index[None, :]
+        total += tl.sum(tl.load(place, mask=(part < count)[:, None] & inside[None, :], other=0.0), 0)
+    return total
+
+
+@triton.jit
+def logarithms_range(table, stride, count, inputs, BLOCK: tl.constexpr):
+    """The least and the largest logarithm, to the base 2, of a row's sum; the least is -inf where one is NaN."""
+    rate = softmax_rate(inputs)
+    least, largest = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, count, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < count
+        logarithm = tl.load(table + index, mask=inside, other=0.0) * rate
+        logarithm += tl.load(table + stride + index, mask=inside, other=0.0) * LOG2_E
+        logarithm = tl.where(logarithm == logarithm, logarithm, float("-inf"))
+        least = tl.minimum(least, tl.where(inside, logarithm, float("inf")))
+        largest = tl.maximum(largest, tl.where(inside, logarithm, float("-inf")))
+    return tl.min(least, 0), tl.max(largest, 0)
+
+
+@triton.jit
+def reference_kernel(reference, inputs, BLOCK: tl.constexpr):
+    """No entry of a row is larger than its sum. So against the largest sum, less the headroom, none overflows."""
+    least, largest = logarithms_range(inputs.row_table, inputs.row_stride, inputs.rows, inputs, BLOCK)
+    if inputs.column_table is not None:
+        low, high = logarithms_range(inputs.column_table, inputs.column_stride, inputs.columns, inputs, BLOCK)
+        least, largest = tl.minimum(least, low), tl.maximum(largest, high)
+    exponent = largest - _HEADROOM
+    tl.store(reference, exponent)
+    tl.store(reference + 1, (exponent - least <= _LOWEST).to(tl.float32))
+
+
+def shared_reference(inputs: TileInputs) -> Tensor:
+    """``inputs.reference`` for the tiles of a whole problem, whose coefficients (max, log of the sum, ...) these are."""
+    reference = inputs.row_table.new_empty(2)
+    reference_kernel[(1,)](reference, inputs, BLOCK=4096, num_warps=8)
+    return reference
 
 
 def largest_squares(query: Tensor, key: Tensor) -> Tensor:
@@ -184,24 +259,28 @@ def update_by_sums(
     key: Tensor,  # [C, d]
     inputs: TileInputs,
     largest: Tensor,  # of matrices that query and key are blocks of
-    first_positive: int | None,  # the column, in this tile, of row 0's positive, where row i's is i further
+    diagonal: int,  # the column of the tile that has its first row's own number, and may lie outside
     row_table: Tensor,  # [row quantities, R]
     column_table: Tensor | None,  # [column quantities, C]
 ) -> tuple[Tensor, ...]:
-    """What statistics.update_statistics does, for a plain softmax. Returns the partial sums."""
+    """What statistics.update_statistics does, for a softmax. Returns the partial sums.
+
+    The entries on the diagonal are the rows' positives, or where there are groups no pairs; then rows alone are served.
+    """
     query, key = aligned(query), aligned(key)
-    rows, columns, d = query.shape[0], key.shape[0], query.shape[1]
+    rows, columns, d, grouped = query.shape[0], key.shape[0], query.shape[1], inputs.row_group is not None
 
     def launch(config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
         row_blocks, column_blocks = triton.cdiv(rows, config.block_m), triton.cdiv(columns, config.block_n)
         regions = even_regions(column_blocks, row_blocks, resident_programs(config, query.device))
         height = triton.cdiv(row_blocks, regions)
         regions = triton.cdiv(row_blocks, height)  # none of them empty
-        of_rows, positives = row_table.new_empty(column_blocks, rows), row_table.new_empty(rows)
+        of_rows = row_table.new_empty(column_blocks, rows)
+        positives = row_table.new_empty(column_blocks if grouped else 1, rows)
         of_columns = None if column_table is None else column_table.new_empty(regions, columns)
         sums_kernel[(column_blocks, regions)](
-            *described_rows(query, key, config), largest, of_rows, of_columns, positives, first_positive, height, d,
-            inputs, PROGRAMS=_BOUND_PROGRAMS, WARPS=config.warps, **launch_options(config, query),
+            *described_rows(query, key, config), largest, of_rows, of_columns, positives, diagonal, height, d,
+            inputs, GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, WARPS=config.warps, **launch_options(config, query),
         )  # fmt: skip
         return of_rows, of_columns, positives
 
@@ -211,9 +290,9 @@ def update_by_sums(
     def finish(sums: Tensor, table: Tensor, axis: int) -> None:
         blocks = triton.cdiv(table.shape[1], config.block_m if axis else config.block_n)
         finish_kernel[(blocks,)](
-            *described_rows(query, key, config), largest, sums, positives, table, table.stride(0), first_positive,
+            *described_rows(query, key, config), largest, sums, positives, table, table.stride(0), diagonal,
             len(sums), d, inputs, epilogue.empty, epilogue.reduce, epilogue.merge, table.shape[0], axis,
-            PROGRAMS=_BOUND_PROGRAMS, **launch_options(config, query),
+            GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, **launch_options(config, query),
         )  # fmt: skip
 
     finish(of_rows, row_table, 1)

@@ -43,7 +43,10 @@ class Epilogue:
     reads_tables: bool = False  # ``reduce`` reads the tables that its statistics go to, as ``inputs.row_table``, ...
     folds_columns: bool = False  # where one sweep does all, statistics of the columns come with W too
     per_part: int = 0  # positives of a row, if the tables tell of each, that one launch sees
-    by_sums: bool = False  # statistics are (max, sum of exp, v of the positive): sums.py has a shorter way to them
+    by_sums: bool = False  # statistics are (max, sum of exp, positives' v): sums.py has a shorter way to them
+    off_diagonal: Callable | None = None  # ``weights`` of a block that holds no entry of a row's own number
+    off_diagonal_reduce: Callable | None = None  # its ``reduce``, where one sweep does all
+    by_reference: bool = False  # those read ``inputs.reference``, and hold only where it says so
 
 
 # No tuple that a kernel takes holds another, or a bool. Triton 3.6 copies tuples by their types where a loop begins,
@@ -83,12 +86,13 @@ class TileInputs(NamedTuple):
     row_stride: int
     column_table: Tensor | None  # coefficients [quantities, columns]
     column_stride: int
+    reference: Tensor | None  # [2]: an exponent, and 1 if every row and column can share it (sums.py)
     role_0: float | None  # the objective's roles, for an epilogue that takes them; a bool is 0 or 1
     role_1: float | None
 
     @classmethod
     def of(cls, shape, scale, bias=0.0, target=None, row_group=None, column_group=None, first_column=0,
-           diagonal=False, row_table=None, column_table=None, roles=()) -> TileInputs:  # fmt: skip
+           diagonal=False, row_table=None, column_table=None, roles=(), reference=None) -> TileInputs:  # fmt: skip
         """Scalars are numbers (on a GPU only a bias of 0) or 0-d tensors; tables may have any row stride."""
         scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
         if not isinstance(bias, Tensor):
@@ -97,7 +101,7 @@ class TileInputs(NamedTuple):
         role_0, role_1 = (float(roles[i]) if i < len(roles) else None for i in range(2))
         return cls(
             *shape, scale, bias, target, row_group, column_group, first_column, int(diagonal),
-            row_table, row_stride, column_table, column_stride, role_0, role_1,
+            row_table, row_stride, column_table, column_stride, reference, role_0, role_1,
         )  # fmt: skip
 
 

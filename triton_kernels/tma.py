@@ -1,7 +1,7 @@
-"""Features moved by TMA, the copy engine of Hopper and later GPUs: whole tiles into shared memory, by one instruction.
+"""Tiles moved by TMA, the copy engine of Hopper and later GPUs: to and from shared memory, by one instruction each.
 
-What takes part is described on the host: where a matrix lies, and the shape of the tiles. Reads past an edge give zeros,
-and writes past it are dropped. A row starts at a multiple of 16 bytes (:func:`.tiles.aligned` sees to it for features).
+The matrices are described on the host: where one lies, and the shape of its tiles. Reads past an edge give zeros, and
+writes past it are dropped. Rows start at multiples of 16 bytes, as :func:`.tiles.aligned` has it for features.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ class Problem:
     inverse_norms: Tensor | None = None  # [N]: the rows are the queries times these
     _numbers: Tensor | None = None
     _positive_counts: Tensor | None = None
+    _group_numbers: Tensor | None = None
     _positives: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -122,10 +123,20 @@ class Problem:
     def positive_counts(self) -> Tensor:
         """In a batch, how many other rows are in row i's group, ``[N]``; without reading back from a GPU."""
         if self._positive_counts is None:
-            ordered = self._all_groups().sort().values
-            first, last = (torch.searchsorted(ordered, self.row_group, right=right) for right in (False, True))
-            self._positive_counts = last - first - 1
+            self._count_groups()
         return self._positive_counts
+
+    @property
+    def group_numbers(self) -> Tensor:
+        """In a batch, ``[N]`` int32: the same for two rows if they are of one group."""
+        if self._group_numbers is None:
+            self._count_groups()
+        return self._group_numbers
+
+    def _count_groups(self) -> None:
+        ordered = self._all_groups().sort().values
+        first, last = (torch.searchsorted(ordered, self.row_group, right=right) for right in (False, True))
+        self._positive_counts, self._group_numbers = last - first - 1, first.int()
 
     @property
     def positives(self) -> tuple[Tensor, Tensor]:
@@ -224,6 +235,8 @@ class Problem:
 
     def at_targets(self, column_values: Tensor) -> Tensor:
         """``[..., M]`` of the columns to ``[..., N]``: of every row's positive."""
+        if self.given_target is None:
+            return column_values[..., : self.rows]
         return column_values[..., self.target]
 
     def sum_at_targets(self, row_values: Tensor) -> Tensor:
@@ -231,6 +244,8 @@ class Problem:
 
         In fp64: there alone PyTorch adds in a fixed order on the CPU too.
         """
+        if self.given_target is None:  # on a GPU the sum takes a dozen launches
+            return torch.nn.functional.pad(row_values, (0, self.sources[0].width - self.rows))
         return sum_at(self.target, row_values, self.sources[0].width).to(row_values.dtype)
 
     def total_logits(self) -> Tensor:

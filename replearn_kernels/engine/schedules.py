@@ -162,13 +162,14 @@ class _Run(NamedTuple):
     def with_query(self) -> bool:
         return sums_over_columns(self.problem, self.config.needs_grad[0], self.needs_grad_of_scalars[0])
 
-    def results(self, gradients: Gradients, row_coefficients: Tensor | None, factor) -> list[Tensor]:
-        """Gradients for features, scale and bias, times ``factor``: an empty tensor of its own for each not needed."""
+    def results(self, gradients: Gradients, row_coefficients: Tensor | None, factor, dtype=None) -> list[Tensor]:
+        """Gradients for features, in ``dtype`` if given, scale and bias, times ``factor``: an empty tensor of its own
+        for each not needed."""
         needs_scale, *needs_bias = self.needs_grad_of_scalars
         scalars = [gradients.scale_gradient(self.problem) * factor if needs_scale else None]
         if needs_bias:
             scalars.append(self.objective.bias_gradient(row_coefficients) * factor if needs_bias[0] else None)
-        features = gradients.finish(self.problem, factor, self.config.needs_grad)
+        features = gradients.finish(self.problem, factor, self.config.needs_grad, dtype)
         return [self.problem.query.new_empty(0) if tensor is None else tensor for tensor in (*features, *scalars)]
 
 
@@ -191,7 +192,8 @@ def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Ten
         every_tile = any(run.needs_grad_of_scalars[1:])  # a bias's gradient is the sum of W
         sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients, every_tile)
     run.objective.add_pair_gradients(run.problem, coefficients[0], gradients.query)
-    return run.results(gradients, coefficients[0], factor * run.share_after(coefficients[0]))
+    factor = factor * run.share_after(coefficients[0])
+    return run.results(gradients, coefficients[0], factor, run.problem.query.dtype)
 
 
 def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:

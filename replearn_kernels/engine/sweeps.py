@@ -74,13 +74,18 @@ class Gradients:
         pairs = [(problem.query, self.query)]
         if self.query is None:
             pairs = [(source.features, gradient) for source, gradient in zip(problem.sources, self.sources)]
-        total = sum(_inner_product(features, gradient) for features, gradient in pairs)
+        total = _total(_inner_product(features, gradient) for features, gradient in pairs)
         if not isinstance(total, Tensor):  # no rows
             return problem.query.new_zeros((), dtype=torch.float64)
         return total / 2 if problem.is_batch else total
 
-    def finish(self, problem: Problem, factor: float | Tensor, needs_grad: list[bool]) -> list[Tensor | None]:
-        """Gradients for queries and sources: the sums, in place, times ``factor`` and the scale. None: not needed."""
+    def finish(
+        self, problem: Problem, factor: float | Tensor, needs_grad: list[bool], dtype: torch.dtype | None = None
+    ) -> list[Tensor | None]:
+        """Gradients for queries and sources: the sums, in place, times ``factor`` and the scale. None: not needed.
+
+        ``dtype``: round them to it, in the same pass.
+        """
         by_scale = factor * problem.scale
         if self.query is not None and problem.inverse_norms is not None:
             _project_(self.query, problem.query, problem.inverse_norms)
@@ -88,7 +93,7 @@ class Gradients:
             if gradient is not None and source.inverse_norms is not None:
                 _project_(gradient, source.features, source.inverse_norms)
         sums = [self.query] if problem.is_batch else [self.query, *self.sources]
-        return [gradient.mul_(by_scale) if needs else None for gradient, needs in zip(sums, needs_grad)]
+        return [_scaled(gradient, by_scale, dtype) if needs else None for gradient, needs in zip(sums, needs_grad)]
 
 
 def sums_over_columns(problem: Problem, needs_query: bool, needs_scale: bool) -> bool:
@@ -158,4 +163,16 @@ def _inner_product(a: Tensor, b: Tensor) -> Tensor:
     On a GPU a block takes four launches, and 64 MiB: 2^23 elements, a copy in ``b``'s dtype and the products.
     """
     size = max((2**17 if a.device.type == "cpu" else 2**23) // max(a.shape[1], 1), 1)
-    return sum((a[rows].to(b.dtype) * b[rows]).sum(dtype=torch.float64) for rows in blocks(a.shape[0], size))
+    return _total((a[rows].to(b.dtype) * b[rows]).sum(dtype=torch.float64) for rows in blocks(a.shape[0], size))
+
+
+def _total(terms: Iterable[Tensor]) -> Tensor | int:
+    """Their sum, without the launch that adds the first to 0."""
+    terms = iter(terms)
+    return sum(terms, start=next(terms, 0))
+
+
+def _scaled(gradient: Tensor, factor: float | Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype in (None, gradient.dtype):
+        return gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))

@@ -66,6 +66,10 @@ class Softmax(Objective):
         return self.symmetric
 
     @property
+    def has_offsets(self) -> bool:
+        return self.label_smoothing != 0
+
+    @property
     def roles(self) -> tuple[bool, bool]:
         return False, self.groups_ignored
 

@@ -14,6 +14,7 @@ from ...triton_kernels import (
     accumulate_gradient,
     form_weights,
     largest_squares,
+    shared_reference,
     update_by_sums,
     update_statistics,
 )
@@ -36,6 +37,7 @@ FUSED_WIDTH = 128
 # tile takes the host some 0.2 ms. The smallest stays in L2.
 _WEIGHTS_BYTES = (32 * 2**20, 2**30)
 _WEIGHTS_ALIGNMENT = 16  # elements: rows of W start where vector loads can
+_NOWHERE = 2**30  # a diagonal that no tile has an entry of
 # Columns of a tile at most: a classifier's are copied, normalised, one tile's at a time.
 _COLUMNS, _NORMALISED_COLUMNS = 2**19, 2**15
 
@@ -54,6 +56,7 @@ class TritonBackend(Backend):
         self._weights: Tensor | None = None
         self._partials: tuple[Tensor, ...] = ()
         self._largest: tuple[Problem, int, Tensor] | None = None
+        self._reference: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def tile_shape(sweep, rows, d, dtype, device, objective, is_batch, memory_budget) -> tuple[int, int]:
@@ -89,12 +92,39 @@ class TritonBackend(Backend):
             count_product(tile.query, tile.shape[1])
             self._partials = ()
             inputs, points = self._inputs(problem, tile, *read), self._points(problem, tile)
-            if inputs.row_group is None and (inputs.target is None or problem.given_target is None):
-                if _by_sums(self.objective, tile.query.dtype):
-                    largest, first = self._largest_squares(problem, tile), _first_positive(tile, inputs)
-                    self._partials = update_by_sums(self._epilogue, tile.query, key, inputs, largest, first, *tables)
-                    continue
+            diagonal = _diagonal(problem, tile, inputs)
+            if diagonal is not None and _by_sums(self.objective, tile.query.dtype):
+                self._update_by_sums(problem, tile, key, inputs, diagonal, *tables)
+                continue
             self._partials = update_statistics(self._epilogue, tile.query, key, inputs, *points, *tables)
+
+    def _update_by_sums(self, problem: Problem, tile: Tile, key, inputs, diagonal, row_table, column_table) -> None:
+        largest = self._largest_squares(problem, tile)
+        if inputs.row_group is None:
+            self._partials = update_by_sums(
+                self._epilogue, tile.query, key, inputs, largest, diagonal, row_table, column_table
+            )
+            return
+        self._partials = update_by_sums(self._epilogue, tile.query, key, inputs, largest, diagonal, row_table, None)
+        if column_table is not None:  # a tile's mirror image: positives by group are summed for rows alone
+            count_product(tile.query, tile.shape[1])
+            self._partials = ()
+            mirrored = inputs._replace(
+                rows=inputs.columns, columns=inputs.rows, row_group=inputs.column_group, column_group=inputs.row_group
+            )
+            self._partials = update_by_sums(
+                self._epilogue, key, tile.query, mirrored, largest, -diagonal, column_table, None
+            )
+
+    def _shared_reference(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor | None:
+        """Read once for all tiles of a sweep."""
+        if not self._epilogue.by_reference or self.objective.has_offsets:
+            return None
+        if self._reference is None or self._reference[0] is not row_table:
+            shape = row_table.shape[1], 0 if column_table is None else column_table.shape[1]
+            tables = TileInputs.of(shape, problem.scale, row_table=row_table, column_table=column_table)
+            self._reference = row_table, shared_reference(tables)
+        return self._reference[1]
 
     def _largest_squares(self, problem: Problem, tile: Tile) -> Tensor:
         """Of the rows and of the tile's source, read once."""
@@ -102,7 +132,10 @@ class TritonBackend(Backend):
             self._largest = problem, tile.position, largest_squares(problem.query, tile.source.features)
         return self._largest[2]
 
-    def _weights_of(self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None) -> Tensor:
+    def _weights_of(
+        self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None,
+        reference: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         out = self._weights_buffer(tile)
         count_product(tile.query, tile.shape[1])
         folded: tuple[Tensor | None, ...] = (None, None)
@@ -110,7 +143,10 @@ class TritonBackend(Backend):
             folded = row_table, column_table if self._epilogue.folds_columns else None
         inputs = self._inputs(problem, tile, *self._read_on(tile, row_table, column_table))
         points = self._points(problem, tile)
-        form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, *points, out, *folded)
+        diagonal = None
+        if self._epilogue.off_diagonal is not None and not (self._epilogue.by_reference and reference is None):
+            inputs, diagonal = inputs._replace(reference=reference), _diagonal(problem, tile, inputs)
+        form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, *points, out, *folded, diagonal)
         return out
 
     def _parts(self, row_table: Tensor, column_table: Tensor | None):
@@ -133,7 +169,10 @@ class TritonBackend(Backend):
         if self.objective.by_distance:
             return self._accumulate_over_distances(problem, tile, coefficients, d_query)
         if not _fused(tile.query.shape[1], tile.query.dtype, self.objective, problem.is_batch):
-            w = self._weights_of(problem, tile, *statistics_of(tile, *coefficients))
+            reference = None
+            if by_tma("weights", self._epilogue.name, tile.query.dtype):
+                reference = self._shared_reference(problem, *coefficients)
+            w = self._weights_of(problem, tile, *statistics_of(tile, *coefficients), reference)
             return run(tile.source.output_products(tile, w, self.addmm_, d_query, d_source))
         inputs = self._inputs(problem, tile, *coefficients_of(tile, *coefficients))
         query, key = tile.query, tile.source.block(tile)
@@ -163,6 +202,9 @@ class TritonBackend(Backend):
 
     def _inputs(self, problem: Problem, tile: Tile, row_table: Tensor | None, column_table: Tensor | None):
         pairs = problem.pairs(tile, self.objective.uses_target)
+        if problem.is_batch and pairs.row_group is not None and _by_sums(self.objective, tile.query.dtype):
+            numbers = problem.group_numbers  # of 32 bits
+            pairs = pairs._replace(row_group=numbers[tile.rows], column_group=numbers[tile.columns])
         return TileInputs.of(tile.shape, *pairs, row_table, column_table, self._roles)
 
     def _points(self, problem: Problem, tile: Tile) -> tuple[Points | None, bool]:
@@ -213,11 +255,12 @@ def _by_sums(objective, dtype: torch.dtype) -> bool:
     return epilogue.by_sums and by_tma("sums", epilogue.name, dtype)
 
 
-def _first_positive(tile: Tile, inputs: TileInputs) -> int | None:
-    """The column, in the tile, of the positive of its first row, where row i's is column i; None: no row's is in it."""
-    first = tile.rows.start - tile.columns.start
-    rows, columns = tile.shape
-    return None if inputs.target is None or first >= columns or first + rows <= 0 else first
+def _diagonal(problem: Problem, tile: Tile, inputs: TileInputs) -> int | None:
+    """The column of the tile that has its first row's own number, and may lie outside of it; None where entries off
+    this diagonal can be positives, or not count, for all that a block of them can tell."""
+    if problem.is_batch or (inputs.row_group is None and problem.given_target is None and inputs.target is not None):
+        return tile.rows.start - tile.columns.start
+    return _NOWHERE if inputs.row_group is None and inputs.target is None else None
 
 
 def _upcast(tile: Tile, problem: Problem) -> Tile:
