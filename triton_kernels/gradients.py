@@ -218,8 +218,8 @@ def form_weights(
         if config.parts:
             into = descriptor(out, config.block_m, config.block_n // config.parts)
             resident_weights_kernel[(min(blocks, resident_programs(config, out.device)),)](
-                *described_rows(query, key, config), into, of_rows, of_columns, query.shape[1], inputs, points, diagonal,
-                *functions, epilogue.off_diagonal, epilogue.off_diagonal_reduce, config.parts, **options,
+                *described_rows(query, key, config), into, of_rows, of_columns, query.shape[1],
+                inputs, points, diagonal, *functions, epilogue.off_diagonal, epilogue.off_diagonal_reduce, config.parts, **options,
             )  # fmt: skip
         else:
             weights_kernel[(blocks,)](

@@ -225,7 +225,7 @@ def logarithms_range(table, stride, count, inputs, BLOCK: tl.constexpr):
 
 @triton.jit
 def reference_kernel(reference, inputs, BLOCK: tl.constexpr):
-    """No entry of a row is larger than its sum. So against the largest sum, less the headroom, none overflows."""
+    """No entry of a row is larger than its sum: against the largest sum, less the headroom, none overflows."""
     least, largest = logarithms_range(inputs.row_table, inputs.row_stride, inputs.rows, inputs, BLOCK)
     if inputs.column_table is not None:
         low, high = logarithms_range(inputs.column_table, inputs.column_stride, inputs.columns, inputs, BLOCK)
@@ -236,7 +236,7 @@ def reference_kernel(reference, inputs, BLOCK: tl.constexpr):
 
 
 def shared_reference(inputs: TileInputs) -> Tensor:
-    """``inputs.reference`` for the tiles of a whole problem, whose coefficients (max, log of the sum, ...) these are."""
+    """``inputs.reference`` for the tiles of a problem, of whose coefficients (max, log of the sum, ...) it is read."""
     reference = inputs.row_table.new_empty(2)
     reference_kernel[(1,)](reference, inputs, BLOCK=4096, num_warps=8)
     return reference
