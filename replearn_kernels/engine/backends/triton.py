@@ -60,21 +60,22 @@ class TritonBackend(Backend):
 
     @staticmethod
     def tile_shape(sweep, rows, d, dtype, device, objective, is_batch, memory_budget) -> tuple[int, int]:
-        most_columns = _NORMALISED_COLUMNS if objective.unit_features else _COLUMNS
         if sweep == "gradients" and _fused(d, dtype, objective, is_batch):
             return 65536, 65536  # no buffer: as many rows as fill any GPU
         # High enough to fill a GPU and, in a batch, low enough that little is on the diagonal.
-        high = 4096 if is_batch else 8192
         if sweep == "gradients":
             low, most = _WEIGHTS_BYTES
             entries = min(max(memory_budget, low), most) // dtype.itemsize
-            high = high if entries >= 8192 * 8192 else 4096
+            high = 8192 if entries >= 8192 * 8192 else 4096
+        elif _by_sums(objective, dtype):
+            # Partial sums take 34 or 67 MB. A batch's tiles need no mirror image: their halves are no less work.
+            high, entries = 32768 if is_batch else 65536, 2**30
         else:
             # Partial statistics of a tile take 17 MB; merging them, 4 % of the time of its product (modelled).
-            entries = 2**28
-            high = high if is_batch else 65536 if _by_sums(objective, dtype) else 16384
+            high, entries = 4096 if is_batch else 16384, 2**28
         if rows is not None:  # few rows take wide tiles
             high = min(high, max(rows, 16))
+        most_columns = _NORMALISED_COLUMNS if objective.unit_features else _COLUMNS
         return high, min(entries // high // _WEIGHTS_ALIGNMENT * _WEIGHTS_ALIGNMENT, most_columns)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
