@@ -111,6 +111,9 @@ def update_statistics(
 
 def merge(epilogue: Epilogue, partials: Tensor, inputs: TileInputs, table: Tensor) -> None:
     """Fold ``partials[count, quantities, size]`` into ``table[quantities, size]``, in order."""
+    if epilogue.additive:  # by all threads of a GPU, where the kernel has one for each of ``size``
+        table += partials.sum(0)
+        return
     count, quantities, size = partials.shape
     merge_kernel[(triton.cdiv(size, _MERGE_BLOCK),)](
         partials, table, table.stride(0), count, size, inputs,

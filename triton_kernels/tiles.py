@@ -46,6 +46,7 @@ class Epilogue:
     by_sums: bool = False  # statistics are (max, sum of exp, positives' v): sums.py has a shorter way to them
     off_diagonal: Callable | None = None  # ``weights`` of a block that holds no entry of a row's own number
     off_diagonal_reduce: Callable | None = None  # its ``reduce``, where one sweep does all
+    additive: bool = False  # ``merge`` adds
     by_reference: bool = False  # those read ``inputs.reference``, and hold only where it says so
 
 
