@@ -12,10 +12,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 import triton
@@ -31,38 +29,17 @@ from replearn_kernels.triton_kernels import (
     TileInputs,
     accumulate_gradient,
     form_weights,
-    gradients,
+    largest_squares,
+    shared_reference,
+    update_by_sums,
     update_statistics,
 )
-from replearn_kernels.triton_kernels import statistics as statistics_kernels
-from replearn_kernels.triton_kernels.configs import (
-    Config,
-    architecture,
-    default,
-    launch_options,
-    product_kind,
-    use_config,
-)
+from replearn_kernels.triton_kernels.configs import Config, architecture, default, product_kind, use_config
 
 MACHINE = ("gpu", "torch", "triton")
 COLUMNS = ("kernel", "config", "shipped", "n", "d", "dtype", "ms_median", "tflops", "error", "device", *MACHINE)
 FUSED_D = 128  # of the gradient kernel: the widest that it is used for
-BLOCK = 4096  # rows and columns of a tile of W: what the engine writes at a time
-
-
-@dataclass(frozen=True)
-class Choice:
-    """``maxnreg``: the most registers of a thread; None: as many as the compiler takes."""
-
-    config: Config
-    maxnreg: int | None = None
-
-    def __str__(self) -> str:
-        c = self.config
-        text = f"{c.block_m}x{c.block_n}x{c.block_k}, {c.warps} warps, {c.stages} stages"
-        columns = f", {c.column_blocks} column blocks" if c.column_blocks != Config.column_blocks else ""
-        registers = "" if self.maxnreg is None else f", maxnreg={self.maxnreg}"
-        return text + columns + registers
+Step = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -71,126 +48,124 @@ class Kernel:
 
     kernel: str
     epilogue: str
-    products: int  # of n x n x d
-    prepare: Callable[[str, int, int, torch.dtype, str], Callable[[], object]]
+    prepare: Callable[[Kernel, int, int, torch.dtype, str], Step]
     others: tuple[Config, ...]
+    columns: bool = False  # has tables of columns, too
+    products: int = 1  # of n x n x d
 
     @property
     def name(self) -> str:
-        return f"{self.epilogue} {self.kernel}"
+        return f"{self.epilogue}{' symmetric' * (self.columns and self.epilogue == 'softmax')} {self.kernel}"
 
-    def choices(self) -> list[Choice]:
+    def choices(self) -> list[Config]:
+        """The shipped one first; none where the GPU has no such kernel."""
         shipped = default(self.kernel, self.epilogue, product_kind(torch.bfloat16), architecture())
-        more = [Choice(config) for config in self.others if config != shipped]
-        return [Choice(shipped), Choice(shipped, 128), *more]
+        return [] if shipped is None else list(dict.fromkeys((shipped, *self.others)))
+
+
+def described(config: Config) -> str:
+    """What is not as usual is named."""
+    usual = Config(0, 0, 0, 0, 0)
+    names = {"column_blocks": "column blocks", "parts": "parts", "programs": "programs", "registers": "registers"}
+    others = [f"{getattr(config, f)} {name}" for f, name in names.items() if getattr(config, f) != getattr(usual, f)]
+    blocks = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    return ", ".join([blocks, f"{config.warps} warps", f"{config.stages} stages", *others])
 
 
 # -- the launches -------------------------------------------------------------------------------------------------
 
 
-def operands(epilogue: str, n: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, TileInputs]:
-    """Unit rows, and tables of any values: no time depends on them."""
+def operands(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, TileInputs]:
+    """Unit rows, and tables of sums that lie near each other, as a softmax's do. A class has four rows."""
     query, key = (torch.nn.functional.normalize(torch.randn(n, d, device=device)).to(dtype) for _ in range(2))
-    rows, columns = torch.rand(5, n, device=device), torch.rand(5, n, device=device)
-    scale, bias = torch.tensor(10.0, device=device), torch.tensor(-10.0, device=device)
-    sigmoid = epilogue == "sigmoid"
+    rows, columns = (torch.rand(5, n, device=device) for _ in range(2))
+    sigmoid, numbers = kernel.epilogue == "sigmoid", torch.arange(n, device=device)
+    groups = (numbers.int() // 4,) * 2 if kernel.epilogue == "sup_con" else (None, None)
     return query, key, TileInputs.of(
-        (n, n), scale, bias if sigmoid else 0.0, torch.arange(n, device=device),
-        row_table=rows, column_table=None if sigmoid else columns,
+        (n, n), torch.tensor(10.0, device=device), torch.tensor(-10.0, device=device) if sigmoid else 0.0,
+        None if groups[0] is not None else numbers, *groups,
+        row_table=rows[:3] if sigmoid else rows, column_table=columns if kernel.columns else None,
     )  # fmt: skip
 
 
-def statistics_step(epilogue: str, n: int, d: int, dtype: torch.dtype, device: str) -> Callable[[], object]:
-    """Of rows and columns; of the sigmoid's rows alone. With the kernel that merges them."""
-    query, key, inputs = operands(epilogue, n, d, dtype, device)
+def statistics_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> Step:
+    """With the kernel that merges them."""
+    query, key, inputs = operands(kernel, n, d, dtype, device)
     of_rows = torch.zeros(3, n, device=device)
-    of_columns = None if epilogue == "sigmoid" else torch.zeros(2, n, device=device)
-    return lambda: update_statistics(EPILOGUES[epilogue], query, key, inputs, None, False, of_rows, of_columns)
+    of_columns = torch.zeros(2 if inputs.row_group is None else 3, n, device=device) if kernel.columns else None
+    return lambda: update_statistics(EPILOGUES[kernel.epilogue], query, key, inputs, None, False, of_rows, of_columns)
 
 
-def weights_step(epilogue: str, n: int, d: int, dtype: torch.dtype, device: str) -> Callable[[], object]:
-    """All of W, tile by tile into the same memory. The sigmoid's losses come with it."""
-    query, key, inputs = operands(epilogue, n, d, dtype, device)
-    size = min(n, BLOCK)
-    w = torch.empty(size, size, dtype=dtype, device=device)
-    inputs = inputs._replace(rows=size, columns=size)
-    folded = torch.zeros(3, size, device=device) if epilogue == "sigmoid" else None
-    blocks = [slice(start, start + size) for start in range(0, n, size)]
-
-    def step() -> None:
-        for rows in blocks:
-            for columns in blocks:
-                form_weights(EPILOGUES[epilogue], query[rows], key[columns], inputs, None, False, w, folded)
-
-    return step
+def sums_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> Step:
+    """With the kernel that finishes them. SupCon's are of rows alone."""
+    query, key, inputs = operands(kernel, n, d, dtype, device)
+    tables = torch.zeros(3, n, device=device), None
+    if kernel.columns and inputs.row_group is None:
+        tables = tables[0], torch.zeros(2, n, device=device)
+    largest = largest_squares(query, key)
+    return lambda: update_by_sums(EPILOGUES[kernel.epilogue], query, key, inputs, largest, 0, *tables)
 
 
-def gradient_step(epilogue: str, n: int, d: int, dtype: torch.dtype, device: str) -> Callable[[], object]:
+def weights_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> Step:
+    """One tile, on the diagonal. The sigmoid's losses come with it."""
+    query, key, inputs = operands(kernel, n, d, dtype, device)
+    epilogue, w = EPILOGUES[kernel.epilogue], torch.empty(n, n, dtype=dtype, device=device)
+    folded = torch.zeros(3, n, device=device) if kernel.epilogue == "sigmoid" else None
+    if epilogue.by_reference:
+        inputs = inputs._replace(reference=shared_reference(inputs))
+    diagonal = 0 if epilogue.off_diagonal else None
+    return lambda: form_weights(epilogue, query, key, inputs, None, False, w, folded, diagonal=diagonal)
+
+
+def gradient_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> Step:
     """Of the rows: one of the two launches of a step."""
-    query, key, inputs = operands(epilogue, n, min(d, FUSED_D), dtype, device)
+    query, key, inputs = operands(kernel, n, min(d, FUSED_D), dtype, device)
     sums = torch.zeros(query.shape, device=device)
-    return lambda: accumulate_gradient(EPILOGUES[epilogue], query, key, inputs, sums, transposed=False)
+    return lambda: accumulate_gradient(EPILOGUES[kernel.epilogue], query, key, inputs, sums, transposed=False)
 
 
-def product_step(rows: int, d: int, dtype: torch.dtype, device: str) -> Callable[[], object]:
+def product_step(rows: int, d: int, dtype: torch.dtype, device: str) -> Step:
     """C += W Y, in fp32."""
     w, y = torch.randn(rows, rows, device=device).to(dtype), torch.randn(rows, d, device=device).to(dtype)
     c = torch.zeros(rows, d, device=device)
     return lambda: TritonBackend.addmm_(c, w, y)
 
 
-# Larger ones spill by the hundred under Triton 3.6 on sm_90, as do fewer warps of the same block.
-STATISTICS = (
-    Config(128, 128, 64, warps=8, stages=3),
-    Config(128, 128, 64, warps=8, stages=4, column_blocks=4),
-    Config(128, 128, 64, warps=8, stages=4, column_blocks=16),
-    Config(128, 64, 64, warps=8, stages=4),
-    Config(128, 64, 64, warps=8, stages=4, column_blocks=16),
-    Config(64, 128, 64, warps=4, stages=4),
-    Config(64, 64, 64, warps=4, stages=4),
-)
-WEIGHTS = (
-    Config(128, 128, 64, warps=8, stages=3),
+# Those with more registers spill by the hundred under Triton 3.6 on sm_90, as do fewer warps of the same block.
+BY_POINTERS = (
     Config(128, 128, 64, warps=8, stages=4),
-    Config(128, 64, 64, warps=8, stages=3),
-    Config(128, 64, 32, warps=8, stages=4),
-    Config(128, 64, 64, warps=4, stages=4),
-    Config(64, 128, 64, warps=4, stages=4),
-    Config(64, 64, 64, warps=4, stages=4),
+    Config(128, 64, 64, warps=8, stages=4),
+    Config(128, 64, 64, warps=8, stages=4, registers=128),
+)
+BY_TMA = (
+    *(Config(128, 128, 64, warps=8, stages=3, parts=n, programs=2, registers=128) for n in (2, 4, 8)),
+    Config(128, 128, 64, warps=8, stages=4, parts=4),
+    Config(128, 256, 64, warps=8, stages=3, parts=8),
+)
+SUMS = (
+    Config(128, 128, 64, warps=8, stages=4, parts=1),
+    Config(128, 256, 64, warps=8, stages=3, parts=1),
 )
 GRADIENT = (
     Config(128, 128, 0, warps=8, stages=2),
     Config(128, 64, 0, warps=8, stages=3),
-    Config(128, 32, 0, warps=8, stages=3),
-    Config(64, 64, 0, warps=4, stages=2),
     Config(64, 64, 0, warps=4, stages=3),
-    Config(64, 32, 0, warps=4, stages=3),
 )
 KERNELS = {
     kernel.name: kernel
     for kernel in (
-        Kernel("weights", "softmax", 1, weights_step, WEIGHTS),
-        Kernel("statistics", "softmax", 1, statistics_step, STATISTICS),
-        Kernel("gradient", "softmax", 2, gradient_step, GRADIENT),
-        Kernel("weights", "sigmoid", 1, weights_step, WEIGHTS),
-        Kernel("statistics", "sigmoid", 1, statistics_step, STATISTICS),
+        Kernel("weights", "softmax", weights_step, (*BY_TMA, *BY_POINTERS), columns=True),
+        Kernel("weights", "softmax", weights_step, (*BY_TMA, *BY_POINTERS)),
+        Kernel("weights", "sup_con", weights_step, (*BY_TMA, *BY_POINTERS), columns=True),
+        Kernel("weights", "sigmoid", weights_step, (*BY_TMA, *BY_POINTERS)),
+        Kernel("weights", "margin_softmax", weights_step, (*BY_TMA, *BY_POINTERS)),
+        Kernel("sums", "softmax", sums_step, SUMS, columns=True),
+        Kernel("sums", "sup_con", sums_step, SUMS),
+        Kernel("statistics", "softmax", statistics_step, BY_POINTERS, columns=True),
+        Kernel("statistics", "sup_con", statistics_step, BY_POINTERS, columns=True),
+        Kernel("gradient", "softmax", gradient_step, GRADIENT, columns=True, products=2),
     )
 }
-
-
-@contextmanager
-def chosen(choice: Choice):
-    """Launches inside run with this configuration."""
-    extra = {} if choice.maxnreg is None else {"maxnreg": choice.maxnreg}
-
-    def options(config: Config, features: Tensor) -> dict:
-        return launch_options(config, features) | extra
-
-    with ExitStack() as stack:
-        stack.enter_context(use_config(choice.config))
-        for module in (gradients, statistics_kernels):
-            stack.enter_context(mock.patch.object(module, "launch_options", options))
-        yield
 
 
 # -- compilation and time -------------------------------------------------------------------------------------------
@@ -198,8 +173,8 @@ def chosen(choice: Choice):
 
 def compile_choice(name: str, index: int, n: int, d: int, dtype: str, device: str) -> None:
     kernel = KERNELS[name]
-    with chosen(kernel.choices()[index]):
-        kernel.prepare(kernel.epilogue, n, d, DTYPES[dtype], device)()
+    with use_config(kernel.choices()[index], kernel.kernel):
+        kernel.prepare(kernel, n, d, DTYPES[dtype], device)()
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -245,16 +220,15 @@ class Table:
         return not row["error"]
 
 
-def time_kernel(table: Table, kernel: Kernel, choices: list[Choice], given: argparse.Namespace) -> bool:
+def time_kernel(table: Table, kernel: Kernel, d: int, choices: list[Config], given: argparse.Namespace) -> bool:
     """Whether the shipped configuration, which is the first, ran."""
-    d = min(given.d, FUSED_D) if kernel.kernel == "gradient" else given.d
-    step = kernel.prepare(kernel.epilogue, given.n, d, DTYPES[given.dtype], given.device)
+    step = kernel.prepare(kernel, given.n, d, DTYPES[given.dtype], given.device)
     flops = 2.0 * kernel.products * given.n**2 * d
     timed = []
-    for choice in choices:
-        with chosen(choice):
+    for config in choices:
+        with use_config(config, kernel.kernel):
             shipped = "" if timed else "yes"
-            columns = {"kernel": kernel.name, "config": str(choice), "shipped": shipped, "n": given.n, "d": d}
+            columns = {"kernel": kernel.name, "config": described(config), "shipped": shipped, "n": given.n, "d": d}
             timed.append(table.time(step, flops, **columns))
     return timed[0]
 
@@ -262,7 +236,7 @@ def time_kernel(table: Table, kernel: Kernel, choices: list[Choice], given: argp
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=16384, help="rows, and columns")
-    parser.add_argument("--d", type=int, default=512)
+    parser.add_argument("--d", type=int, action="append", help="may be repeated; 512, 768 and 128")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--most", type=int, default=99, help="configurations of a kernel")
@@ -276,16 +250,20 @@ def main() -> None:
     given = parse_arguments()
     count_loops_with_new_numpy()
     choices = {name: kernel.choices()[: given.most] for name, kernel in KERNELS.items()}
-    if given.device == "cuda":
-        size = (given.n, given.d, given.dtype, given.device)
+    widths = given.d or [512, 768, 128]
+    if given.device == "cuda":  # kernels are compiled for any width, but the gradient's, which it holds
+        size = (min(given.n, 4096), min(widths), given.dtype, given.device)
         jobs = [(name, index, *size) for name, of in choices.items() for index in range(len(of))]
         side_by_side(compile_choice, jobs, given.processes)
-    table = Table(given.output, given)
-    for rows in given.rows or (4096, 8192, 16384):
-        step = product_step(rows, given.d, DTYPES[given.dtype], given.device)
-        name = f"W Y, [{rows}, {rows}] x [{rows}, {given.d}]"
-        table.time(step, 2.0 * rows**2 * given.d, kernel=name, config="cuBLAS", n=rows, d=given.d)
-    ran = [time_kernel(table, kernel, choices[name], given) for name, kernel in KERNELS.items()]
+    table, ran = Table(given.output, given), []
+    for d in widths:
+        for rows in given.rows or (4096, 8192, 16384):
+            step = product_step(rows, d, DTYPES[given.dtype], given.device)
+            name = f"W Y, [{rows}, {rows}] x [{rows}, {d}]"
+            table.time(step, 2.0 * rows**2 * d, kernel=name, config="cuBLAS", n=rows, d=d)
+        for name, kernel in KERNELS.items():
+            if choices[name] and (kernel.kernel != "gradient" or d <= FUSED_D):
+                ran.append(time_kernel(table, kernel, d, choices[name], given))
     sys.exit(not all(ran))
 
 

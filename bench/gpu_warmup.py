@@ -16,9 +16,10 @@ import torch
 from bench.cases import CASES
 from bench.harness import DTYPES, Point, implementations, short_error
 
-# A kernel is compiled again where a size is 1 or is no multiple of 16, and for a block on the diagonal. From here on
-# all sizes that kernels see are multiples of 16 in tiles as large as they get: more rows are more of the same tiles.
-MOST_ROWS = 16384
+# A kernel is compiled again where a size is 1 or is no multiple of 16, and for a tile on the diagonal. From here on all
+# sizes that kernels see are multiples of 16 in tiles as large as they get, two of a batch's 32,768 rows beside each
+# other: more rows are more of the same tiles.
+MOST_ROWS = 65536
 
 Job = tuple  # the arguments of a function that compiles
 

@@ -39,16 +39,14 @@ class TestWarmUp:
         told = capfd.readouterr().out
         assert told.count(": compiled") == 2 and "7 0: not compiled: ZeroDivisionError" in told
 
-    @pytest.mark.parametrize("d", [128, 512])
+    @pytest.mark.parametrize("d", [64, 144])
     @pytest.mark.parametrize("case", ["clip", "siglip", "nt_xent"])
     def test_small_sizes_meet_every_variant_of_a_kernel(self, case, d):
         triton = pytest.importorskip("triton")
         if triton.knobs.runtime.interpret:
             pytest.skip("launches are compiled ones here")
         warmed = set().union(*(variants_at(case, n, d) for n in (1024, 8192, MOST_ROWS)))
-        assert variants_at(case, 65536, d) <= warmed
-        if case != "siglip":  # whose kernels are the same at any size here
-            assert not variants_at(case, 8192, d) <= variants_at(case, 1024, d)
+        assert set() != variants_at(case, MOST_ROWS + 32768, d) <= warmed
 
 
 def variants_at(case: str, n: int, d: int) -> set:
@@ -79,8 +77,12 @@ def variants_at(case: str, n: int, d: int) -> set:
 
 def specialised(value):
     """As Triton's compiler sees an argument."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     if isinstance(value, tuple):
         return tuple(map(specialised, value))
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, int) and not isinstance(value, bool):

@@ -126,14 +126,14 @@ CANDIDATES = [
 ]
 
 _found: dict[tuple, Config] = {}  # by the search, in this process
-_override: Config | None = None
+_override: dict[str, Config] = {}  # by the kernel's name; "": every kernel
 
 
 @contextmanager
-def use_config(config: Config) -> Iterator[None]:
-    """Run every kernel with ``config``: for tests and measurements."""
+def use_config(config: Config, kernel: str = "") -> Iterator[None]:
+    """Run every kernel, or the one of this name, with ``config``: for tests and measurements."""
     global _override
-    previous, _override = _override, config
+    previous, _override = _override, {kernel: config}
     try:
         yield
     finally:
@@ -145,11 +145,15 @@ def pick(kernel: str, epilogue: str, features: Tensor, trial: Callable[[Config],
 
     ``trial`` launches the kernel, and may be called any number of times.
     """
-    if _override is not None:
-        return _override
+    if (given := _given(kernel)) is not None:
+        return given
     if os.environ.get("REPLEARN_KERNELS_TUNE") == "1" and not triton.knobs.runtime.interpret:
         return _fastest(kernel, epilogue, features, trial)
     return default(kernel, epilogue, product_kind(features.dtype), architecture())
+
+
+def _given(kernel: str) -> Config | None:
+    return _override.get(kernel, _override.get(""))
 
 
 def default(kernel: str, epilogue: str, kind: str, arch: int) -> Config | None:
@@ -160,7 +164,7 @@ def default(kernel: str, epilogue: str, kind: str, arch: int) -> Config | None:
 
 def by_tma(kernel: str, epilogue: str, dtype: torch.dtype) -> bool:
     """Whether TMA moves what the kernel reads, of features of this dtype, on the current GPU."""
-    config = _override or default(kernel, epilogue, product_kind(dtype), architecture())
+    config = _given(kernel) or default(kernel, epilogue, product_kind(dtype), architecture())
     return config is not None and config.parts > 0
 
 
