@@ -73,7 +73,7 @@ DEFAULTS: dict[tuple, Config] = {
     ("finish", "half", 90): Config(128, 128, 64, warps=8, stages=4, parts=1),
     **{
         (epilogue, "weights", "half", 90): Config(128, 128, 64, 8, 3, parts=parts, programs=2, registers=128)
-        for epilogue, parts in {"softmax": 4, "sup_con": 8, "margin_softmax": 4, "sigmoid": 4}.items()
+        for epilogue, parts in {"softmax": 8, "sup_con": 8, "margin_softmax": 4, "sigmoid": 8}.items()
     },
     ("gradient", "half", 80): Config(128, 64, 0, warps=8, stages=2),
     ("gradient", "tf32", 80): Config(64, 32, 0, warps=4, stages=2),
