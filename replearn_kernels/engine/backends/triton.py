@@ -19,7 +19,7 @@ from ...triton_kernels import (
     update_statistics,
 )
 from ...triton_kernels.configs import by_tma
-from ..columns import OwnColumns, Step, Tile, run
+from ..columns import BatchColumns, OwnColumns, Step, Tile, run
 from ..counters import count_product
 from ..distances import TileSums, finish_tile_
 from ..problem import Problem
@@ -202,8 +202,8 @@ class TritonBackend(Backend):
 
     def _inputs(self, problem: Problem, tile: Tile, row_table: Tensor | None, column_table: Tensor | None):
         pairs = problem.pairs(tile, self.objective.uses_target)
-        if problem.is_batch and pairs.row_group is not None and _by_sums(self.objective, tile.query.dtype):
-            numbers = problem.group_numbers  # of 32 bits
+        if isinstance(tile.source, BatchColumns) and _by_sums(self.objective, tile.query.dtype):
+            numbers = problem.group_numbers  # of 32 bits, of the own rows
             pairs = pairs._replace(row_group=numbers[tile.rows], column_group=numbers[tile.columns])
         return TileInputs.of(tile.shape, *pairs, row_table, column_table, self._roles)
 
@@ -257,8 +257,12 @@ def _by_sums(objective, dtype: torch.dtype) -> bool:
 
 def _diagonal(problem: Problem, tile: Tile, inputs: TileInputs) -> int | None:
     """The column of the tile that has its first row's own number, and may lie outside of it; None where entries off
-    this diagonal can be positives, or not count, for all that a block of them can tell."""
-    if problem.is_batch or (inputs.row_group is None and problem.given_target is None and inputs.target is not None):
+    this diagonal can be positives, or not count, for all that a block of them can tell.
+
+    A batch's meeting with another rank's rows, whose numbers are theirs, has ``is_batch``, too: the source tells.
+    """
+    own = inputs.row_group is None and inputs.target is not None and problem.given_target is None
+    if own or isinstance(tile.source, BatchColumns):
         return tile.rows.start - tile.columns.start
     return _NOWHERE if inputs.row_group is None and inputs.target is None else None
 
