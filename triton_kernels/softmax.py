@@ -128,7 +128,8 @@ def softmax_off_diagonal(s, row, column, inputs):
 @triton.jit
 def softmax_share_of(table, stride, index, size, inputs):
     """``weight / sum`` of exponentials that are taken against the reference."""
-    top = load_vector(table, index, size) * softmax_rate(inputs) - tl.load(inputs.reference)
+    top = load_vector(table, index, size, HIGHEST)  # past the edge the exp is 0 and cannot overflow
+    top = top * softmax_rate(inputs) - tl.load(inputs.reference)
     logarithm = top + load_vector(table + stride, index, size) * LOG2_E
     return load_vector(table + 2 * stride, index, size) * tl.exp2(-logarithm)
 

@@ -9,9 +9,10 @@ columns whose sums may have lost what underflowed (:func:`enough`) are formed ag
 launch that finishes the others. Unit rows and a scale of 69 or less never are; at a scale of 100 only those whose best
 cosine is below -0.28 are. A bound beyond 220 is not tried.
 
-Sweep 2. ``W_ij = E_ij (r_i + c_j)``, against the largest sum of a row or column less 100, which no entry can overflow
-either (:func:`shared_reference`). Where sums lie too far apart for that, and in blocks that hold a positive or a row
-with itself, W is formed with two exponentials, as everywhere else (softmax.py).
+Sweep 2. ``W_ij = E_ij (r_i + c_j)``, against the middle of the logarithms of all sums, where exponents are small and
+have the most digits; no entry is larger than its row's sum, so none overflows (:func:`shared_reference`). Where sums
+lie too far apart for that, and in blocks that hold a positive or a row with itself, W is formed with two exponentials,
+as everywhere else (softmax.py).
 """
 
 from __future__ import annotations
@@ -173,9 +174,10 @@ def finish_kernel(
     index = start + tl.arange(0, block)
     inside = index < size
     shift = shift_of(largest, inputs, PROGRAMS)
-    total = partial_sums(sums, count, index, inside, size)
+    tried = index < tl.where(shift <= _LARGEST_SHIFT, size, 0)  # else there are no sums
+    total = tl.where(inside, partial_sums(sums, count, index, tried, size), 1.0)
     known = load_quantities(table, table_stride, index, inside, QUANTITIES)
-    if (shift <= _LARGEST_SHIFT) & (tl.min((enough(total, others) | (inside == 0)).to(tl.int32), 0) == 1):
+    if tl.min(enough(total, others).to(tl.int32), 0) == 1:
         top, total = against_itself(shift, total, softmax_rate(inputs))
         found = (top, total)
         if GROUPED:
@@ -209,7 +211,7 @@ def partial_sums(partials, count, index, inside, size):
 
 @triton.jit
 def logarithms_range(table, stride, count, inputs, BLOCK: tl.constexpr):
-    """The least and the largest logarithm, to the base 2, of a row's sum; the least is -inf where one is NaN."""
+    """The least and the largest logarithm, to the base 2, of a row's sum; -1e30 and 1e30 where one is not finite."""
     rate = softmax_rate(inputs)
     least, largest = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, count, BLOCK):
@@ -217,22 +219,22 @@ def logarithms_range(table, stride, count, inputs, BLOCK: tl.constexpr):
         inside = index < count
         logarithm = tl.load(table + index, mask=inside, other=0.0) * rate
         logarithm += tl.load(table + stride + index, mask=inside, other=0.0) * LOG2_E
-        logarithm = tl.where(logarithm == logarithm, logarithm, float("-inf"))
-        least = tl.minimum(least, tl.where(inside, logarithm, float("inf")))
-        largest = tl.maximum(largest, tl.where(inside, logarithm, float("-inf")))
+        usable = tl.abs(logarithm) < 1e30
+        least = tl.minimum(least, tl.where(inside, tl.where(usable, logarithm, -1e30), float("inf")))
+        largest = tl.maximum(largest, tl.where(inside, tl.where(usable, logarithm, 1e30), float("-inf")))
     return tl.min(least, 0), tl.max(largest, 0)
 
 
 @triton.jit
 def reference_kernel(reference, inputs, BLOCK: tl.constexpr):
-    """No entry of a row is larger than its sum: against the largest sum, less the headroom, none overflows."""
+    """The middle of the logarithms, or lower where that is too far above the least."""
     least, largest = logarithms_range(inputs.row_table, inputs.row_stride, inputs.rows, inputs, BLOCK)
     if inputs.column_table is not None:
         low, high = logarithms_range(inputs.column_table, inputs.column_stride, inputs.columns, inputs, BLOCK)
         least, largest = tl.minimum(least, low), tl.maximum(largest, high)
-    exponent = largest - _HEADROOM
+    exponent = tl.minimum(0.5 * (least + largest), least + _LOWEST)
     tl.store(reference, exponent)
-    tl.store(reference + 1, (exponent - least <= _LOWEST).to(tl.float32))
+    tl.store(reference + 1, (largest - exponent <= _HEADROOM).to(tl.float32))
 
 
 def shared_reference(inputs: TileInputs) -> Tensor:
@@ -265,7 +267,8 @@ def update_by_sums(
 ) -> tuple[Tensor, ...]:
     """What statistics.update_statistics does, for a softmax. Returns the partial sums.
 
-    The entries on the diagonal are the rows' positives, or where there are groups no pairs; then rows alone are served.
+    The entries on the diagonal are the rows' positives, or where there are groups no pairs; then rows alone are served,
+    and the tile holds all rows' entries with themselves (``inputs.diagonal``) or none.
     """
     query, key = aligned(query), aligned(key)
     rows, columns, d, grouped = query.shape[0], key.shape[0], query.shape[1], inputs.row_group is not None
