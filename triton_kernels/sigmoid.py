@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from .softmax import LOG2_E
 from .tiles import Epilogue, is_target, load_vector, same_group
@@ -31,10 +32,12 @@ def reciprocal(x):
     """One instruction on an NVIDIA GPU, right to 1 unit in the last place, where a division takes five."""
     if INTERPRETED:
         return 1.0 / x
-    else:
+    elif is_cuda():
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+    else:
+        return 1.0 / x
 
 
 @triton.jit
