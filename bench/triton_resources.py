@@ -30,8 +30,12 @@ from replearn_kernels.triton_kernels import (
     TileInputs,
     accumulate_gradient,
     form_weights,
+    largest_squares,
+    shared_reference,
+    update_by_sums,
     update_statistics,
 )
+from replearn_kernels.triton_kernels.configs import default
 from replearn_kernels.triton_kernels.statistics import merge
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
@@ -45,6 +49,7 @@ TARGETS = {
 }
 PORTABILITY = "gfx942"  # only has to compile: there are no configs for AMD yet
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+ARCHITECTURE = {"sm_80": 80, "sm_90": 90, "sm_100": 100, PORTABILITY: 80}  # whose configs a target takes
 MATRIX_INSTRUCTION = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
 
 # name: (dtype, torch.set_float32_matmul_precision)
@@ -54,6 +59,11 @@ PRODUCTS = {
     "tf32": (torch.float32, "high"),
     "fp32": (torch.float32, "highest"),
 }
+KIND = {"fp16": "half", "bf16": "half", "tf32": "tf32", "fp32": "ieee"}  # in configs.py
+
+# Kernels of tables alone: the same for every kind of product. And those that form no products.
+OF_TABLES = ("merge", "reference")
+NO_PRODUCTS = (*OF_TABLES, "largest")
 
 
 @dataclass(frozen=True)
@@ -70,13 +80,24 @@ class Variant:
     distance: str = ""  # "distance" or its "square", where similarities are no products
     quantities: int = 3  # of the statistics of rows; of columns too where these are rows elsewhere
     gradients: bool = True  # there is a sweep of gradients
+    told_apart: bool = False  # where TMA moves W, blocks off the diagonal are told from those on it
 
-    @property
-    def kernels(self) -> list[str]:
+    def kernels(self, product: str, target: str) -> list[str]:
+        """Those that a GPU has a config for. "weights apart": the weights kernel that tells blocks apart."""
         names = ["statistics", "weights", "merge rows"] if self.gradients else ["statistics", "merge rows"]
         if self.columns and not self.diagonal:
             names.append("merge columns")
-        return names + ["gradient", "gradient transposed"] * self.fused
+        names += ["gradient", "gradient transposed"] * self.fused
+        if not self.told_apart:
+            return names
+        sums, weights = (
+            default(kernel, self.epilogue, KIND[product], ARCHITECTURE[target]) for kernel in ("sums", "weights")
+        )
+        names += ["weights apart"] * (weights.parts > 0)
+        if sums is None or not EPILOGUES[self.epilogue].by_sums:
+            return names
+        names += ["largest", "sums", "finish rows"] + ["finish columns"] * (self.columns and not self.groups)
+        return [*names, "reference"]
 
 
 OF_PAIRS = {"groups": True, "columns": True}
@@ -86,14 +107,14 @@ SEMI_HARD = {"distance": "square", "quantities": 3 + 3 * EPILOGUES["semi_hard"].
 BATCH_ALL = {"one_sweep": True, "quantities": 2 + 2 * EPILOGUES["batch_all"].per_part}
 
 VARIANTS = {
-    "softmax": Variant("softmax", target=True, fused=True),
-    "softmax queue": Variant("softmax", fused=True),
-    "softmax symmetric": Variant("softmax", target=True, columns=True, fused=True),
+    "softmax": Variant("softmax", target=True, fused=True, told_apart=True),
+    "softmax queue": Variant("softmax", fused=True, told_apart=True),
+    "softmax symmetric": Variant("softmax", target=True, columns=True, fused=True, told_apart=True),
     "softmax groups": Variant("softmax", target=True, groups=True, fused=True),
-    "sup_con": Variant("sup_con", groups=True, columns=True),
-    "sup_con diagonal": Variant("sup_con", groups=True, columns=True, diagonal=True),
+    "sup_con": Variant("sup_con", groups=True, columns=True, told_apart=True),
+    "sup_con diagonal": Variant("sup_con", groups=True, columns=True, diagonal=True, told_apart=True),
     "margin_softmax": Variant("margin_softmax", target=True, fused=True),
-    "sigmoid": Variant("sigmoid", target=True, one_sweep=True),
+    "sigmoid": Variant("sigmoid", target=True, one_sweep=True, told_apart=True),
     "sigmoid groups": Variant("sigmoid", groups=True, one_sweep=True),
     "lifted": Variant("lifted", **OF_PAIRS, distance="distance"),
     "lifted diagonal": Variant("lifted", **OF_PAIRS, diagonal=True, distance="distance"),
@@ -140,6 +161,11 @@ class Row:
     def case(self) -> Case:
         return Case(self.variant, self.kernel, self.product, self.target)
 
+    def programs(self) -> int:
+        """How many fit on a multiprocessor of sm_90, which keeps 1 KiB of shared memory for each."""
+        threads = 32 * int(re.search(r"(\d+) warps", self.config)[1])
+        return min(65_536 // (self.registers * threads), 233_472 // (self.shared_bytes + 1024))
+
     def problems(self) -> list[str]:
         name = f"{self.variant}, {self.kernel}, {self.product}, {self.target}"
         found = []
@@ -147,21 +173,21 @@ class Row:
             found.append(f"{name}: {self.spills} instructions spill registers")
         if self.shared_bytes > SHARED_LIMIT[self.target]:
             found.append(f"{name}: {self.shared_bytes} B of shared memory, limit {SHARED_LIMIT[self.target]} B")
-        if not self.matrix and self.product != "fp32" and not self.kernel.startswith("merge"):
+        if not self.matrix and self.product != "fp32" and not self.kernel.startswith(NO_PRODUCTS):
             found.append(f"{name}: no {self.instruction}")
         return found
 
 
 def cases() -> list[Case]:
-    """Every variant's kernels x kind of product x GPU; for bf16 also merges and ragged sizes. AMD: bf16 alone."""
+    """Every variant's kernels x kind of product x GPU; for bf16 also tables' and ragged sizes. AMD: bf16 alone."""
     found = []
     for target in TARGETS:
         for product in ("bf16",) if target == PORTABILITY else PRODUCTS:
             for name, variant in VARIANTS.items():
-                products = [kernel for kernel in variant.kernels if not kernel.startswith("merge")]
-                kernels = products
+                every = variant.kernels(product, target)
+                kernels = of_features = [kernel for kernel in every if not kernel.startswith(OF_TABLES)]
                 if product == "bf16" and target != PORTABILITY:
-                    kernels = variant.kernels + [f"{kernel} ragged" for kernel in products]
+                    kernels = every + [f"{kernel} ragged" for kernel in of_features]
                 found += [Case(name, kernel, product, target) for kernel in kernels]
     return found
 
@@ -175,46 +201,77 @@ EVEN, RAGGED = (2048, 4096), (2047, 4095)
 
 
 def launch(variant: Variant, kernel: str, dtype: torch.dtype, d: int | None = None) -> None:
-    """Without ``d``, gradients at 128, the widest that the fused kernel is used for, and all else at 512."""
-    rows, columns = sizes = RAGGED if kernel.endswith(" ragged") else EVEN
+    """Without ``d``, gradients at 128, the widest that the fused kernel is used for, and all else at 512.
+
+    The launch that the kernel is named for is the first, but that its sums come before what finishes them.
+    """
+    sizes = RAGGED if kernel.endswith(" ragged") else EVEN
     kernel = kernel.removesuffix(" ragged")
-    epilogue = EPILOGUES[variant.epilogue]
     d = d or (128 if kernel.startswith("gradient") else 512)
     query, key = (torch.empty(size, d, dtype=dtype) for size in sizes)
     if kernel in ("statistics", "merge rows", "merge columns"):
-        row_table, column_table = torch.empty(variant.quantities, rows), None
-        if "merge columns" in variant.kernels:
-            column_table = torch.empty(variant.quantities if variant.groups else 2, columns)
-        read = (row_table, row_table if column_table is None else column_table) if epilogue.reads_tables else ()
-        inputs = _inputs(variant, query, key, *read)
-        if kernel == "statistics":
-            update_statistics(epilogue, query, key, inputs, *_points(variant, query, key), row_table, column_table)
-        else:
-            table = row_table if kernel == "merge rows" else column_table
-            merge(epilogue, torch.empty(4, *table.shape), inputs, table)
-        return
+        _launch_statistics(variant, kernel, query, key)
+    elif kernel == "largest":
+        largest_squares(query, key)
+    elif kernel in ("sums", "finish rows", "finish columns"):
+        _launch_sums(variant, query, key)
+    else:
+        _launch_gradients(variant, kernel, query, key)
+
+
+def _launch_statistics(variant: Variant, kernel: str, query, key) -> None:
+    epilogue, row_table, column_table = EPILOGUES[variant.epilogue], torch.empty(variant.quantities, len(query)), None
+    if variant.columns and not variant.diagonal:
+        column_table = torch.empty(variant.quantities if variant.groups else 2, len(key))
+    read = (row_table, row_table if column_table is None else column_table) if epilogue.reads_tables else ()
+    inputs = _inputs(variant, query, key, *read)
+    if kernel == "statistics":
+        update_statistics(epilogue, query, key, inputs, *_points(variant, query, key), row_table, column_table)
+    else:
+        table = row_table if kernel == "merge rows" else column_table
+        merge(epilogue, torch.empty(4, *table.shape), inputs, table)
+
+
+def _launch_sums(variant: Variant, query, key) -> None:
+    """A tile's mirror image has its own sums: with groups, of rows alone."""
+    row_table = torch.empty(variant.quantities, len(query))
+    column_table = torch.empty(2, len(key)) if variant.columns and not variant.groups else None
+    inputs, largest = _inputs(variant, query, key, group_dtype=torch.int32), torch.empty(2, 128)
+    update_by_sums(EPILOGUES[variant.epilogue], query, key, inputs, largest, 0, row_table, column_table)
+
+
+def _launch_gradients(variant: Variant, kernel: str, query, key) -> None:
+    epilogue, (rows, columns) = EPILOGUES[variant.epilogue], (len(query), len(key))
     row_table = torch.empty(variant.quantities if variant.one_sweep else 5, rows)
     column_table = torch.empty(len(row_table), columns) if variant.columns else None
-    inputs = _inputs(variant, query, key, row_table, column_table)
-    if kernel == "weights":
+    group_dtype = torch.int32 if kernel == "weights apart" else torch.int64
+    inputs = _inputs(variant, query, key, row_table, column_table, group_dtype)
+    if kernel == "reference":
+        shared_reference(inputs)
+    elif kernel in ("weights", "weights apart"):
         folded = row_table if variant.one_sweep else None
         of_columns = column_table if epilogue.folds_columns and not variant.diagonal else None
-        points, out = _points(variant, query, key), torch.empty(sizes, dtype=dtype)
-        form_weights(epilogue, query, key, inputs, *points, out, folded, of_columns)
+        out = torch.empty(rows, -(-columns // 16) * 16, dtype=query.dtype)[:, :columns]  # as the engine pads its rows
+        diagonal = None
+        if kernel == "weights apart":
+            diagonal, reference = 0, torch.empty(2) if epilogue.by_reference else None
+            inputs = inputs._replace(reference=reference)
+        form_weights(epilogue, query, key, inputs, *_points(variant, query, key), out, folded, of_columns, diagonal)
     else:
         transposed = kernel == "gradient transposed"
         own, other = (key, query) if transposed else (query, key)
         accumulate_gradient(epilogue, own, other, inputs, torch.empty(own.shape), transposed=transposed)
 
 
-def _inputs(variant: Variant, query, key, row_table=None, column_table=None) -> TileInputs:
-    def ids(given: bool, size: int) -> torch.Tensor | None:
-        return torch.empty(size, dtype=torch.int64) if given else None
+def _inputs(variant: Variant, query, key, row_table=None, column_table=None, group_dtype=torch.int64) -> TileInputs:
+    def ids(given: bool, size: int, dtype: torch.dtype) -> torch.Tensor | None:
+        return torch.empty(size, dtype=dtype) if given else None
 
     rows, columns = len(query), len(key)
     return TileInputs.of(
         (rows, columns), torch.empty(()), torch.empty(()) if variant.epilogue == "sigmoid" else 0.0,
-        ids(variant.target, rows), ids(variant.groups, rows), ids(variant.groups, columns),
+        ids(variant.target, rows, torch.int64), ids(variant.groups, rows, group_dtype),
+        ids(variant.groups, columns, group_dtype),
         16, variant.diagonal, row_table, column_table, ROLES.get(variant.epilogue, ()),
     )  # fmt: skip
 
@@ -262,7 +319,8 @@ def measure(case: Case) -> Row:
             launch(VARIANTS[case.variant], case.kernel, dtype)
     finally:
         torch.set_float32_matmul_precision(before)
-    kernel, options = compiled[0]
+    place = {"finish rows": 1, "finish columns": 2}.get(case.kernel.removesuffix(" ragged"), 0)
+    kernel, options = compiled[place]
     read = _read_amdgcn if case.target == PORTABILITY else _read_cubin
     registers, spills, matrix = read(kernel, MATRIX_INSTRUCTION[case.target])
     return Row(
@@ -274,8 +332,10 @@ def measure(case: Case) -> Row:
 
 def _describe(options: dict) -> str:
     blocks = "x".join(str(options[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options)
-    stages = f", {options['num_stages']} stages" if "num_stages" in options else ""
-    return f"{blocks + ', ' if blocks else ''}{options['num_warps']} warps{stages}"
+    text = f"{blocks + ', ' if blocks else ''}{options['num_warps']} warps"
+    for name, option in (("stages", "num_stages"), ("parts", "PARTS"), ("registers at most", "maxnreg")):
+        text += f", {options[option]} {name}" if option in options else ""
+    return text
 
 
 def _read_cubin(kernel, instruction: str) -> tuple[int, int, int]:
@@ -334,13 +394,10 @@ def write(rows: list[Row], path: Path) -> None:
 
 
 def _programs_of_clip(rows: list[Row]) -> str:
-    """What `configs.py` chooses the block of CLIP's weights kernel for: only another program can hide its epilogue."""
-    [row] = [row for row in rows if row.case == Case("softmax symmetric", "weights", "bf16", "sm_90")]
-    threads = 32 * int(re.search(r"(\d+) warps", row.config)[1])
-    fit = min(65_536 // (row.registers * threads), SHARED_LIMIT["sm_90"] // row.shared_bytes)
-    text = f"CLIP's weights kernel (softmax symmetric, bf16, sm_90) takes {row.registers} registers: {fit} fit on a"
-    instead = "" if fit > 1 else ", not 2 as with 128 (maxnreg=128 spills; which is faster is not measured)"
-    return f"{text} multiprocessor{instead}."
+    """Why `configs.py` bounds the registers of CLIP's weights kernel: only another program can hide its epilogue."""
+    [row] = [row for row in rows if row.case == Case("softmax symmetric", "weights apart", "bf16", "sm_90")]
+    text = f"CLIP's weights kernel (softmax symmetric, bf16, sm_90) takes {row.registers} registers"
+    return f"{text} and {row.shared_bytes} B: {row.programs()} of its programs fit on a multiprocessor."
 
 
 def main(output: Path | None = None, processes: int = 2, missing: bool = False, by_version: bool = False) -> None:

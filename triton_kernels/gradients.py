@@ -216,10 +216,11 @@ def form_weights(
         of_columns = None if column_table is None else column_table.new_empty(row_blocks, *column_table.shape)
         blocks, options = row_blocks * column_blocks, launch_options(config, query)
         if config.parts:
+            off = epilogue.off_diagonal, epilogue.off_diagonal_reduce
             into = descriptor(out, config.block_m, config.block_n // config.parts)
             resident_weights_kernel[(min(blocks, resident_programs(config, out.device)),)](
                 *described_rows(query, key, config), into, of_rows, of_columns, query.shape[1],
-                inputs, points, diagonal, *functions, epilogue.off_diagonal, epilogue.off_diagonal_reduce, config.parts, **options,
+                inputs, points, diagonal, *functions, *off, PARTS=config.parts, **options,
             )  # fmt: skip
         else:
             weights_kernel[(blocks,)](
