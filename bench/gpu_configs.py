@@ -61,8 +61,9 @@ class Choice:
         c = self.config
         text = f"{c.block_m}x{c.block_n}x{c.block_k}, {c.warps} warps, {c.stages} stages"
         columns = f", {c.column_blocks} column blocks" if c.column_blocks != Config.column_blocks else ""
+        parts = f", {c.parts} parts by TMA" if c.parts else ""
         registers = "" if self.maxnreg is None else f", maxnreg={self.maxnreg}"
-        return text + columns + registers
+        return text + columns + parts + registers
 
 
 @dataclass(frozen=True)
