@@ -132,6 +132,17 @@ def test_only_blocks_that_need_it_are_formed_again(far_row, far_column):
     assert torch.equal(formed_again(columns), block == far_column // BLOCK)
 
 
+@pytest.mark.parametrize("cosine, again", [(-0.1, False), (-0.4, True)])
+def test_formed_again_where_digits_may_be_lost(cosine, again):
+    """At -0.4 the entries of a row are some 2^-122: there is a sum, but of what a GPU takes for 0 from 2^-126 on."""
+    x, y = far_apart(70, 40), far_apart(70, 0)
+    x[40], y[0] = 0, y[1]
+    x[40, 0], x[40, 15] = cosine, (1 - cosine**2) ** 0.5
+    y[:, 15] = 0
+    rows, _ = check_tables(x, F.normalize(y, dim=1), 110.0)
+    assert formed_again(rows)[40] == again
+
+
 def test_no_row_is_formed_again_for_a_far_one_that_has_a_near_column():
     rows, columns = check_tables(far_apart(70, 40), far_apart(70, 3), 110.0)
     assert not formed_again(rows).any() and not formed_again(columns).any()
