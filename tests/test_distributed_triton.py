@@ -7,6 +7,10 @@ import torch
 from distributed_cases import LOSSES, Batch
 from processes import Ranks, needs_gloo
 
+pytest.importorskip("triton")
+
+from replearn_kernels.triton_kernels.configs import Config, use_config
+
 pytestmark = [needs_gloo, pytest.mark.interpreter]
 
 
@@ -15,6 +19,13 @@ NAMES = (
     "lifted_hard", "triplet_batch_hard", "triplet_semi_hard",
     "triplet_semi_hard_cosine", "triplet_batch_all",
 )  # fmt: skip
+NAMES_BY_TMA = ("clip", "info_nce_target", "n_pair_labels", "siglip_groups", "nt_xent", "sup_con")
+
+
+def by_tma(rank, name, sizes, dtype):
+    """Blocks of other ranks have numbers of their own: no entry of theirs is a row with itself."""
+    with use_config(Config(32, 32, 16, warps=4, stages=2, parts=2)):
+        as_the_plain_backend(rank, name, sizes, dtype)
 
 
 def as_the_plain_backend(rank, name, sizes, dtype):
@@ -36,3 +47,5 @@ def test_kernels_meet_other_ranks(tmp_path):
     with Ranks(2, tmp_path) as ranks:
         for name in NAMES:
             ranks.run(as_the_plain_backend, name, (9, 14), torch.float32)
+        for name in NAMES_BY_TMA:
+            ranks.run(by_tma, name, (9, 14), torch.float32)

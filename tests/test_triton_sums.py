@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from triton_harness import interpreter, tolerance
+from triton_harness import few_programs, interpreter, tolerance
 
 from replearn_kernels.objectives.base import empty_table
 from replearn_kernels.triton_kernels import (
@@ -31,6 +31,11 @@ BLOCK = 32
 BLOCKS = Config(BLOCK, BLOCK, 16, warps=4, stages=2, parts=2)
 NOWHERE = 2**30
 LARGEST_BOUND = 220 * math.log(2)  # of a logit, for which the sums are tried
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    few_programs(monkeypatch)
 
 
 def unit_rows(n: int, d: int, seed: int = 0) -> torch.Tensor:
@@ -83,7 +88,7 @@ def formed_again(table: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 14.3, 69.0, 100.0, 110.0, 300.0, 1000.0, -14.3, -100.0, -1000.0])
-@pytest.mark.parametrize("n, m, d", [(33, 65, 48), (70, 70, 20)])
+@pytest.mark.parametrize("n, m, d", [(33, 65, 48)])
 def test_scales(scale, n, m, d):
     """Up to 69 nothing can underflow; beyond 152 the sums are not tried."""
     rows, columns = check_tables(unit_rows(n, d), unit_rows(m, d, 1), scale)
@@ -125,6 +130,17 @@ def test_only_blocks_that_need_it_are_formed_again(far_row, far_column):
     rows, columns = check_tables(y, far_apart(70, far_column), 110.0)
     assert not formed_again(rows).any()
     assert torch.equal(formed_again(columns), block == far_column // BLOCK)
+
+
+@pytest.mark.parametrize("cosine, again", [(-0.1, False), (-0.4, True)])
+def test_formed_again_where_digits_may_be_lost(cosine, again):
+    """At -0.4 the entries of a row are some 2^-122: there is a sum, but of what a GPU takes for 0 from 2^-126 on."""
+    x, y = far_apart(70, 40), far_apart(70, 0)
+    x[40], y[0] = 0, y[1]
+    x[40, 0], x[40, 15] = cosine, (1 - cosine**2) ** 0.5
+    y[:, 15] = 0
+    rows, _ = check_tables(x, F.normalize(y, dim=1), 110.0)
+    assert formed_again(rows)[40] == again
 
 
 def test_no_row_is_formed_again_for_a_far_one_that_has_a_near_column():
@@ -172,17 +188,17 @@ def test_tiles_fold_into_one_table():
 
 
 @pytest.mark.parametrize("scale", [14.3, 110.0, 1000.0, -14.3])
-@pytest.mark.parametrize("columns, diagonal", [(70, 0), (50, -100), (50, 100)])
+@pytest.mark.parametrize("columns, diagonal", [(40, 0), (50, -100), (50, 100)])
 def test_groups(scale, columns, diagonal):
     """Rows with others of their groups: a tile holds all rows' pairs with themselves, which are none, or no row's."""
-    x, y = far_apart(70, 40), far_apart(columns, 5)
-    groups = [torch.randint(6, (n,), dtype=torch.int32) for n in (70, columns)]
+    x, y = far_apart(40, 35), far_apart(columns, 5)
+    groups = [torch.randint(6, (n,), dtype=torch.int32) for n in (40, columns)]
     table, _ = tables_of(x, y, scale, diagonal, groups)
     v = math.copysign(1, scale) * x.double() @ y.double().t()
-    own = torch.arange(70).unsqueeze(1) + diagonal == torch.arange(columns)
+    own = torch.arange(40).unsqueeze(1) + diagonal == torch.arange(columns)
     check_sums(table, (v * abs(scale)).masked_fill(own, -torch.inf), scale, bound_of(x, y, scale))
     positives = torch.where((groups[0].unsqueeze(1) == groups[1]) & ~own, v, 0).sum(1)
-    assert (table[2] - positives).abs().max() <= 70 * 2**-22
+    assert (table[2] - positives).abs().max() <= 40 * 2**-22
 
 
 # -- the exponential that rows and columns share --------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 from loss_cases import CASES, value_and_gradients
 from test_gpu_losses import SCALE, compare_with_fp64, sample
-from triton_harness import SMALL_BLOCKS, interpreter
+from triton_harness import SMALL_BLOCKS, few_programs, interpreter
 
 import replearn_kernels as rk
 from replearn_kernels import count_work
@@ -30,6 +30,11 @@ BY_TMA = (
 )  # fmt: skip
 OF_EACH_KIND = ("symmetric", "queue", "sup_con", "siglip")
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    few_programs(monkeypatch)
 
 
 def parts(count: int):

@@ -14,6 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from bench.interpreter import count_loops_with_new_numpy
+from replearn_kernels.triton_kernels import sums
 from replearn_kernels.triton_kernels.configs import Config
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -89,3 +90,8 @@ def check(loss_fn: Loss, inputs: Values, dtype: torch.dtype, scale: float, sizes
 
 def blocks_for(d: int) -> Config:
     return ALL_OF_D if d <= 128 else SMALL_BLOCKS
+
+
+def few_programs(monkeypatch) -> None:
+    """The largest lengths by 2 programs, of which each visits many rows; the interpreter runs 256 one by one."""
+    monkeypatch.setattr(sums, "_BOUND_PROGRAMS", 2)

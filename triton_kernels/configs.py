@@ -20,7 +20,7 @@ class Config:
 
     ``column_blocks``: how many blocks of columns a program of the statistics kernel visits in turn.
     ``parts``: 0: features are read through pointers. Otherwise by TMA, by programs that stay for many blocks, and an
-    epilogue takes a block's columns in this many parts (1 or 2): half of them take half the registers.
+    epilogue takes a block's columns in this many parts, a power of 2: half of them take half the registers.
     ``programs``: of those, on one multiprocessor. ``registers``: of a thread at most, so that as many fit.
     """
 
@@ -36,14 +36,20 @@ class Config:
 
 
 # The largest sizes that no variant spills at, ragged ones too: `python -m bench.triton_resources` compiles them and
-# writes the figures to bench/results/triton_resources.md. That is under the pinned Triton, 3.9: 3.6 spills in 20 of 820
-# cases, up to 97 instructions (triton_3_6_resources.md). How fast they are is not measured yet. What decides:
+# writes the figures to bench/results/triton_resources.md. That is under the pinned Triton, 3.9, and but for kernels by
+# TMA; 3.6 spills in some more (triton_3_6_resources.md). What decides:
+# - By TMA (sm_90, half precision) a program forms block after block, and another on the same multiprocessor hides its
+#   epilogue: 128 x 128 entries in 8 warps at 128 registers a thread, two programs of 104 KiB. W in 8 parts of 16
+#   columns spills in SupCon's, 16 instructions a block at most, and CLIP's ragged ones, 2; 16 parts leave 2 of SupCon's
+#   and are not timed. In 4 parts CLIP's and SigLIP's spill too. The sums spill where they are of columns, by group or
+#   ragged, up to 154 instructions a block; 128 x 64 does not, nor does one program of 240 registers (neither is
+#   timed). What finishes them runs once a row, and has all registers.
 # - Registers, 255 a thread at most. 128 x 128 entries in 8 warps are 64 a thread, over 32 columns, each with a partial
 #   max and sum (statistics) or three coefficients (weights): 220 to 255 registers. 128 x 256 spills on every GPU, and
 #   so do 128 x 128 in 4 warps.
-# - The weights kernel forms one block and ends, so only another program on the same multiprocessor can hide its
-#   epilogue. 128 x 64 takes 128 registers or less on sm_90: two programs of 96 KiB fit (SupCon's, the sigmoids' and
-#   those over distances take more: one). On sm_100 a thread holds one row and twice the columns: 128 x 128 spills.
+# - Through pointers the weights kernel forms one block and ends, with the same need of another program. 128 x 64 takes
+#   128 registers or less on sm_90: two programs of 96 KiB fit (those over distances take more: one). On sm_100 a thread
+#   holds one row and twice the columns: 128 x 128 spills.
 # - Shared memory, (block_m + block_n) * block_k * bytes * stages, a stage less on sm_80: 48 and 64 KiB there, 96 and
 #   128 KiB of 227 on sm_90 and sm_100. The gradient kernel holds whole rows: 64 to 84 KiB at d = 128. sm_80's defaults
 #   stay below the 99 KiB of the small GPUs that take them too.
@@ -52,8 +58,8 @@ class Config:
 #   share an exponential, where near pairs' distances are formed again beside the others (_NARROWER), and on sm_100
 #   where SupCon's 64 columns a thread each have a group of two registers. There the margin's transposed gradients,
 #   whose 64 rows a thread each have a class and four coefficients, spill at 128 x 64. The "ieee" weights over
-#   distances spill on sm_90, where the assembler stops at 128 registers, and on sm_100 the hardest pairs' statistics,
-#   four of each column.
+#   distances and of sigmoids spill on sm_90, where the assembler stops at 128 registers, and on sm_100 the hardest
+#   pairs' statistics, four of each column.
 DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),
@@ -73,7 +79,7 @@ DEFAULTS: dict[tuple, Config] = {
     ("finish", "half", 90): Config(128, 128, 64, warps=8, stages=4, parts=1),
     **{
         (epilogue, "weights", "half", 90): Config(128, 128, 64, 8, 3, parts=parts, programs=2, registers=128)
-        for epilogue, parts in {"softmax": 8, "sup_con": 8, "margin_softmax": 4, "sigmoid": 8}.items()
+        for epilogue, parts in {"softmax": 2, "sup_con": 4, "margin_softmax": 2, "sigmoid": 2}.items()
     },
     ("gradient", "half", 80): Config(128, 64, 0, warps=8, stages=2),
     ("gradient", "tf32", 80): Config(64, 32, 0, warps=4, stages=2),
@@ -83,8 +89,10 @@ DEFAULTS: dict[tuple, Config] = {
     ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
     ("hardest", "statistics", "half", 100): Config(64, 64, 64, warps=8, stages=4),
     ("hardest", "statistics", "tf32", 100): Config(64, 32, 32, warps=8, stages=3),
-    ("lifted", "weights", "ieee", 90): Config(64, 64, 16, warps=8, stages=3),
-    ("margin_contrastive", "weights", "ieee", 90): Config(64, 64, 16, warps=8, stages=3),
+    **{
+        (epilogue, "weights", "ieee", 90): Config(64, 64, 16, warps=8, stages=3)
+        for epilogue in ("lifted", "margin_contrastive", "sigmoid")
+    },
 }
 """An architecture without an entry takes sm_80's; an epilogue without one of its own takes all epilogues'."""
 
