@@ -85,8 +85,6 @@ def specialised(value):
         return value.base.dtype, *value.block_shape
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
-    if hasattr(value, "block_shape"):  # a tensor descriptor: sizes and strides are the launch's
-        return value.base.dtype, *value.block_shape
     if isinstance(value, int) and not isinstance(value, bool):
         return "int", value == 1, value % 16 == 0
     return str(value)

@@ -200,7 +200,7 @@ def tile(sweep, rows, objective, dtype=torch.bfloat16, is_batch=False, budget=25
 
 
 def objective(name: str):
-    parameters = {"softmax": [1.0, 0.0, 0.0, 0.0], "margin_softmax": [0.5, 1.0]}
+    parameters = {"softmax": [1.0, 0.0, 0.0, 0.0], "margin_softmax": [0.5, 1.0], "lifted": [1.0]}
     return OBJECTIVES[name].from_parameters(parameters.get(name, []))
 
 
@@ -227,5 +227,9 @@ class TestTiles:
 
     def test_a_batch_has_low_tiles(self):
         """As wide as high on the diagonal, of which half is for nothing."""
-        assert tile("statistics", 32_768, objective("sup_con"), is_batch=True)[0] == 4096
-        assert tile("statistics", 32_768, objective("softmax"))[0] > 4096
+        assert tile("gradients", 10**6, objective("sup_con"), is_batch=True)[0] == 8192
+        assert tile("statistics", 10**6, objective("lifted"), is_batch=True)[0] == 4096
+
+    def test_sums_of_a_batch_have_high_ones(self):
+        """They are of rows alone, so that a tile on the diagonal does nothing twice."""
+        assert tile("statistics", 10**6, objective("sup_con"), is_batch=True)[0] == 32_768
