@@ -132,5 +132,5 @@ def sigmoid_off_diagonal(s, row, column, inputs):
 
 SIGMOID = Epilogue(
     "sigmoid", sigmoid_empty, sigmoid_reduce, sigmoid_merge, sigmoid_weights,
-    off_diagonal=sigmoid_off_diagonal, off_diagonal_reduce=sigmoid_off_diagonal_reduce,
+    off_diagonal=sigmoid_off_diagonal, off_diagonal_reduce=sigmoid_off_diagonal_reduce, additive=True,
 )  # fmt: skip
