@@ -56,7 +56,7 @@ class TritonBackend(Backend):
         self._weights: Tensor | None = None
         self._partials: tuple[Tensor, ...] = ()
         self._largest: tuple[Problem, int, Tensor] | None = None
-        self._reference: tuple[Tensor, Tensor] | None = None
+        self._reference: tuple[Tensor, Tensor | None, Tensor] | None = None
 
     @staticmethod
     def tile_shape(sweep, rows, d, dtype, device, objective, is_batch, memory_budget) -> tuple[int, int]:
@@ -121,11 +121,12 @@ class TritonBackend(Backend):
         """Read once for all tiles of a sweep."""
         if not self._epilogue.by_reference or self.objective.has_offsets:
             return None
-        if self._reference is None or self._reference[0] is not row_table:
+        known = self._reference
+        if known is None or known[0] is not row_table or known[1] is not column_table:
             shape = row_table.shape[1], 0 if column_table is None else column_table.shape[1]
             tables = TileInputs.of(shape, problem.scale, row_table=row_table, column_table=column_table)
-            self._reference = row_table, shared_reference(tables)
-        return self._reference[1]
+            self._reference = known = row_table, column_table, shared_reference(tables)
+        return known[2]
 
     def _largest_squares(self, problem: Problem, tile: Tile) -> Tensor:
         """Of the rows and of the tile's source, read once."""
