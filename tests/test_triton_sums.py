@@ -11,8 +11,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_cases import value_and_gradients
 from triton_harness import few_programs, interpreter, tolerance
 
+from replearn_kernels import info_nce_loss
 from replearn_kernels.objectives.base import empty_table
 from replearn_kernels.triton_kernels import (
     SOFTMAX,
@@ -238,13 +240,22 @@ def weights_at(apart: float, broken: float | None = None) -> tuple[torch.Tensor,
     return reference, w, exact, logits
 
 
-@pytest.mark.parametrize("apart, shared", [(10.0, 1), (150.0, 1), (185.0, 1), (187.0, 0), (600.0, 0)])
+@pytest.mark.parametrize("apart, shared", [(10.0, 1), (100.0, 1), (119.0, 1), (121.0, 0), (600.0, 0)])
 def test_reference(apart, shared):
-    """Sums up to 2^186 apart share it. W is right on either side, to the last digit of the largest logit."""
+    """Sums up to 2^120 apart share it. W is right on either side, to the last digit of the largest logit."""
     reference, w, exact, logits = weights_at(apart)
     assert reference[1] == shared
     allowed = tolerance(torch.float32, logits.abs().max().item())
     assert ((w - exact).abs() <= allowed * exact.clamp(min=2**-100)).all()
+
+
+@pytest.mark.parametrize("size, shared", [(4000.0, 1), (4200.0, 0), (3e9, 0)])
+def test_no_reference_for_sums_whose_logarithms_have_too_few_digits(size, shared):
+    """A GPU takes an exact product less the reference: the reference has to be as exact, to fractions of 1."""
+    top = torch.full((3, 5), size / math.log2(math.e))
+    top[1:] = 0
+    inputs = TileInputs.of((5, 5), torch.tensor(1.0), row_table=top, column_table=top.clone())
+    assert shared_reference(inputs)[1] == shared
 
 
 def test_no_digits_are_lost_at_the_reference():
@@ -260,3 +271,27 @@ def test_reference_of_what_is_not_finite(value):
     assert reference[1] == 0
     others = torch.arange(70) != 9
     assert (w / exact - 1)[others].abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 14.3])
+@pytest.mark.parametrize("shape, with_batch", [((5, 40, 48), True), ((40, 48), False), ((40, 48), True)])
+def test_sums_meet_statistics_of_other_sources(shape, with_batch, scale):
+    """Own negatives, and MoCo's own positives, come from PyTorch's passes, whose max is 0 at a scale of 0."""
+
+    def loss(dtype: torch.dtype, backend: str) -> float:
+        x, y, z = (t.to(dtype) for t in (unit_rows(5, 48), unit_rows(5, 48, 1), negatives))
+        options = {"logit_scale": scale, "batch_negatives": with_batch, "backend": backend}
+        with use_config(BLOCKS):
+            return info_nce_loss(x, y, negatives=z, **options).item()
+
+    negatives = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    assert loss(torch.float32, "triton") == pytest.approx(loss(torch.float64, "eager"), rel=2e-6)
+
+
+@pytest.mark.parametrize("loss", ["clip", "sup_con", "siglip"])
+def test_no_features(loss):
+    x, labels = torch.zeros(5, 0), torch.arange(5) // 2
+    with use_config(BLOCKS):
+        results = [value_and_gradients(loss, x, x, labels, 10.0, backend=name) for name in ("eager", "triton")]
+    for expected, got in zip(*results):
+        assert torch.allclose(got, expected)

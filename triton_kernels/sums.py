@@ -31,8 +31,10 @@ _HEADROOM = tl.constexpr(100.0)
 """The largest exponent of an entry: 2^27 of them fit one sum."""
 _LARGEST_SHIFT = tl.constexpr(120.0)
 """Beyond it hardly a row has an entry near enough to the bound, and the sums are not even tried."""
-_LOWEST = tl.constexpr(86.0)
-"""How far below the reference a sum may lie: its entries then count to 2^-24, and its inverse does not overflow."""
+_SPREAD = tl.constexpr(60.0)
+"""How far from the reference a sum may lie: a row's weight, of 1 at most, times its inverse may be 2^-126."""
+_LARGEST_LOGARITHM = tl.constexpr(4096.0)
+"""Of a sum: known to 2^-12 then. A GPU takes an exact product less the reference, which has to be as exact."""
 _BOUND_PROGRAMS = 128
 _FOLDED = tl.constexpr(32)  # partial sums that are loaded at once
 
@@ -138,11 +140,12 @@ def sums_kernel(
 def against_itself(shift, total, rate):
     """(max, sum) for ``total 2^shift``, with a sum near 1, as the true max has it: its logarithm loses no digits.
 
-    ``total 2^(shift - rate top)`` is formed with the top as it was rounded, and of an exponent near 0.
+    ``total 2^(shift - rate top)`` is formed with the top as it was rounded, and of an exponent near 0. At a scale of 0
+    every v is 0, and so is the max.
     """
     exponent = tl.floor(tl.log2(total))
     mantissa = total * tl.exp2(-exponent)
-    top = (shift + tl.log2(total)) / tl.maximum(rate, 1e-6)  # a scale of 0 has any top
+    top = tl.where(rate > 1e-30, (shift + tl.log2(total)) / tl.maximum(rate, 1e-30), 0.0)
     return top, mantissa * tl.exp2(shift + exponent - rate * top)
 
 
@@ -227,30 +230,31 @@ def logarithms_range(table, stride, count, inputs, BLOCK: tl.constexpr):
 
 @triton.jit
 def reference_kernel(reference, inputs, BLOCK: tl.constexpr):
-    """The middle of the logarithms, or lower where that is too far above the least."""
+    """The middle of the logarithms, and whether all are near enough to it."""
     least, largest = logarithms_range(inputs.row_table, inputs.row_stride, inputs.rows, inputs, BLOCK)
     if inputs.column_table is not None:
         low, high = logarithms_range(inputs.column_table, inputs.column_stride, inputs.columns, inputs, BLOCK)
         least, largest = tl.minimum(least, low), tl.maximum(largest, high)
-    exponent = tl.minimum(0.5 * (least + largest), least + _LOWEST)
+    exponent = 0.5 * (least + largest)
+    shared = (largest - exponent <= _SPREAD) & (tl.maximum(tl.abs(least), tl.abs(largest)) <= _LARGEST_LOGARITHM)
     tl.store(reference, exponent)
-    tl.store(reference + 1, (largest - exponent <= _HEADROOM).to(tl.float32))
+    tl.store(reference + 1, shared.to(tl.float32))
 
 
 def shared_reference(inputs: TileInputs) -> Tensor:
     """``inputs.reference`` for the tiles of a problem, of whose coefficients (max, log of the sum, ...) it is read."""
     reference = inputs.row_table.new_empty(2)
-    reference_kernel[(1,)](reference, inputs, BLOCK=4096, num_warps=8)
+    reference_kernel[(1,)](reference, inputs, BLOCK=4096, num_warps=8, enable_fp_fusion=True)
     return reference
 
 
 def largest_squares(query: Tensor, key: Tensor) -> Tensor:
     """For :func:`update_by_sums`: ``[2, programs]``, whose largest are the largest squares of the rows' lengths."""
     largest = query.new_empty(2, _BOUND_PROGRAMS, dtype=torch.float32)
-    width = triton.next_power_of_2(query.shape[1])
+    width = triton.next_power_of_2(max(query.shape[1], 1))
     largest_squares_kernel[(_BOUND_PROGRAMS, 2)](
         query, query.stride(0), query.shape[0], key, key.stride(0), key.shape[0], largest, query.shape[1],
-        BLOCK_M=max(4096 // width, 1), BLOCK_K=width, num_warps=4,
+        BLOCK_M=max(4096 // width, 1), BLOCK_K=width, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return largest
 

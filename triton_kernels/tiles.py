@@ -112,9 +112,9 @@ def aligned(features: Tensor) -> Tensor:
     A copy of one tile's features, where the unaligned kernel would load element by element, and spill.
     """
     rows, d = features.shape
-    if d % ALIGNMENT == 0 and features.stride(0) % ALIGNMENT == 0 and features.data_ptr() % 16 == 0:
+    if d and d % ALIGNMENT == 0 and features.stride(0) % ALIGNMENT == 0 and features.data_ptr() % 16 == 0:
         return features
-    padded = features.new_zeros(rows, triton.cdiv(d, ALIGNMENT) * ALIGNMENT)
+    padded = features.new_zeros(rows, max(triton.cdiv(d, ALIGNMENT), 1) * ALIGNMENT)
     padded[:, :d] = features
     return padded
 
