@@ -164,7 +164,7 @@ def finish_kernel(
     table, table_stride,  # [QUANTITIES, R], or [QUANTITIES, C]
     diagonal, count, d,
     inputs,
-    EMPTY: tl.constexpr, REDUCE: tl.constexpr, MERGE: tl.constexpr, QUANTITIES: tl.constexpr, AXIS: tl.constexpr,
+    REDUCE: tl.constexpr, MERGE: tl.constexpr, QUANTITIES: tl.constexpr, AXIS: tl.constexpr,
     GROUPED: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -298,7 +298,7 @@ def update_by_sums(
         blocks = triton.cdiv(table.shape[1], config.block_m if axis else config.block_n)
         finish_kernel[(blocks,)](
             *described_rows(query, key, config), largest, sums, positives, table, table.stride(0), diagonal,
-            len(sums), d, inputs, epilogue.empty, epilogue.reduce, epilogue.merge, table.shape[0], axis,
+            len(sums), d, inputs, epilogue.reduce, epilogue.merge, table.shape[0], axis,
             GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, **launch_options(config, query),
         )  # fmt: skip
 
