@@ -4,7 +4,7 @@
     distances.py    similarities that are distances
     statistics.py   sweep 1: statistics of rows and columns (skeleton and launcher)
     sums.py         sweep 1 of a plain softmax: sums of one exponential an entry
-    tma.py          features moved by TMA
+    tma.py          features and W moved by TMA
     gradients.py    sweep 2: dL/dl of a tile, or its products with the features (skeletons and launchers)
     softmax.py      the softmax family's epilogues
     sigmoid.py      the sigmoid family's

@@ -20,8 +20,8 @@ class Config:
 
     ``column_blocks``: how many blocks of columns a program of the statistics kernel visits in turn.
     ``parts``: 0: features are read through pointers. Otherwise by TMA, by programs that stay for many blocks, and an
-    epilogue takes a block's columns in this many parts, a power of 2: half of them take half the registers.
-    ``programs``: of those, on one multiprocessor. ``registers``: of a thread at most, so that as many fit.
+    epilogue takes a block's columns in this many parts, a power of 2: half of the columns take half of the registers.
+    ``programs``: how many of these programs share a multiprocessor. ``registers``: of a thread, at most, for that.
     """
 
     block_m: int
@@ -39,11 +39,11 @@ class Config:
 # writes the figures to bench/results/triton_resources.md. That is under the pinned Triton, 3.9, and but for kernels by
 # TMA; 3.6 spills in some more (triton_3_6_resources.md). What decides:
 # - By TMA (sm_90, half precision) a program forms block after block, and another on the same multiprocessor hides its
-#   epilogue: 128 x 128 entries in 8 warps at 128 registers a thread, two programs of 104 to 115 KiB. Two programs that
+#   epilogue: 128 x 128 entries in 8 warps at 128 registers a thread, two programs of 96 to 112 KiB. Two programs that
 #   spill beat one that does not. On an H200 under Triton 3.6 (2026-11-26, bench/results/gpu), TFLOP/s at d = 512 of
 #   CLIP's W: 415 in 2 parts, 390 in 4, 348 in 8, where no instruction spills; one program of 4 stages 274; 128 x 256
-#   321; by pointers 181, with 128 registers 252. SupCon's 289, 303, 301; SigLIP's 321, 299, 231; one direction's 474,
-#   483, 457; the margin's 455, 449, 404. CLIP's sums: 583, one program 430, 128 x 256 534; statistics by pointers 210.
+#   321; by pointers 181, with 128 registers 252. In 2, 4 and 8 parts SupCon's 289, 303, 301; SigLIP's 321, 299, 231;
+#   one direction's 474, 483, 457; the margin's 455, 449, 404. CLIP's sums: 583, one program 430, 128 x 256 534; statistics by pointers 210.
 #   What finishes the sums runs once a row, and has all registers. Under 3.9 nothing was timed; up to 270 instructions
 #   spill there, and 461 under 3.6.
 # - Registers, 255 a thread at most. 128 x 128 entries in 8 warps are 64 a thread, over 32 columns, each with a partial

@@ -7,7 +7,7 @@ Sweep 1. ``E_ij = 2^(rate v_ij - shift)``, where rate is ``|logit_scale| log2(e)
 ``bound = rate max|x| max|y|`` (Cauchy-Schwarz). With ``shift = max(0, bound - 100)`` no sum can overflow. Rows and
 columns whose sums may have lost what underflowed (:func:`enough`) are formed again against their maxima, by the same
 launch that finishes the others. Unit rows and a scale of 69 or less never are; at a scale of 100 only those whose best
-cosine is below -0.28 are. A bound beyond 220 is not tried.
+cosine is below -0.28, of 65,536, are. A bound beyond 220 is not tried.
 
 Sweep 2. ``W_ij = E_ij (r_i + c_j)``, against the middle of the logarithms of all sums, where exponents are small and
 have the most digits; no entry is larger than its row's sum, so none overflows (:func:`shared_reference`). Where sums
@@ -32,7 +32,7 @@ _HEADROOM = tl.constexpr(100.0)
 _LARGEST_SHIFT = tl.constexpr(120.0)
 """Beyond it hardly a row has an entry near enough to the bound, and the sums are not even tried."""
 _SPREAD = tl.constexpr(60.0)
-"""How far from the reference a sum may lie: a row's weight, of 1 at most, times its inverse may be 2^-126."""
+"""How far from the reference a sum may lie: a row's weight, 1 at most, is divided by 2^60 then, and may be 2^-66."""
 _LARGEST_LOGARITHM = tl.constexpr(4096.0)
 """Of a sum: known to 2^-12 then. A GPU takes an exact product less the reference, which has to be as exact."""
 _BOUND_PROGRAMS = 128
