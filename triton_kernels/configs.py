@@ -43,7 +43,8 @@ class Config:
 #   spill beat one that does not. On an H200 under Triton 3.6 (2026-11-26, bench/results/gpu), TFLOP/s at d = 512 of
 #   CLIP's W: 415 in 2 parts, 390 in 4, 348 in 8, where no instruction spills; one program of 4 stages 274; 128 x 256
 #   321; by pointers 181, with 128 registers 252. In 2, 4 and 8 parts SupCon's 289, 303, 301; SigLIP's 321, 299, 231;
-#   one direction's 474, 483, 457; the margin's 455, 449, 404. CLIP's sums: 583, one program 430, 128 x 256 534; statistics by pointers 210.
+#   one direction's 474, 483, 457; the margin's 455, 449, 404. CLIP's sums: 583, one program 430, 128 x 256 534;
+#   statistics by pointers 210.
 #   What finishes the sums runs once a row, and has all registers. Under 3.9 nothing was timed; up to 270 instructions
 #   spill there, and 461 under 3.6.
 # - Registers, 255 a thread at most. 128 x 128 entries in 8 warps are 64 a thread, over 32 columns, each with a partial
