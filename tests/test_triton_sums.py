@@ -275,14 +275,13 @@ def test_reference_of_what_is_not_finite(value):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-12, 14.3])
 @pytest.mark.parametrize("shape, with_batch", [((5, 40, 48), True), ((40, 48), False), ((40, 48), True)])
-@pytest.mark.parametrize("blocks", [BLOCKS, Config(BLOCK, BLOCK, 0, warps=4, stages=2)], ids=["sums", "maxima"])
-def test_sums_meet_statistics_of_other_sources(blocks, shape, with_batch, scale):
+def test_sums_meet_statistics_of_other_sources(shape, with_batch, scale):
     """Own negatives, and MoCo's own positives, come from PyTorch's passes, whose max is 0 at a scale of 0."""
 
     def loss(dtype: torch.dtype, backend: str) -> float:
         x, y, z = (t.to(dtype) for t in (unit_rows(5, 48), unit_rows(5, 48, 1), negatives))
         options = {"logit_scale": scale, "batch_negatives": with_batch, "backend": backend}
-        with use_config(blocks):
+        with use_config(BLOCKS):
             return info_nce_loss(x, y, negatives=z, **options).item()
 
     negatives = torch.randn(shape, generator=torch.Generator().manual_seed(2))

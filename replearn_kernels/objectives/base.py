@@ -133,9 +133,6 @@ class Objective(ABC):
         raise NotImplementedError(f"{self.name} has no bias")
 
 
-_TINY = torch.finfo(torch.float32).tiny
-
-
 def empty_table(quantities: int, count: int, like: Tensor) -> Tensor:
     """(max, sum, ...) of nothing: the lowest max, zeros."""
     table = like.new_zeros((quantities, count))
@@ -149,9 +146,5 @@ def sign(scale: float | Tensor) -> int | Tensor:
 
 
 def steepness(scale: float | Tensor) -> float | Tensor:
-    """``|scale|``; the least normal number where that is 0, which would make NaN of a masked similarity, -inf.
-
-    That makes nothing of any other difference, so that sums against maxima of 0, as these passes have them then, can be
-    merged with others'.
-    """
-    return torch.where(scale == 0, _TINY, abs(scale)) if isinstance(scale, Tensor) else abs(scale) or _TINY
+    """``|scale|``; 1 where that is 0, which would make NaN of a masked similarity, -inf: others are 0 by their sign."""
+    return torch.where(scale == 0, 1, abs(scale)) if isinstance(scale, Tensor) else abs(scale) or 1.0
