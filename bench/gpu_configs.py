@@ -29,7 +29,7 @@ from replearn_kernels.triton_kernels import (
     TileInputs,
     accumulate_gradient,
     form_weights,
-    largest_squares,
+    begin_sums,
     shared_reference,
     update_by_sums,
     update_statistics,

@@ -58,7 +58,7 @@ def family_arguments(name, reduction, backend, any_size=False):
             query, [key], torch.randn(6, 1, 5, requires_grad=True), None, None, None, scale, None,
             "softmax", [0.0, 0.1, 0.0, 1.0], *options, [True] * 4,
         ),
-        "sup_con": (query, [], None, None, rows, None, scale, None, "sup_con", [], *options, [True] * 2),
+        "sup_con": (query, [], None, None, rows, None, scale, None, "sup_con", [0.0], *options, [True] * 2),
         "sigmoid": (query, [key], None, None, None, None, scale, bias, "sigmoid", [0.0], *options, [True] * 4),
         "groups": (query, [key], None, None, rows, columns, scale, bias, "sigmoid", [1.0], *options, [True] * 4),
         "margin": (query, [key], None, rows.abs() % 7, None, None, scale.detach(), None, "margin_softmax", [0.5, 1.0],

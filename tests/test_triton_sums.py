@@ -21,7 +21,7 @@ from replearn_kernels.triton_kernels import (
     SUP_CON,
     TileInputs,
     form_weights,
-    largest_squares,
+    begin_sums,
     shared_reference,
     update_by_sums,
 )
@@ -46,16 +46,16 @@ def unit_rows(n: int, d: int, seed: int = 0) -> torch.Tensor:
 
 def tables_of(x, y, scale: float, diagonal: int = 0, groups=None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(max, sum, positive) of the rows and (max, sum) of the columns; with ``groups`` of the rows alone."""
-    target = torch.arange(len(x)) if groups is None and diagonal == 0 else None
+    epilogue = SOFTMAX if groups is None else SUP_CON
+    own = 0 if groups is None and diagonal == 0 else None
     of_rows, of_columns = (None, None) if groups is None else groups
     in_batch = groups is not None and diagonal == 0
     shape, scale = (len(x), len(y)), torch.tensor(scale)
-    inputs = TileInputs.of(shape, scale, 0.0, target, of_rows, of_columns, diagonal=in_batch)
+    inputs = TileInputs.of(shape, scale, 0.0, None, of_rows, of_columns, diagonal=in_batch, own=own)
     row_table = empty_table(3, len(x), x.float())
     column_table = empty_table(2, len(y), x.float()) if groups is None else None
     with use_config(BLOCKS):
-        epilogue = SOFTMAX if groups is None else SUP_CON
-        update_by_sums(epilogue, x, y, inputs, largest_squares(x, y), diagonal, row_table, column_table)
+        update_by_sums(epilogue, x, y, inputs, begin_sums(epilogue, x, y), diagonal, row_table, column_table)
     return row_table, column_table
 
 
@@ -185,7 +185,7 @@ def test_tiles_fold_into_one_table():
         for part in (y[:40], y[40:]):
             inputs = TileInputs.of((40, len(part)), torch.tensor(scale))
             with use_config(BLOCKS):
-                update_by_sums(SOFTMAX, x, part, inputs, largest_squares(x, y), NOWHERE, table, None)
+                update_by_sums(SOFTMAX, x, part, inputs, begin_sums(SOFTMAX, x, y), NOWHERE, table, None)
         check_sums(table, logits_of(x, y, scale), scale, bound_of(x, y, scale))
 
 

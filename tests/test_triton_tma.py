@@ -200,7 +200,7 @@ def tile(sweep, rows, objective, dtype=torch.bfloat16, is_batch=False, budget=25
 
 
 def objective(name: str):
-    parameters = {"softmax": [1.0, 0.0, 0.0, 0.0], "margin_softmax": [0.5, 1.0], "lifted": [1.0]}
+    parameters = {"softmax": [1.0, 0.0, 0.0, 0.0], "margin_softmax": [0.5, 1.0], "lifted": [1.0], "sup_con": [0.0]}
     return OBJECTIVES[name].from_parameters(parameters.get(name, []))
 
 

@@ -5,7 +5,9 @@
     statistics.py   sweep 1: statistics of rows and columns (skeleton and launcher)
     sums.py         sweep 1 of a plain softmax: sums of one exponential an entry
     tma.py          features and W moved by TMA
+    combine.py      between the sweeps: the loss, and what sweep 2 needs to know of rows and columns
     gradients.py    sweep 2: dL/dl of a tile, or its products with the features (skeletons and launchers)
+    outputs.py      the end: gradients in the features' dtype, and the scale's
     softmax.py      the softmax family's epilogues
     sigmoid.py      the sigmoid family's
     margin_contrastive.py, hardest.py, semi_hard.py, batch_all.py    those of losses over distances, but for the
@@ -17,14 +19,16 @@ of a tile of similarities that has not left the registers.
 """
 
 from .batch_all import BATCH_ALL
+from .combine import COEFFICIENTS, STATE, combine
 from .gradients import accumulate_gradient, form_weights
 from .hardest import HARDEST
 from .margin_contrastive import MARGIN_CONTRASTIVE
+from .outputs import Side, finish_gradients
 from .semi_hard import SEMI_HARD
 from .sigmoid import SIGMOID
 from .softmax import LIFTED, MARGIN_SOFTMAX, SOFTMAX, SUP_CON
 from .statistics import update_statistics
-from .sums import largest_squares, shared_reference, update_by_sums
+from .sums import begin_sums, shared_reference, update_by_sums
 from .tiles import Epilogue, Points, TileInputs
 
 EPILOGUES: dict[str, Epilogue] = {
@@ -36,6 +40,6 @@ EPILOGUES: dict[str, Epilogue] = {
 """By the objective's name, or where a family shares one by the family's."""
 
 __all__ = [
-    "EPILOGUES", "Epilogue", "Points", "TileInputs", "accumulate_gradient", "form_weights", "largest_squares",
-    "shared_reference", "update_by_sums", "update_statistics",
+    "COEFFICIENTS", "EPILOGUES", "STATE", "Epilogue", "Points", "Side", "TileInputs", "accumulate_gradient", "begin_sums", "combine",
+    "finish_gradients", "form_weights", "shared_reference", "update_by_sums", "update_statistics",
 ]  # fmt: skip

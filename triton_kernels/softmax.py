@@ -96,7 +96,7 @@ def softmax_reduce(s, row, column, inputs, AXIS: tl.constexpr):
     top, total = softmax_fold(v, inputs, AXIS)
     if AXIS == 0:
         return top, total
-    elif inputs.target is None:
+    elif (inputs.target is None) & (inputs.own is None):
         return top, total, tl.zeros_like(top)
     else:
         return top, total, tl.sum(tl.where(is_target(row, column, inputs) & counted, v, 0.0), AXIS)
@@ -109,7 +109,7 @@ def softmax_weights(s, row, column, inputs):
     if inputs.row_group is not None:
         v = tl.where(softmax_counted(row, column, inputs), v, float("-inf"))
     w = softmax_shares(v, row, column, inputs)
-    if inputs.target is not None:
+    if (inputs.target is not None) | (inputs.own is not None):
         positive_weight = load_vector(inputs.row_table + 3 * inputs.row_stride, row, inputs.rows)
         w -= tl.where(is_target(row, column, inputs), positive_weight, 0.0)
     return w
@@ -134,9 +134,26 @@ def softmax_share_of(table, stride, index, size, inputs):
     return load_vector(table + 2 * stride, index, size) * tl.exp2(-logarithm)
 
 
+@triton.jit
+def softmax_combine(of_row, of_column, inside, positives, inputs):
+    """Losses and coefficients of ``objectives/softmax.py`` without label smoothing. A row's positive is the column of
+    its own number, where columns have statistics."""
+    steep, zero = tl.abs(tl.load(inputs.scale).to(tl.float32)), tl.zeros_like(of_row[0])
+    one = zero + 1.0
+    logarithm = tl.log(of_row[1])
+    loss = (of_row[0] - of_row[2]) * steep + logarithm
+    if len(of_column) == 0:
+        return loss, one, (of_row[0], logarithm, one, one, zero), ()
+    else:
+        of_columns = tl.log(of_column[1])
+        loss = 0.5 * (loss + ((of_column[0] - of_row[2]) * steep + of_columns))
+        columns = (of_column[0], of_columns, tl.where(inside, 0.5, 0.0), zero, zero)
+        return loss, one, (of_row[0], logarithm, 0.5 * one, one, zero), columns
+
+
 SOFTMAX = Epilogue(
     "softmax", softmax_empty, softmax_reduce, softmax_merge, softmax_weights,
-    by_sums=True, off_diagonal=softmax_off_diagonal, by_reference=True,
+    by_sums=True, off_diagonal=softmax_off_diagonal, by_reference=True, combine=softmax_combine,
 )  # fmt: skip
 
 
@@ -176,9 +193,22 @@ def sup_con_off_diagonal(s, row, column, inputs):
     return softmax_off_diagonal(s, row, column, inputs) - tl.where(same_group(row, column, inputs), positive, 0.0)
 
 
+@triton.jit
+def sup_con_combine(of_row, of_column, inside, positives, inputs):
+    """Losses and coefficients of ``objectives/sup_con.py``. A row without others has an empty sum."""
+    steep, zero = tl.abs(tl.load(inputs.scale).to(tl.float32)), tl.zeros_like(of_row[0])
+    has = tl.where(positives > 0, 1.0, 0.0)
+    several = tl.maximum(positives, 1).to(tl.float32)
+    loss = (of_row[0] - of_row[2] / several) * steep + tl.log(of_row[1])
+    loss = tl.where((positives > 0) | (of_row[1] != of_row[1]), loss, 0.0)
+    empty = of_row[1] == 0
+    top, logarithm = tl.where(empty, HIGHEST, of_row[0]), tl.log(tl.where(empty, 1.0, of_row[1]))
+    return loss, has, (top, logarithm, has, has / several, zero), ()
+
+
 SUP_CON = Epilogue(
     "sup_con", sup_con_empty, sup_con_reduce, softmax_merge, sup_con_weights,
-    by_sums=True, off_diagonal=sup_con_off_diagonal, by_reference=True,
+    by_sums=True, off_diagonal=sup_con_off_diagonal, by_reference=True, combine=sup_con_combine,
 )  # fmt: skip
 
 

@@ -40,17 +40,31 @@ _FOLDED = tl.constexpr(32)  # partial sums that are loaded at once
 
 
 @triton.jit
-def largest_squares_kernel(
+def begin_kernel(
     query, query_stride, rows,  # [rows, d]
     key, key_stride, columns,  # [columns, d]
+    row_table, row_stride,  # [quantities, rows], or None
+    column_table, column_stride,  # [quantities, columns], or None
     largest,  # [2, programs]
     d,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    EMPTY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The largest square of a row's length, of the rows that this program visits."""
-    x, stride, count = query, query_stride, rows
-    if tl.program_id(1) == 1:
-        x, stride, count = key, key_stride, columns
+    """The largest square of a row's length, of the rows that this program visits; tables are given empty sets there.
+
+    Programs (., 0) visit the query and the table of the rows, (., 1) the key and the columns' table.
+    """
+    if tl.program_id(1) == 0:
+        top = begin_rows(query, query_stride, rows, row_table, row_stride, d, EMPTY, 1, BLOCK_M, BLOCK_K)
+    else:
+        top = begin_rows(key, key_stride, columns, column_table, column_stride, d, EMPTY, 0, BLOCK_M, BLOCK_K)
+    tl.store(largest + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), top)
+
+
+@triton.jit
+def begin_rows(
+    x, stride, count, table, table_stride, d,
+    EMPTY: tl.constexpr, AXIS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     k = tl.arange(0, BLOCK_K)
     top = tl.zeros([BLOCK_M], tl.float32)
     for start in range(tl.program_id(0) * BLOCK_M, count, tl.num_programs(0) * BLOCK_M):
@@ -58,7 +72,9 @@ def largest_squares_kernel(
         inside = (row < count)[:, None] & (k < d)[None, :]
         block = tl.load(x + row.to(tl.int64)[:, None] * stride + k[None, :], mask=inside, other=0.0).to(tl.float32)
         top = tl.maximum(top, tl.sum(block * block, 1), propagate_nan=tl.PropagateNan.ALL)
-    tl.store(largest + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), tl.max(top, 0))
+        if table is not None:
+            store_quantities(table, table_stride, row, row < count, EMPTY(BLOCK_M, AXIS))
+    return tl.max(top, 0)
 
 
 @triton.jit
@@ -159,21 +175,45 @@ def enough(total, others):
 def finish_kernel(
     query, key,  # descriptors of [R, d], [C, d]
     largest,  # [2, PROGRAMS]
-    sums,  # [count, R], or [count, C] where AXIS = 0
+    row_sums, row_count,  # [row_count, R]
+    column_sums, column_count,  # [column_count, C], or None
     positives,  # of the rows, as sums_kernel left them
-    table, table_stride,  # [QUANTITIES, R], or [QUANTITIES, C]
-    diagonal, count, d,
+    row_table, row_stride,  # [quantities, R]
+    column_table, column_stride,  # [2, C], or None
+    diagonal, d,
     inputs,
+    REDUCE: tl.constexpr, MERGE: tl.constexpr, QUANTITIES: tl.constexpr,
+    GROUPED: tl.constexpr, PROGRAMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Fold the sums of a block of rows into their table, or, in the programs that follow, of a block of columns."""
+    program, row_blocks = tl.program_id(0), tl.cdiv(inputs.rows, BLOCK_M)
+    if program < row_blocks:
+        finish_block(
+            query, key, largest, row_sums, row_count, positives, row_table, row_stride, program, diagonal, d, inputs,
+            REDUCE, MERGE, QUANTITIES, 1, GROUPED, PROGRAMS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+        )  # fmt: skip
+    elif column_table is not None:
+        finish_block(
+            query, key, largest, column_sums, column_count, positives, column_table, column_stride,
+            program - row_blocks, diagonal, d, inputs,
+            REDUCE, MERGE, 2, 0, GROUPED, PROGRAMS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_block(
+    query, key, largest, sums, count, positives, table, table_stride, number, diagonal, d, inputs,
     REDUCE: tl.constexpr, MERGE: tl.constexpr, QUANTITIES: tl.constexpr, AXIS: tl.constexpr,
     GROUPED: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Fold a block of rows (AXIS = 1) or columns (0) into the table: its sums, or where they are not enough, anew."""
+    """A block of rows (AXIS = 1) or columns (0): from its sums, or where they are not enough, anew."""
     block: tl.constexpr = BLOCK_M if AXIS == 1 else BLOCK_N
     size, others = inputs.rows, inputs.columns
     if AXIS == 0:
         size, others = inputs.columns, inputs.rows
-    start = tl.program_id(0) * block
+    start = number * block
     index = start + tl.arange(0, block)
     inside = index < size
     shift = shift_of(largest, inputs, PROGRAMS)
@@ -213,32 +253,43 @@ def partial_sums(partials, count, index, inside, size):
 
 
 @triton.jit
-def logarithms_range(table, stride, count, inputs, BLOCK: tl.constexpr):
+def logarithms_range(top, logarithm, inside, inputs):
     """The least and the largest logarithm, to the base 2, of a row's sum; -1e30 and 1e30 where one is not finite."""
-    rate = softmax_rate(inputs)
+    total = top * softmax_rate(inputs) + logarithm * LOG2_E
+    usable = tl.abs(total) < 1e30
+    least = tl.where(inside, tl.where(usable, total, -1e30), float("inf"))
+    largest = tl.where(inside, tl.where(usable, total, 1e30), float("-inf"))
+    return least, largest
+
+
+@triton.jit
+def table_range(table, stride, count, inputs, BLOCK: tl.constexpr):
     least, largest = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
         inside = index < count
-        logarithm = tl.load(table + index, mask=inside, other=0.0) * rate
-        logarithm += tl.load(table + stride + index, mask=inside, other=0.0) * LOG2_E
-        usable = tl.abs(logarithm) < 1e30
-        least = tl.minimum(least, tl.where(inside, tl.where(usable, logarithm, -1e30), float("inf")))
-        largest = tl.maximum(largest, tl.where(inside, tl.where(usable, logarithm, 1e30), float("-inf")))
+        top, logarithm = load_quantities(table, stride, index, inside, 2)
+        low, high = logarithms_range(top, logarithm, inside, inputs)
+        least, largest = tl.minimum(least, low), tl.maximum(largest, high)
     return tl.min(least, 0), tl.max(largest, 0)
 
 
 @triton.jit
-def reference_kernel(reference, inputs, BLOCK: tl.constexpr):
+def store_reference(reference, least, largest):
     """The middle of the logarithms, and whether all are near enough to it."""
-    least, largest = logarithms_range(inputs.row_table, inputs.row_stride, inputs.rows, inputs, BLOCK)
-    if inputs.column_table is not None:
-        low, high = logarithms_range(inputs.column_table, inputs.column_stride, inputs.columns, inputs, BLOCK)
-        least, largest = tl.minimum(least, low), tl.maximum(largest, high)
     exponent = 0.5 * (least + largest)
     shared = (largest - exponent <= _SPREAD) & (tl.maximum(tl.abs(least), tl.abs(largest)) <= _LARGEST_LOGARITHM)
     tl.store(reference, exponent)
     tl.store(reference + 1, shared.to(tl.float32))
+
+
+@triton.jit
+def reference_kernel(reference, inputs, BLOCK: tl.constexpr):
+    least, largest = table_range(inputs.row_table, inputs.row_stride, inputs.rows, inputs, BLOCK)
+    if inputs.column_table is not None:
+        low, high = table_range(inputs.column_table, inputs.column_stride, inputs.columns, inputs, BLOCK)
+        least, largest = tl.minimum(least, low), tl.maximum(largest, high)
+    store_reference(reference, least, largest)
 
 
 def shared_reference(inputs: TileInputs) -> Tensor:
@@ -248,12 +299,23 @@ def shared_reference(inputs: TileInputs) -> Tensor:
     return reference
 
 
-def largest_squares(query: Tensor, key: Tensor) -> Tensor:
-    """For :func:`update_by_sums`: ``[2, programs]``, whose largest are the largest squares of the rows' lengths."""
+def begin_sums(
+    epilogue: Epilogue,
+    query: Tensor,
+    key: Tensor,
+    row_table: Tensor | None = None,  # [quantities, rows]
+    column_table: Tensor | None = None,
+) -> Tensor:
+    """For :func:`update_by_sums`: ``[2, programs]``, whose largest are the largest squares of the rows' lengths.
+
+    Tables become those of empty sets by the same launch.
+    """
     largest = query.new_empty(2, _BOUND_PROGRAMS, dtype=torch.float32)
     width = triton.next_power_of_2(max(query.shape[1], 1))
-    largest_squares_kernel[(_BOUND_PROGRAMS, 2)](
-        query, query.stride(0), query.shape[0], key, key.stride(0), key.shape[0], largest, query.shape[1],
+    row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
+    begin_kernel[(_BOUND_PROGRAMS, 2)](
+        query, query.stride(0), query.shape[0], key, key.stride(0), key.shape[0],
+        row_table, row_stride, column_table, column_stride, largest, query.shape[1], epilogue.empty,
         BLOCK_M=max(4096 // width, 1), BLOCK_K=width, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return largest
@@ -293,20 +355,17 @@ def update_by_sums(
 
     of_rows, of_columns, positives = launch(pick("sums", epilogue.name, query, launch))
     config = pick("finish", epilogue.name, query, launch)
-
-    def finish(sums: Tensor, table: Tensor, axis: int) -> None:
-        blocks = triton.cdiv(table.shape[1], config.block_m if axis else config.block_n)
-        finish_kernel[(blocks,)](
-            *described_rows(query, key, config), largest, sums, positives, table, table.stride(0), diagonal,
-            len(sums), d, inputs, epilogue.reduce, epilogue.merge, table.shape[0], axis,
-            GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, **launch_options(config, query),
-        )  # fmt: skip
-
-    finish(of_rows, row_table, 1)
-    if of_columns is None:
-        return of_rows, positives
-    finish(of_columns, column_table, 0)
-    return of_rows, positives, of_columns
+    blocks, column_count, column_stride = triton.cdiv(rows, config.block_m), 0, 0
+    if column_table is not None:
+        blocks += triton.cdiv(columns, config.block_n)
+        column_count, column_stride = len(of_columns), column_table.stride(0)
+    finish_kernel[(blocks,)](
+        *described_rows(query, key, config), largest, of_rows, len(of_rows), of_columns, column_count, positives,
+        row_table, row_table.stride(0), column_table, column_stride, diagonal, d,
+        inputs, epilogue.reduce, epilogue.merge, row_table.shape[0],
+        GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, **launch_options(config, query),
+    )  # fmt: skip
+    return (of_rows, positives) if of_columns is None else (of_rows, positives, of_columns)
 
 
 def even_regions(column_blocks: int, row_blocks: int, programs: int) -> int:

@@ -48,6 +48,7 @@ class Epilogue:
     off_diagonal_reduce: Callable | None = None  # its ``reduce``, where one sweep does all
     additive: bool = False  # ``merge`` adds
     by_reference: bool = False  # those read ``inputs.reference``, and hold only where it says so
+    combine: Callable | None = None  # from the finished statistics to losses and coefficients (combine.py)
 
 
 # No tuple that a kernel takes holds another, or a bool. Triton 3.6 copies tuples by their types where a loop begins,
@@ -79,6 +80,7 @@ class TileInputs(NamedTuple):
     scale: Tensor  # 0-d: the kernel reads it, so that no launch waits for its value
     bias: Tensor | None  # 0-d; None: 0
     target: Tensor | None  # [rows] int64, the positives' columns
+    own: int | None  # in place of ``target``: row i's positive is column i + own of the tile, which may lie outside
     row_group: Tensor | None  # [rows] int64
     column_group: Tensor | None  # [columns] int64
     first_column: int  # of the tile; target counts from column 0
@@ -93,7 +95,7 @@ class TileInputs(NamedTuple):
 
     @classmethod
     def of(cls, shape, scale, bias=0.0, target=None, row_group=None, column_group=None, first_column=0,
-           diagonal=False, row_table=None, column_table=None, roles=(), reference=None) -> TileInputs:  # fmt: skip
+           diagonal=False, row_table=None, column_table=None, roles=(), reference=None, own=None) -> TileInputs:  # fmt: skip
         """Scalars are numbers (on a GPU only a bias of 0) or 0-d tensors; tables may have any row stride."""
         scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
         if not isinstance(bias, Tensor):
@@ -101,7 +103,7 @@ class TileInputs(NamedTuple):
         row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
         role_0, role_1 = (float(roles[i]) if i < len(roles) else None for i in range(2))
         return cls(
-            *shape, scale, bias, target, row_group, column_group, first_column, int(diagonal),
+            *shape, scale, bias, target, own, row_group, column_group, first_column, int(diagonal),
             row_table, row_stride, column_table, column_stride, reference, role_0, role_1,
         )  # fmt: skip
 
@@ -147,8 +149,11 @@ def inside_tile(row, column, inputs):
 @triton.jit
 def is_target(row, column, inputs):
     """Which entries are a row's positive. In int32: 64-bit columns would take two registers each."""
-    target = load_vector(inputs.target, row, inputs.rows)
-    return column == (target - inputs.first_column).to(tl.int32)
+    if inputs.own is not None:
+        return column == row + inputs.own
+    else:
+        target = load_vector(inputs.target, row, inputs.rows)
+        return column == (target - inputs.first_column).to(tl.int32)
 
 
 @triton.jit

@@ -39,6 +39,7 @@ class Plan:
     statistics_tile: TileShape | None  # None of symbols, for any size: no sweep walks those
     gradient_tile: TileShape | None
     kept_elements: int
+    combined: bool = False  # of two sweeps: the backend forms loss and coefficients in one launch
 
 
 class TileShape(NamedTuple):
@@ -69,6 +70,7 @@ def make_plan(
     needs_statistics: bool = True,
     sweeps_gradients: bool = True,
     is_batch: bool = False,
+    combined: bool = False,
     any_size: bool = False,
 ) -> Plan:
     """Choose the schedule that does the least work within ``memory_budget``.
@@ -82,6 +84,7 @@ def make_plan(
         needs_statistics: W needs statistics at all.
         sweeps_gradients: there is a second sweep, for which tiles can be kept.
         is_batch: the columns are the rows, and only tiles on and above the diagonal are visited.
+        combined: the backend combines the statistics of two sweeps.
         any_size: let the options alone choose the schedule, and keep what one expression in the sizes says.
     """
     width = sum(widths)
@@ -90,7 +93,7 @@ def make_plan(
     one_sweep = not needs_statistics and needs_grad and one_gradient
     if any_size and isinstance(rows + width, torch.SymInt):
         kept = torch.sym_min(visited_pairs(rows, width, tile_shapes[0][0], is_batch), room) if room else 0
-        return Plan("one_sweep" if one_sweep else "two_sweeps", None, None, kept)
+        return Plan("one_sweep" if one_sweep else "two_sweeps", None, None, kept, combined)
     statistics_tile, gradient_tile = (
         TileShape(balanced_block(rows, most_rows), balanced_block(max(widths), most_columns))
         for most_rows, most_columns in tile_shapes
@@ -110,7 +113,7 @@ def make_plan(
         if chunk_rows >= min(rows, _MIN_CHUNK_ROWS):
             chunk = TileShape(balanced_block(rows, chunk_rows), statistics_tile.columns)
             return Plan("row_chunks", chunk, chunk, chunk.rows * width)
-    return Plan("two_sweeps", statistics_tile, gradient_tile, kept)
+    return Plan("two_sweeps", statistics_tile, gradient_tile, kept, combined)
 
 
 def visited_pairs(rows: int, width: int, row_block: int, is_batch: bool) -> int:

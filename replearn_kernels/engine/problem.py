@@ -133,6 +133,14 @@ class Problem:
             self._count_groups()
         return self._group_numbers
 
+    @property
+    def knows_group_numbers(self) -> bool:
+        return self._group_numbers is not None
+
+    def know_group_numbers(self, numbers: Tensor) -> None:
+        """What another call has found, so that this one need not sort."""
+        self._group_numbers = numbers
+
     def _count_groups(self) -> None:
         ordered = self._all_groups().sort().values
         first, last = (torch.searchsorted(ordered, self.row_group, right=right) for right in (False, True))

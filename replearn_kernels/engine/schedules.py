@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
@@ -105,10 +106,12 @@ def fake_forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
             query.new_empty(tensor.shape, dtype=kind) if needs else query.new_empty(0)
             for tensor, kind, needs in zip(inputs.differentiable, dtypes, config.needs_grad)
         ]
+    kept = query.new_empty(plan.kept_elements, dtype=dtype)
+    if plan.combined:
+        return loss, [kept, *backend_class(config.backend).new_combined(inputs, config.make_objective())]
     # Of one row and column: how many rows an objective can number is a question that would tie symbols.
     tables = config.make_objective().new_statistics(1, 1, query.new_empty((), dtype=dtype))
     counts = query.shape[0], inputs.widths[0]
-    kept = query.new_empty(plan.kept_elements, dtype=dtype)
     return loss, [kept, *(t.new_empty(t.shape[0], n) for t, n in zip(tables, counts) if t is not None)]
 
 
@@ -155,21 +158,27 @@ class _Run(NamedTuple):
         count = self.objective.rows_counted(self.problem, row_table)
         return 1 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
-    def new_gradients(self) -> Gradients:
-        return Gradients.zeros(self.problem, self.with_query)
+    def new_gradients(self, sums_alone: bool = False) -> Gradients:
+        """``sums_alone``: nobody adds to them but the sweep, whose only tile may then overwrite what it finds."""
+        shape, runner = self.plan.gradient_tile, self.runner
+        runner.overwrites = sums_alone and runner.can_overwrite(self.problem, shape)
+        return Gradients.zeros(self.problem, self.with_query, torch.empty if runner.overwrites else torch.zeros)
 
     @property
     def with_query(self) -> bool:
         return sums_over_columns(self.problem, self.config.needs_grad[0], self.needs_grad_of_scalars[0])
 
-    def results(self, gradients: Gradients, row_coefficients: Tensor | None, factor, dtype=None) -> list[Tensor]:
-        """Gradients for features, in ``dtype`` if given, scale and bias, times ``factor``: an empty tensor of its own
+    def results(self, gradients: Gradients, row_coefficients: Tensor | None, *factors, dtype=None) -> list[Tensor]:
+        """Gradients for features, in ``dtype`` if given, scale and bias, times ``factors``: an empty tensor of its own
         for each not needed."""
         needs_scale, *needs_bias = self.needs_grad_of_scalars
-        scalars = [gradients.scale_gradient(self.problem) * factor if needs_scale else None]
+        features, scale = self.runner.finish(
+            self.problem, gradients, factors, self.config.needs_grad, needs_scale, dtype
+        )
+        scalars = [scale]
         if needs_bias:
-            scalars.append(self.objective.bias_gradient(row_coefficients) * factor if needs_bias[0] else None)
-        features = gradients.finish(self.problem, factor, self.config.needs_grad, dtype)
+            bias = self.objective.bias_gradient(row_coefficients) * math.prod(factors) if needs_bias[0] else None
+            scalars.append(bias)
         return [self.problem.query.new_empty(0) if tensor is None else tensor for tensor in (*features, *scalars)]
 
 
@@ -177,33 +186,38 @@ def _first_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
     """Statistics now, gradients in the backward call."""
     kept = KeptTiles(run.runner.new_kept(run.problem, run.plan.kept_elements))
     tables = sweep_statistics(run.problem, run.plan, run.runner, kept)
+    if run.plan.combined:
+        loss, saved = run.runner.combine(run.problem, *tables, run.config.reduction == "mean")
+        return loss, [kept.buffer, *saved]
     losses = run.objective.row_losses(run.problem, *tables)
     loss = losses if run.config.reduction == "none" else losses.sum() * run.share_after(tables[0])
     return loss, [kept.buffer, *(table for table in run.objective.saved(*tables) if table is not None)]
 
 
 def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Tensor]:
-    kept, row_table, *rest = saved
-    column_table = rest[0] if rest else None
-    row_weights, factor = _row_weights(grad_loss, run)
-    gradients = run.new_gradients()
-    coefficients = run.objective.coefficients(run.problem, row_table, column_table, row_weights, gradients.query)
+    kept, *tables = saved
+    if run.plan.combined:
+        coefficients, share = run.runner.combined(run.problem, tables)
+        gradients, factors = run.new_gradients(sums_alone=True), (grad_loss, share)
+    else:
+        row_table, column_table = tables if len(tables) == 2 else (*tables, None)
+        row_weights, factor = _row_weights(grad_loss, run)
+        gradients = run.new_gradients()
+        coefficients = run.objective.coefficients(run.problem, row_table, column_table, row_weights, gradients.query)
+        factors = factor, run.share_after(coefficients[0])
     if run.objective.sweeps_gradients:
         every_tile = any(run.needs_grad_of_scalars[1:])  # a bias's gradient is the sum of W
         sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients, every_tile)
     run.objective.add_pair_gradients(run.problem, coefficients[0], gradients.query)
-    factor = factor * run.share_after(coefficients[0])
-    return run.results(gradients, coefficients[0], factor, run.problem.query.dtype)
+    return run.results(gradients, coefficients[0], *factors, dtype=run.problem.query.dtype)
 
 
 def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
     """The sweep of gradients, whose passes fold the losses into the row table on their way."""
     problem = run.problem
-    like = problem.query.new_empty((), dtype=problem.statistics_dtype)
-    tables = run.objective.new_statistics(problem.rows, problem.sources[0].width, like)
-    tables = run.objective.prepared(problem, *tables)
-    gradients = run.new_gradients()
-    sweep_gradients(problem, run.plan, run.runner, KeptTiles(like.new_empty(0)), tables, gradients, every_tile=True)
+    tables = run.runner.new_statistics(problem)
+    gradients, kept = run.new_gradients(), KeptTiles(tables[0].new_empty(0))
+    sweep_gradients(problem, run.plan, run.runner, kept, tables, gradients, every_tile=True)
     run.objective.add_pair_gradients(problem, tables[0], gradients.query)
     losses, share = run.objective.row_losses(problem, *tables), run.share_after(tables[0])
     return losses.sum() * share, run.results(gradients, tables[0], share)
@@ -262,14 +276,14 @@ def plan_of(inputs: Inputs, config: Config, make=None) -> Plan:
     return (make or _make_plan)(
         query.shape[0], inputs.widths, query.shape[1], query.dtype, query.device, inputs.is_batch,
         config.objective, tuple(config.parameters), config.reduction != "none", config.backend, config.memory_budget,
-        True in config.needs_grad, config.any_size,
+        True in config.needs_grad, inputs.target is not None, config.any_size,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
 def _make_plan(
     rows, widths, d, dtype, device, is_batch, objective, parameters, one_gradient, backend, memory_budget, needs_grad,
-    any_size,
+    has_target, any_size,
 ) -> Plan:
     kind, objective = backend_class(backend), OBJECTIVES[objective].from_parameters(parameters)
     known_rows = rows if isinstance(rows, int) else None
@@ -287,6 +301,7 @@ def _make_plan(
         needs_statistics=objective.needs_statistics,
         sweeps_gradients=objective.sweeps_gradients,
         is_batch=is_batch,
+        combined=one_gradient and kind.combines(objective, has_target),
         any_size=any_size,
     )  # fmt: skip
 

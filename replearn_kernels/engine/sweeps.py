@@ -23,9 +23,7 @@ Tables = tuple[Tensor, Tensor | None]
 
 def sweep_statistics(problem: Problem, plan: Plan, backend: Backend, kept: KeptTiles) -> Tables:
     """Sweep 1: the statistics of rows (and columns) from every tile, keeping the tiles that fit."""
-    like = problem.query.new_empty((), dtype=problem.statistics_dtype)
-    statistics = backend.objective.new_statistics(problem.rows, problem.sources[0].width, like)
-    statistics = backend.objective.prepared(problem, *statistics)
+    statistics = backend.new_statistics(problem)
     fold_statistics(problem, plan, backend, kept, statistics)
     return statistics
 
@@ -51,11 +49,15 @@ class Gradients:
     sources: list[Tensor | None]
 
     @classmethod
-    def zeros(cls, problem: Problem, with_query: bool) -> Gradients:
+    def zeros(cls, problem: Problem, with_query: bool, new=torch.zeros) -> Gradients:
         """Accumulators for the queries, if asked, and the sources that need a gradient."""
+
+        def accumulator(features: Tensor) -> Tensor:
+            return new(features.shape, dtype=problem.statistics_dtype, device=features.device)
+
         return cls(
-            _accumulator(problem.query, problem) if with_query else None,
-            [_accumulator(source.features, problem) if source.needs_grad else None for source in problem.sources],
+            accumulator(problem.query) if with_query else None,
+            [accumulator(source.features) if source.needs_grad else None for source in problem.sources],
         )
 
     def of_rows(self, problem: Problem, rows: slice) -> Gradients:
@@ -138,10 +140,6 @@ def _walk(problem: Problem, shape: TileShape, backend: Backend, steps_of: Callab
     for _, stripe in groupby(problem.tiles(shape, dtype), key=lambda tile: (tile.position, tile.rows.start)):
         while tiles := list(islice(stripe, at_once)):
             run([step for tile in tiles for step in steps_of(tile)])
-
-
-def _accumulator(features: Tensor, problem: Problem) -> Tensor:
-    return torch.zeros(features.shape, dtype=problem.statistics_dtype, device=features.device)
 
 
 def _project_(gradient: Tensor, features: Tensor, inverse_norms: Tensor) -> None:

@@ -60,7 +60,7 @@ def nt_xent_loss(
     validation.check_same_rows("z_i", z_i, "z_j", z_j)
     sample = _own_samples(z_i.shape[0], z_i, group).repeat(2)
     options = reduction, backend, memory_budget, group, strategy
-    return _batch_loss([z_i, z_j], sample, temperature, normalize, options)
+    return _batch_loss([z_i, z_j], sample, 2, temperature, normalize, options)
 
 
 @in_group
@@ -103,17 +103,20 @@ def sup_con_loss(
     views = features.ndim if isinstance(features, Tensor) else 2
     validation.check_features("features", features, 3 if views == 3 else 2, "2 dimensions [N, d], or 3 [B, V, d]")
     (features,) = autocast(features)
+    group_size = 0
     if labels is not None:
         labels = validation.check_labels("labels", labels, features.shape[0], features)
     elif views != 3:
         raise ValueError("labels are needed for features [N, d]; only views [B, V, d] can do without")
     else:
         labels = _own_samples(features.shape[0], features, group)
+        if not torch.compiler.is_compiling():  # there the number of views may be a symbol
+            group_size = features.shape[1]
     if views == 3:
         labels = labels.repeat_interleave(features.shape[1])
         features = features.flatten(0, 1)
     options = reduction, backend, memory_budget, group, strategy
-    return _batch_loss([features], labels, temperature, normalize, options)
+    return _batch_loss([features], labels, group_size, temperature, normalize, options)
 
 
 def _own_samples(count: int, features: Tensor, world: World | None) -> Tensor:
@@ -125,14 +128,16 @@ def _own_samples(count: int, features: Tensor, world: World | None) -> Tensor:
 def _batch_loss(
     views: list[Tensor],
     labels: Tensor,
+    group_size: int,
     temperature: float | Tensor,
     normalize: bool,
     options: tuple,
 ) -> Tensor:
-    """Of the views' rows, one view after the other. ``options``: reduction, backend, memory_budget, group, strategy."""
+    """Of the views' rows, one view after the other. ``group_size``: how many rows have the same label, 0 if not known;
+    ``options``: reduction, backend, memory_budget, group, strategy."""
     reduction, backend, memory_budget, group, strategy = options
     logit_scale = validation.check_temperature("temperature", temperature, views[0])
     options = Options.of(reduction, backend, memory_budget, views[0], group, strategy)
     features = unit_rows(*views) if validation.check_flag("normalize", normalize) else stacked(*views)
     inputs = Inputs(features, [], None, None, labels, None, logit_scale, None)
-    return run(inputs, SupCon(), options, lambda inputs: reference.sup_con_loss(inputs, reduction))
+    return run(inputs, SupCon(group_size), options, lambda inputs: reference.sup_con_loss(inputs, reduction))

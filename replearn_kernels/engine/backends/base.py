@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..columns import Step, Tile
-from ..problem import Problem
+from ..plan import TileShape
+from ..problem import Inputs, Problem
 
 
 class KeptTiles:
@@ -40,6 +42,7 @@ class Backend(ABC):
 
     name: str
     keeps_tiles: bool  # whether similarities can be kept between the sweeps
+    overwrites = False  # the products of the sweep at hand do not add to the accumulators
 
     def __init__(self, objective):
         self.objective = objective
@@ -74,6 +77,46 @@ class Backend(ABC):
 
     addmm_ = staticmethod(Tensor.addmm_)
     """``addmm_(accumulator, a, b)``: ``accumulator += a @ b``, accumulated in the accumulator's dtype."""
+
+    def new_statistics(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        """Tables of empty sets, for sweep 1."""
+        like = problem.query.new_empty((), dtype=problem.statistics_dtype)
+        tables = self.objective.new_statistics(problem.rows, problem.sources[0].width, like)
+        return self.objective.prepared(problem, *tables)
+
+    @staticmethod
+    def combines(objective, has_target: bool) -> bool:
+        """Whether :meth:`combine` takes the place of the objective's formulas, under one upstream gradient."""
+        return False
+
+    @staticmethod
+    def new_combined(inputs: Inputs, objective) -> list[Tensor]:
+        """What :meth:`combine` saves, uninitialised."""
+        raise NotImplementedError
+
+    def combine(self, problem: Problem, row_table, column_table, mean: bool) -> tuple[Tensor, list[Tensor]]:
+        """The loss, a "mean" over the rows that count or their sum, and what :meth:`combined` needs, to be saved."""
+        raise NotImplementedError
+
+    def combined(self, problem: Problem, saved: list[Tensor]) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+        """The coefficients of rows and columns, and a row's share in the loss."""
+        raise NotImplementedError
+
+    def can_overwrite(self, problem: Problem, shape: TileShape) -> bool:
+        """Whether a sweep over tiles of this shape gives every accumulator one product, which need not be added."""
+        return False
+
+    def finish(
+        self, problem: Problem, gradients, factors: Sequence[float | Tensor], needs_grad: list[bool],
+        needs_scale: bool, dtype: torch.dtype | None = None,
+    ) -> tuple[list[Tensor | None], Tensor | None]:  # fmt: skip
+        """The gradients of queries and sources, in ``dtype`` if given, and of the scale: None where none is due.
+
+        All are what the sweeps added up, in place, times ``factors``.
+        """
+        factor = math.prod(factors)
+        scale = gradients.scale_gradient(problem) * factor if needs_scale else None
+        return gradients.finish(problem, factor, needs_grad, dtype), scale
 
     def new_kept(self, problem: Problem, elements: int) -> Tensor:
         """An uninitialised buffer for kept similarities."""

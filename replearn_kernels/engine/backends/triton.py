@@ -8,21 +8,27 @@ import torch
 from torch import Tensor
 
 from ...triton_kernels import (
+    COEFFICIENTS,
     EPILOGUES,
+    STATE,
     Points,
+    Side,
     TileInputs,
     accumulate_gradient,
+    begin_sums,
+    combine,
+    finish_gradients,
     form_weights,
-    largest_squares,
     shared_reference,
     update_by_sums,
     update_statistics,
 )
 from ...triton_kernels.configs import by_tma
-from ..columns import BatchColumns, OwnColumns, Step, Tile, run
+from ..columns import BatchColumns, OwnColumns, Source, Step, Tile, run
 from ..counters import count_product
 from ..distances import TileSums, finish_tile_
-from ..problem import Problem
+from ..plan import TileShape
+from ..problem import Inputs, Problem
 from .base import Backend, coefficients_of, statistics_of
 from .dense import TorchBackend
 
@@ -57,6 +63,7 @@ class TritonBackend(Backend):
         self._partials: tuple[Tensor, ...] = ()
         self._largest: tuple[Problem, int, Tensor] | None = None
         self._reference: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._counter: Tensor | None = None
 
     @staticmethod
     def tile_shape(sweep, rows, d, dtype, device, objective, is_batch, memory_budget) -> tuple[int, int]:
@@ -93,7 +100,7 @@ class TritonBackend(Backend):
             count_product(tile.query, tile.shape[1])
             self._partials = ()
             inputs, points = self._inputs(problem, tile, *read), self._points(problem, tile)
-            diagonal = _diagonal(problem, tile, inputs)
+            diagonal = _diagonal(tile, inputs)
             if diagonal is not None and _by_sums(self.objective, tile.query.dtype):
                 self._update_by_sums(problem, tile, key, inputs, diagonal, *tables)
                 continue
@@ -131,8 +138,70 @@ class TritonBackend(Backend):
     def _largest_squares(self, problem: Problem, tile: Tile) -> Tensor:
         """Of the rows and of the tile's source, read once."""
         if self._largest is None or self._largest[0] is not problem or self._largest[1] != tile.position:
-            self._largest = problem, tile.position, largest_squares(problem.query, tile.source.features)
+            largest = begin_sums(self._epilogue, problem.query, tile.source.features)
+            self._largest = problem, tile.position, largest
         return self._largest[2]
+
+    def new_statistics(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
+        source = problem.sources[0]
+        if self.objective.prepares or isinstance(source, OwnColumns) or not _by_sums(self.objective, problem.query.dtype):
+            return super().new_statistics(problem)
+        row_table = problem.query.new_empty(3, problem.rows, dtype=problem.statistics_dtype)
+        column_table = None
+        if self.objective.needs_columns and not problem.is_batch:
+            column_table = row_table.new_empty(2, source.width)
+        tables = row_table, column_table
+        self._largest = problem, 0, begin_sums(self._epilogue, problem.query, source.features, *tables)
+        return tables
+
+    def _group_numbers(self, problem: Problem) -> Tensor:
+        """Of the own rows, in 32 bits."""
+        if self.objective.group_size and not problem.knows_group_numbers:
+            problem.know_group_numbers(problem.row_group.int())
+        return problem.group_numbers
+
+    def _positives_of_each(self, problem: Problem) -> Tensor | int:
+        size = self.objective.group_size
+        return size - 1 if size else self.objective.counts(problem)
+
+    @staticmethod
+    def combines(objective, has_target: bool) -> bool:
+        """Not where logits are summed for label smoothing, nor where a row's column is not that of its own number."""
+        if _epilogue_of(objective).combine is None or objective.has_offsets:
+            return False
+        return not (has_target and objective.needs_columns)
+
+    @staticmethod
+    def new_combined(inputs: Inputs, objective) -> list[Tensor]:
+        query, rows = inputs.query, inputs.query.shape[0]
+        saved = [query.new_empty(COEFFICIENTS, rows, dtype=torch.float32), query.new_empty(STATE, dtype=torch.float32)]
+        if inputs.is_batch:
+            return [*saved, query.new_empty(rows, dtype=torch.int32)]
+        if objective.needs_columns:
+            saved.append(query.new_empty(COEFFICIENTS, inputs.widths[0], dtype=torch.float32))
+        return saved
+
+    def combine(self, problem: Problem, row_table, column_table, mean: bool) -> tuple[Tensor, list[Tensor]]:
+        shape = problem.rows, 0 if column_table is None else column_table.shape[1]
+        inputs = TileInputs.of(shape, problem.scale, row_table=row_table, column_table=column_table)
+        counts = self._positives_of_each(problem) if problem.is_batch else 0
+        loss, state, rows, columns = combine(self._epilogue, inputs, counts, mean)
+        saved = [rows, state]
+        if problem.is_batch:
+            saved.append(self._group_numbers(problem))
+        elif columns is not None:
+            saved.append(columns)
+        return loss, saved
+
+    def combined(self, problem: Problem, saved: list[Tensor]) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+        rows, state, *more = saved
+        columns = None
+        if problem.is_batch:
+            problem.know_group_numbers(more[0])
+        elif more:
+            columns = more[0]
+        self._reference, self._counter = (rows, columns, state), state[3:]
+        return (rows, columns), state[2]
 
     def _weights_of(
         self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None,
@@ -147,7 +216,7 @@ class TritonBackend(Backend):
         points = self._points(problem, tile)
         diagonal = None
         if self._epilogue.off_diagonal is not None and not (self._epilogue.by_reference and reference is None):
-            inputs, diagonal = inputs._replace(reference=reference), _diagonal(problem, tile, inputs)
+            inputs, diagonal = inputs._replace(reference=reference), _diagonal(tile, inputs)
         form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, *points, out, *folded, diagonal)
         return out
 
@@ -175,7 +244,8 @@ class TritonBackend(Backend):
             if by_tma("weights", self._epilogue.name, tile.query.dtype):
                 reference = self._shared_reference(problem, *coefficients)
             w = self._weights_of(problem, tile, *statistics_of(tile, *coefficients), reference)
-            return run(tile.source.output_products(tile, w, self.addmm_, d_query, d_source))
+            product = self.mm_ if self.overwrites else self.addmm_
+            return run(tile.source.output_products(tile, w, product, d_query, d_source))
         inputs = self._inputs(problem, tile, *coefficients_of(tile, *coefficients))
         query, key = tile.query, tile.source.block(tile)
         if d_query is not None:
@@ -203,11 +273,13 @@ class TritonBackend(Backend):
         finish_tile_(problem.given_rows, problem.query, tile, sums, d_query)
 
     def _inputs(self, problem: Problem, tile: Tile, row_table: Tensor | None, column_table: Tensor | None):
-        pairs = problem.pairs(tile, self.objective.uses_target)
+        numbered = self.objective.uses_target and problem.given_target is None and tile.source.has_positives
+        pairs = problem.pairs(tile, self.objective.uses_target and not numbered)
+        own = tile.rows.start - tile.columns.start if numbered else None
         if isinstance(tile.source, BatchColumns) and _by_sums(self.objective, tile.query.dtype):
-            numbers = problem.group_numbers  # of 32 bits, of the own rows
+            numbers = self._group_numbers(problem)
             pairs = pairs._replace(row_group=numbers[tile.rows], column_group=numbers[tile.columns])
-        return TileInputs.of(tile.shape, *pairs, row_table, column_table, self._roles)
+        return TileInputs.of(tile.shape, *pairs, row_table, column_table, self._roles, own=own)
 
     def _points(self, problem: Problem, tile: Tile) -> tuple[Points | None, bool]:
         """The points of a loss over distances, and whether over their squares."""
@@ -227,6 +299,45 @@ class TritonBackend(Backend):
         else:
             accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
 
+    @staticmethod
+    def mm_(out: Tensor, a: Tensor, b: Tensor) -> None:
+        """The same without the sum before."""
+        if a.dtype == out.dtype:
+            torch.mm(a, b, out=out)
+        elif a.is_cuda:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+    def can_overwrite(self, problem: Problem, shape: TileShape) -> bool:
+        source, *others = problem.sources
+        if others or isinstance(source, OwnColumns) or self.objective.by_distance:
+            return False
+        if _fused(problem.query.shape[1], problem.query.dtype, self.objective, problem.is_batch):
+            return False
+        return 0 < problem.rows <= shape.rows and 0 < source.width <= shape.columns
+
+    def finish(self, problem: Problem, gradients, factors, needs_grad, needs_scale, dtype=None):
+        scale_gradient = None
+        if needs_scale:
+            given = isinstance(problem.scale, Tensor) and dtype is not None
+            kind = problem.scale.dtype if given else torch.float64
+            scale_gradient = problem.query.new_empty((), dtype=kind)
+        results, sides = [], []
+        compared = (problem, *(() if problem.is_batch else problem.sources))
+        for sums, rows, needs in zip((gradients.query, *gradients.sources), compared, needs_grad):
+            result = None
+            if sums is not None and needs:
+                result = sums if dtype in (None, sums.dtype) else sums.new_empty(sums.shape, dtype=dtype)
+            results.append(result)
+            reads = needs_scale and sums is not None and (gradients.query is None or rows is problem)
+            if result is not None or reads:
+                sides.append(_side_of(sums, result, rows, reads))
+        scale = problem.scale if isinstance(problem.scale, Tensor) else torch.tensor(problem.scale)
+        halves = 2 if problem.is_batch else 1
+        finish_gradients(sides, scale, factors, scale_gradient, halves, self._counter)
+        return results, scale_gradient
+
     def workspace(self) -> tuple[Tensor, ...]:
         weights = () if self._weights is None else (self._weights,)
         return (*weights, *self._partials, *self._own.workspace())
@@ -238,6 +349,14 @@ class TritonBackend(Backend):
         if self._weights is None or self._weights.numel() < rows * stride:
             self._weights = tile.query.new_empty(rows * stride)
         return self._weights[: rows * stride].view(rows, stride)[:, :columns]
+
+
+def _side_of(sums: Tensor, result: Tensor | None, rows: Problem | Source, reads: bool) -> Side:
+    """``rows``: of which the sums are; ``reads``: the scale's gradient is read off them."""
+    features = rows.query if isinstance(rows, Problem) else rows.features
+    given = features if reads or rows.inverse_norms is not None else None
+    flat = (None if t is None else t.flatten(0, -2) for t in (sums, result, given))  # a row's own columns are rows, too
+    return Side.of(*flat, rows.inverse_norms)
 
 
 def _epilogue_of(objective):
@@ -257,15 +376,16 @@ def _by_sums(objective, dtype: torch.dtype) -> bool:
     return epilogue.by_sums and by_tma("sums", epilogue.name, dtype)
 
 
-def _diagonal(problem: Problem, tile: Tile, inputs: TileInputs) -> int | None:
+def _diagonal(tile: Tile, inputs: TileInputs) -> int | None:
     """The column of the tile that has its first row's own number, and may lie outside of it; None where entries off
     this diagonal can be positives, or not count, for all that a block of them can tell.
 
     A batch's meeting with another rank's rows, whose numbers are theirs, has ``is_batch``, too: the source tells.
     """
-    own = inputs.row_group is None and inputs.target is not None and problem.given_target is None
-    if own or isinstance(tile.source, BatchColumns):
+    if isinstance(tile.source, BatchColumns):
         return tile.rows.start - tile.columns.start
+    if inputs.own is not None and inputs.row_group is None:
+        return inputs.own
     return _NOWHERE if inputs.row_group is None and inputs.target is None else None
 
 
