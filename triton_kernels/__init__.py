@@ -19,7 +19,7 @@ of a tile of similarities that has not left the registers.
 """
 
 from .batch_all import BATCH_ALL
-from .combine import COEFFICIENTS, STATE, combine
+from .combine import COEFFICIENTS, STATE, combine, total
 from .gradients import accumulate_gradient, form_weights
 from .hardest import HARDEST
 from .margin_contrastive import MARGIN_CONTRASTIVE
@@ -41,5 +41,5 @@ EPILOGUES: dict[str, Epilogue] = {
 
 __all__ = [
     "COEFFICIENTS", "EPILOGUES", "STATE", "Epilogue", "Points", "Side", "TileInputs", "accumulate_gradient", "begin_sums", "combine",
-    "finish_gradients", "form_weights", "shared_reference", "update_by_sums", "update_statistics",
+    "finish_gradients", "form_weights", "shared_reference", "total", "update_by_sums", "update_statistics",
 ]  # fmt: skip

@@ -68,6 +68,39 @@ def combine_kernel(
     tl.store(state + 3, 0.0)
 
 
+@triton.jit
+def total_kernel(
+    loss, weight_sum,  # 0-d, fp64 the second
+    state,  # [STATE]
+    inputs,  # with the table that the sweep has left
+    COMBINE: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    total, weights = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float64)
+    for start in range(0, inputs.rows, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        inside = index < inputs.rows
+        losses, of_rows = COMBINE(load_quantities(inputs.row_table, inputs.row_stride, index, inside, 3))
+        total += losses
+        weights += of_rows.to(tl.float64)
+    share = 1.0
+    if MEAN:
+        share = 1.0 / tl.maximum(inputs.rows, 1).to(tl.float32)
+    tl.store(loss, tl.sum(total, 0) * share)
+    tl.store(weight_sum, tl.sum(weights, 0))
+    tl.store(state + 2, share)
+    tl.store(state + 3, 0.0)
+
+
+def total(epilogue: Epilogue, inputs: TileInputs, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """After the only sweep: the loss, the state (without a reference), and the sum of W, for a bias."""
+    loss, state = inputs.row_table.new_empty(()), inputs.row_table.new_empty(STATE)
+    weight_sum = inputs.row_table.new_empty((), dtype=torch.float64)
+    total_kernel[(1,)](
+        loss, weight_sum, state, inputs, epilogue.combine, mean, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True
+    )
+    return loss, state, weight_sum
+
+
 def combine(
     epilogue: Epilogue, inputs: TileInputs, counts: Tensor | int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -71,6 +71,7 @@ def outputs_kernel(
     partials,  # [count] fp64: of the blocks of sides with features; None: the scale gets no gradient
     counter,  # how many of them are there: 0 before, and 0 again after
     scale_gradient,  # 0-d
+    weight_sum, bias_gradient,  # 0-d, or None
     count, halves, d,
     SIDES: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -80,6 +81,10 @@ def outputs_kernel(
         factor = factor * tl.load(one).to(tl.float32)
     if another is not None:
         factor = factor * tl.load(another).to(tl.float32)
+    if bias_gradient is not None:
+        if block == 0:
+            gradient = tl.load(weight_sum) * factor
+            tl.store(bias_gradient, gradient.to(bias_gradient.dtype.element_ty))
     before = tl.cdiv(first.rows, BLOCK_M)
     if SIDES == 1:
         finish_side(first, block, factor, scale, partials, block, d, WHOLE, BLOCK_M, BLOCK_K)
@@ -114,31 +119,37 @@ def finish_gradients(
     scale: Tensor,  # 0-d
     factors: Sequence[Tensor | float],  # of which two at most are (0-d) tensors
     scale_gradient: Tensor | None = None,  # 0-d
+    weight_sum: Tensor | None = None,  # 0-d, fp64
+    bias_gradient: Tensor | None = None,  # 0-d
     halves: int = 1,  # 2: every pair is counted twice in <x, sums>
     counter: Tensor | None = None,  # one element, int32 or of its size, 0; default: a new one
 ) -> None:
-    """Write the gradients of the sides, and the scale's."""
-    d = sides[0].sums.shape[1]
+    """Write the gradients of the sides, the scale's, and the bias's: ``weight_sum`` times the factors."""
+    d = sides[0].sums.shape[1] if sides else 0
     block_k = max(triton.next_power_of_2(d), 16)
     block_m = max(_ELEMENTS // block_k, 1)
     blocks = [triton.cdiv(side.rows, block_m) for side in sides]
-    partials, count = None, 0
+    count = 0
     if scale_gradient is not None:
         count = sum(number for number, side in zip(blocks, sides) if side.features is not None)
-        if not count:
-            scale_gradient.zero_()
+    if scale_gradient is not None and not count:
+        scale_gradient.zero_()
+    if not sum(blocks):
+        if bias_gradient is not None:
+            bias_gradient.copy_(weight_sum * math.prod(factors))
+        return
+    partials = None
     if count:
         partials = sides[0].sums.new_empty(count, dtype=torch.float64)
         counter = sides[0].sums.new_zeros(1) if counter is None else counter
         counter = counter.view(torch.int32)
-    if not sum(blocks):
-        return
     first, second, third = [*sides, None, None][:3]
     tensors = [factor for factor in factors if isinstance(factor, Tensor)]
     number = math.prod(factor for factor in factors if not isinstance(factor, Tensor))
     one, another = [*tensors, None, None][:2]
     outputs_kernel[(sum(blocks),)](
-        first, second, third, float(number), one, another, scale, partials, counter, scale_gradient, count, halves, d,
+        first, second, third, float(number), one, another, scale, partials, counter,
+        scale_gradient, weight_sum, bias_gradient, count, halves, d,
         SIDES=len(sides), WHOLE=torch.finfo(torch.float32).tiny ** -0.5, BLOCK_M=block_m, BLOCK_K=block_k,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

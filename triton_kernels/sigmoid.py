@@ -130,7 +130,14 @@ def sigmoid_off_diagonal(s, row, column, inputs):
     return weight * sigmoid_slope(sigmoid_wrong_side(s, None, column, inputs), None)
 
 
+@triton.jit
+def sigmoid_combine(of_row):
+    """(loss, sum of W) of the rows of ``objectives/sigmoid.py``."""
+    return of_row[0], of_row[1] * of_row[2]
+
+
 SIGMOID = Epilogue(
     "sigmoid", sigmoid_empty, sigmoid_reduce, sigmoid_merge, sigmoid_weights,
     off_diagonal=sigmoid_off_diagonal, off_diagonal_reduce=sigmoid_off_diagonal_reduce, additive=True,
+    combine=sigmoid_combine,
 )  # fmt: skip

@@ -109,13 +109,36 @@ def update_statistics(
     return of_rows, of_columns
 
 
+@triton.jit
+def add_kernel(
+    partials,  # [count, QUANTITIES, size]
+    table, table_stride,  # [QUANTITIES, size]
+    count, size,
+    QUANTITIES: tl.constexpr, BLOCK: tl.constexpr, FOLDED: tl.constexpr,
+):  # fmt: skip
+    """``table[q] += sum(partials[:, q])`` for a block of one quantity, FOLDED partials at a time."""
+    index, quantity = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    inside = index < size
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, count, FOLDED):
+        part = first + tl.arange(0, FOLDED)
+        place = partials + (part.to(tl.int64)[:, None] * QUANTITIES + quantity) * size + index[None, :]
+        total += tl.sum(tl.load(place, mask=(part < count)[:, None] & inside[None, :], other=0.0), 0)
+    place = table + quantity * table_stride + index
+    tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
+
+
 def merge(epilogue: Epilogue, partials: Tensor, inputs: TileInputs, table: Tensor) -> None:
     """Fold ``partials[count, quantities, size]`` into ``table[quantities, size]``, in order."""
-    if epilogue.additive:  # by all threads of a GPU, where the kernel has one for each of ``size``
-        table += partials.sum(0)
-        return
     count, quantities, size = partials.shape
-    merge_kernel[(triton.cdiv(size, _MERGE_BLOCK),)](
+    blocks = triton.cdiv(size, _MERGE_BLOCK)
+    if epilogue.additive:
+        add_kernel[(blocks, quantities)](
+            partials, table, table.stride(0), count, size,
+            quantities, _MERGE_BLOCK, FOLDED=32, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        return
+    merge_kernel[(blocks,)](
         partials, table, table.stride(0), count, size, inputs,
         epilogue.merge, quantities, _MERGE_BLOCK, num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip

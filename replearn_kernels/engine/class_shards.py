@@ -62,7 +62,7 @@ class ClassShards(NamedTuple):
             gradients = Gradients.zeros(problem, config.needs_grad[0])
             coefficients = runner.objective.coefficients(problem, table, None, weights)
             sweep_gradients(problem, plan, runner, KeptTiles(kept), coefficients, gradients)
-            (d_rows, d_weight), _ = runner.finish(problem, gradients, (factor,), config.needs_grad, needs_scale=False)
+            (d_rows, d_weight), *_ = runner.finish(problem, gradients, (factor,), config.needs_grad, needs_scale=False)
             if d_weight is not None:
                 d_weight /= world.size
             results = (d_rows, d_weight, None)

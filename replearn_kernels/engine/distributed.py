@@ -187,10 +187,11 @@ class _Run:
     def results(self, gradients: Gradients, row_coefficients: Tensor, factor) -> list[Tensor]:
         """Gradients for features, scale and bias, times ``factor``: an empty tensor of its own for each not needed."""
         needs_scale, *needs_bias = self.needs_grad_of_scalars
-        features, scale = self.runner.finish(self.shard, gradients, (factor,), self.config.needs_grad, needs_scale)
-        scalars = [scale]
-        if needs_bias:
-            scalars.append(self.objective.bias_gradient(row_coefficients) * factor if needs_bias[0] else None)
+        weight_sum = self.objective.bias_gradient(row_coefficients) if any(needs_bias) else None
+        features, *scalars = self.runner.finish(
+            self.shard, gradients, (factor,), self.config.needs_grad, needs_scale, weight_sum
+        )
+        scalars = scalars[: 1 + len(needs_bias)]
         world = self.layout.world
         scalars = [None if scalar is None else world.sum(scalar) / world.size for scalar in scalars]
         return [self.shard.query.new_empty(0) if tensor is None else tensor for tensor in (*features, *scalars)]

@@ -39,7 +39,7 @@ class Plan:
     statistics_tile: TileShape | None  # None of symbols, for any size: no sweep walks those
     gradient_tile: TileShape | None
     kept_elements: int
-    combined: bool = False  # of two sweeps: the backend forms loss and coefficients in one launch
+    combined: bool = False  # the backend forms loss and coefficients, or losses' total, in one launch
 
 
 class TileShape(NamedTuple):
@@ -84,13 +84,14 @@ def make_plan(
         needs_statistics: W needs statistics at all.
         sweeps_gradients: there is a second sweep, for which tiles can be kept.
         is_batch: the columns are the rows, and only tiles on and above the diagonal are visited.
-        combined: the backend combines the statistics of two sweeps.
+        combined: the backend combines the statistics of two sweeps, or the sums of one.
         any_size: let the options alone choose the schedule, and keep what one expression in the sizes says.
     """
     width = sum(widths)
     keeps = needs_grad and needs_statistics and sweeps_gradients and itemsize
     room = memory_budget // itemsize if keeps else 0
     one_sweep = not needs_statistics and needs_grad and one_gradient
+    combined = combined and (one_sweep or needs_statistics)
     if any_size and isinstance(rows + width, torch.SymInt):
         kept = torch.sym_min(visited_pairs(rows, width, tile_shapes[0][0], is_batch), room) if room else 0
         return Plan("one_sweep" if one_sweep else "two_sweeps", None, None, kept, combined)
@@ -99,7 +100,7 @@ def make_plan(
         for most_rows, most_columns in tile_shapes
     )
     if one_sweep:
-        return Plan("one_sweep", gradient_tile, gradient_tile, 0)
+        return Plan("one_sweep", gradient_tile, gradient_tile, 0, combined)
     # For any size, of the highest tiles, where balanced ones need a little less.
     row_block = tile_shapes[0][0] if any_size else statistics_tile.rows
     kept = min(visited_pairs(rows, width, row_block, is_batch), room)

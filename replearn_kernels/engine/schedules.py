@@ -52,7 +52,7 @@ def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor], bool]
         if run.plan.schedule == "row_chunks":
             return *_row_chunks(run), True
         if run.plan.schedule == "one_sweep":
-            return *_one_sweep(run), True
+            return *_one_sweep(run), not run.plan.combined
         loss, saved = _first_sweep(run)
         return loss, saved if any(config.needs_grad) else [], False
 
@@ -65,8 +65,11 @@ def backward(
     ``in_place``: gradients that came with the forward call are scaled in place, as nobody else will need them.
     """
     with on_device_of(inputs.query):
-        if plan_of(inputs, config).schedule == "two_sweeps":
+        plan = plan_of(inputs, config)
+        if plan.schedule == "two_sweeps":
             results = _second_sweep(_Run.of(inputs, config), saved, grad_loss)
+        elif plan.combined:
+            results = _after_one_sweep(_Run.of(inputs, config), saved, grad_loss)
         else:
             results = scaled(saved, grad_loss, config, in_place)
         return [
@@ -100,6 +103,14 @@ def fake_forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
     loss = query.new_empty((query.shape[0],) if config.reduction == "none" else (), dtype=dtype)
     if not any(config.needs_grad):
         return loss, []
+    if plan.combined and plan.schedule == "one_sweep":
+        of_query, *of_sources = config.needs_grad[: len(inputs.features)]
+        of_query = of_query or (config.needs_grad[len(inputs.features)] and not all(of_sources))
+        accumulators = (
+            query.new_empty(tensor.shape, dtype=dtype) if there else query.new_empty(0)
+            for tensor, there in zip(inputs.features, (of_query, *of_sources))
+        )
+        return loss, [*backend_class(config.backend).new_totals(inputs), *accumulators]
     if plan.schedule != "two_sweeps":
         dtypes = [dtype] * len(inputs.features) + [torch.float64] * 2
         return loss, [
@@ -168,18 +179,20 @@ class _Run(NamedTuple):
     def with_query(self) -> bool:
         return sums_over_columns(self.problem, self.config.needs_grad[0], self.needs_grad_of_scalars[0])
 
-    def results(self, gradients: Gradients, row_coefficients: Tensor | None, *factors, dtype=None) -> list[Tensor]:
+    def weight_sum(self, table: Tensor) -> Tensor | None:
+        """``sum_ij W_ij``, where the bias gets a gradient."""
+        return self.objective.bias_gradient(table) if any(self.needs_grad_of_scalars[1:]) else None
+
+    def results(self, gradients: Gradients, weight_sum: Tensor | None, *factors, dtype=None) -> list[Tensor]:
         """Gradients for features, in ``dtype`` if given, scale and bias, times ``factors``: an empty tensor of its own
         for each not needed."""
-        needs_scale, *needs_bias = self.needs_grad_of_scalars
-        features, scale = self.runner.finish(
-            self.problem, gradients, factors, self.config.needs_grad, needs_scale, dtype
+        has_bias = len(self.needs_grad_of_scalars) > 1
+        needs_grad, needs_scale = self.config.needs_grad, self.needs_grad_of_scalars[0]
+        features, *scalars = self.runner.finish(
+            self.problem, gradients, factors, needs_grad, needs_scale, weight_sum, dtype
         )
-        scalars = [scale]
-        if needs_bias:
-            bias = self.objective.bias_gradient(row_coefficients) * math.prod(factors) if needs_bias[0] else None
-            scalars.append(bias)
-        return [self.problem.query.new_empty(0) if tensor is None else tensor for tensor in (*features, *scalars)]
+        results = (*features, *scalars[: 1 + has_bias])
+        return [self.problem.query.new_empty(0) if tensor is None else tensor for tensor in results]
 
 
 def _first_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
@@ -209,18 +222,30 @@ def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Ten
         every_tile = any(run.needs_grad_of_scalars[1:])  # a bias's gradient is the sum of W
         sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients, every_tile)
     run.objective.add_pair_gradients(run.problem, coefficients[0], gradients.query)
-    return run.results(gradients, coefficients[0], *factors, dtype=run.problem.query.dtype)
+    return run.results(gradients, run.weight_sum(coefficients[0]), *factors, dtype=run.problem.query.dtype)
 
 
 def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
     """The sweep of gradients, whose passes fold the losses into the row table on their way."""
     problem = run.problem
     tables = run.runner.new_statistics(problem)
-    gradients, kept = run.new_gradients(), KeptTiles(tables[0].new_empty(0))
+    gradients, kept = run.new_gradients(run.plan.combined), KeptTiles(tables[0].new_empty(0))
     sweep_gradients(problem, run.plan, run.runner, kept, tables, gradients, every_tile=True)
+    if run.plan.combined:
+        loss, sums = run.runner.total(problem, tables[0], run.config.reduction == "mean")
+        accumulators = (gradients.query, *gradients.sources)
+        return loss, [*sums, *(problem.query.new_empty(0) if each is None else each for each in accumulators)]
     run.objective.add_pair_gradients(problem, tables[0], gradients.query)
     losses, share = run.objective.row_losses(problem, *tables), run.share_after(tables[0])
-    return losses.sum() * share, run.results(gradients, tables[0], share)
+    return losses.sum() * share, run.results(gradients, run.weight_sum(tables[0]), share)
+
+
+def _after_one_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Tensor]:
+    """What the sweep added up becomes gradients, in the backward call, as a second sweep's would."""
+    state, weight_sum, query, *sources = (tensor if tensor.numel() or tensor.dim() > 1 else None for tensor in saved)
+    weight_sum = weight_sum if any(run.needs_grad_of_scalars[1:]) else None
+    factors = grad_loss, run.runner.share_of(state)
+    return run.results(Gradients(query, sources), weight_sum, *factors, dtype=run.problem.query.dtype)
 
 
 def _row_chunks(run: _Run) -> tuple[Tensor, list[Tensor]]:
@@ -301,7 +326,7 @@ def _make_plan(
         needs_statistics=objective.needs_statistics,
         sweeps_gradients=objective.sweeps_gradients,
         is_batch=is_batch,
-        combined=one_gradient and kind.combines(objective, has_target),
+        combined=one_gradient and kind.combines(objective, dtype, has_target),
         any_size=any_size,
     )  # fmt: skip
 

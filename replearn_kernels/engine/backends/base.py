@@ -85,8 +85,9 @@ class Backend(ABC):
         return self.objective.prepared(problem, *tables)
 
     @staticmethod
-    def combines(objective, has_target: bool) -> bool:
-        """Whether :meth:`combine` takes the place of the objective's formulas, under one upstream gradient."""
+    def combines(objective, dtype: torch.dtype, has_target: bool) -> bool:
+        """Whether, under one upstream gradient, :meth:`combine` takes the place of the objective's formulas between
+        two sweeps, or :meth:`total` after one."""
         return False
 
     @staticmethod
@@ -102,21 +103,31 @@ class Backend(ABC):
         """The coefficients of rows and columns, and a row's share in the loss."""
         raise NotImplementedError
 
+    def total(self, problem: Problem, row_table: Tensor, mean: bool) -> tuple[Tensor, list[Tensor]]:
+        """The loss, and what the backward call needs beyond the accumulators: for :meth:`share_of`, and the sum of W."""
+        raise NotImplementedError
+
+    def share_of(self, state: Tensor) -> Tensor:
+        """A row's share in the loss."""
+        raise NotImplementedError
+
     def can_overwrite(self, problem: Problem, shape: TileShape) -> bool:
         """Whether a sweep over tiles of this shape gives every accumulator one product, which need not be added."""
         return False
 
     def finish(
         self, problem: Problem, gradients, factors: Sequence[float | Tensor], needs_grad: list[bool],
-        needs_scale: bool, dtype: torch.dtype | None = None,
-    ) -> tuple[list[Tensor | None], Tensor | None]:  # fmt: skip
-        """The gradients of queries and sources, in ``dtype`` if given, and of the scale: None where none is due.
+        needs_scale: bool, weight_sum: Tensor | None = None, dtype: torch.dtype | None = None,
+    ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:  # fmt: skip
+        """The gradients of queries and sources, in ``dtype`` if given, of the scale, and of the bias: None where none
+        is due. All are what the sweeps added up, times ``factors``: in place where the dtype stays.
 
-        All are what the sweeps added up, in place, times ``factors``.
+        ``weight_sum``: ``sum_ij W_ij``, fp64, if the bias gets a gradient.
         """
         factor = math.prod(factors)
         scale = gradients.scale_gradient(problem) * factor if needs_scale else None
-        return gradients.finish(problem, factor, needs_grad, dtype), scale
+        bias = None if weight_sum is None else weight_sum * factor
+        return gradients.finish(problem, factor, needs_grad, dtype), scale, bias
 
     def new_kept(self, problem: Problem, elements: int) -> Tensor:
         """An uninitialised buffer for kept similarities."""

@@ -20,6 +20,7 @@ from ...triton_kernels import (
     finish_gradients,
     form_weights,
     shared_reference,
+    total,
     update_by_sums,
     update_statistics,
 )
@@ -165,10 +166,13 @@ class TritonBackend(Backend):
         return size - 1 if size else self.objective.counts(problem)
 
     @staticmethod
-    def combines(objective, has_target: bool) -> bool:
-        """Not where logits are summed for label smoothing, nor where a row's column is not that of its own number."""
+    def combines(objective, dtype: torch.dtype, has_target: bool) -> bool:
+        """Not where logits are summed for label smoothing, nor where a row's column is not that of its own number; nor
+        where sums of one sweep are gradients already, scaled in place: fp32 features'."""
         if _epilogue_of(objective).combine is None or objective.has_offsets:
             return False
+        if not objective.needs_statistics:
+            return dtype.itemsize < 4
         return not (has_target and objective.needs_columns)
 
     @staticmethod
@@ -200,8 +204,21 @@ class TritonBackend(Backend):
             problem.know_group_numbers(more[0])
         elif more:
             columns = more[0]
-        self._reference, self._counter = (rows, columns, state), state[3:]
-        return (rows, columns), state[2]
+        self._reference = rows, columns, state
+        return (rows, columns), self.share_of(state)
+
+    def share_of(self, state: Tensor) -> Tensor:
+        self._counter = state[3:]
+        return state[2]
+
+    def total(self, problem: Problem, row_table: Tensor, mean: bool) -> tuple[Tensor, list[Tensor]]:
+        loss, *sums = total(self._epilogue, TileInputs.of((problem.rows, 0), problem.scale, row_table=row_table), mean)
+        return loss, sums
+
+    @staticmethod
+    def new_totals(inputs: Inputs) -> list[Tensor]:
+        query = inputs.query
+        return [query.new_empty(STATE, dtype=torch.float32), query.new_empty((), dtype=torch.float64)]
 
     def _weights_of(
         self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None,
@@ -317,12 +334,14 @@ class TritonBackend(Backend):
             return False
         return 0 < problem.rows <= shape.rows and 0 < source.width <= shape.columns
 
-    def finish(self, problem: Problem, gradients, factors, needs_grad, needs_scale, dtype=None):
-        scale_gradient = None
-        if needs_scale:
-            given = isinstance(problem.scale, Tensor) and dtype is not None
-            kind = problem.scale.dtype if given else torch.float64
-            scale_gradient = problem.query.new_empty((), dtype=kind)
+    def finish(self, problem, gradients, factors, needs_grad, needs_scale, weight_sum=None, dtype=None):
+        def new_scalar(needed: bool, given) -> Tensor | None:
+            """For a gradient of the dtype of what is given, but fp64 for one to be scaled further."""
+            of_given = given.dtype if isinstance(given, Tensor) and dtype is not None else torch.float64
+            return problem.query.new_empty((), dtype=of_given) if needed else None
+
+        of_scale = new_scalar(needs_scale, problem.scale)
+        of_bias = new_scalar(weight_sum is not None, problem.bias)
         results, sides = [], []
         compared = (problem, *(() if problem.is_batch else problem.sources))
         for sums, rows, needs in zip((gradients.query, *gradients.sources), compared, needs_grad):
@@ -335,8 +354,8 @@ class TritonBackend(Backend):
                 sides.append(_side_of(sums, result, rows, reads))
         scale = problem.scale if isinstance(problem.scale, Tensor) else torch.tensor(problem.scale)
         halves = 2 if problem.is_batch else 1
-        finish_gradients(sides, scale, factors, scale_gradient, halves, self._counter)
-        return results, scale_gradient
+        finish_gradients(sides, scale, factors, of_scale, weight_sum, of_bias, halves, self._counter)
+        return results, of_scale, of_bias
 
     def workspace(self) -> tuple[Tensor, ...]:
         weights = () if self._weights is None else (self._weights,)
