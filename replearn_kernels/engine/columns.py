@@ -34,6 +34,7 @@ class SharedColumns:
     needs_grad: bool
     has_positives: bool = False  # targets and groups are about this source
     inverse_norms: Tensor | None = None  # [M]: the columns are the features times these
+    _normalised: tuple[slice, torch.dtype, Tensor] | None = None  # the last block: a tile's passes ask one by one
 
     @property
     def width(self) -> int:
@@ -52,10 +53,15 @@ class SharedColumns:
         return self.features.sum(0, dtype=dtype, keepdim=True)
 
     def block(self, tile: Tile) -> Tensor:
-        features = self.features[tile.columns]
-        if self.inverse_norms is not None:  # in fp32, so that half precision rounds once
-            features = features * self.inverse_norms[tile.columns].unsqueeze(1)
-        return features.to(tile.query.dtype)
+        features, dtype = self.features[tile.columns], tile.query.dtype
+        if self.inverse_norms is None:
+            return features.to(dtype)
+        if self._normalised is None or self._normalised[:2] != (tile.columns, dtype):
+            # Formed in fp32, so that half precision rounds once.
+            block = torch.empty(features.shape, dtype=dtype, device=features.device)
+            torch.mul(features, self.inverse_norms[tile.columns].unsqueeze(1), out=block)
+            self._normalised = tile.columns, dtype, block
+        return self._normalised[2]
 
     def products(self, tile: Tile, out: Tensor) -> Iterator[Step]:
         """``out[R, C] = query[R, d] @ features[C, d].T``."""

@@ -1,0 +1,93 @@
+"""How many kernels a step launches, and which losses make the host wait for a GPU: bench/launches.py counts them.
+
+On tensors without data, so without a GPU: fewer launches are a promise of the library, as fewer products are.
+"""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+from loss_cases import CASES
+
+triton = pytest.importorskip("triton")
+
+from bench import launches
+
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="counts launches of compiled kernels")
+
+# Those that a CUDA graph can capture (README), and those that read from the GPU how many pairs there are.
+WAITS = [
+    name for name in CASES if name.startswith(("lifted", "semi_hard", "batch_all"))
+]  # fmt: skip
+
+# CLIP's eight, at one tile: begin, sums, finish, combine; W, two products, outputs.
+BOUNDS = {
+    ("clip", 1024, 512): 8,
+    ("clip", 8192, 512): 8,
+    ("clip", 65536, 512): 110,
+    ("info_nce", 1024, 512): 8,
+    ("siglip", 1024, 512): 8,
+    ("siglip", 8192, 512): 8,
+    ("siglip", 65536, 512): 135,
+    ("nt_xent", 1024, 512): 12,  # with labels, and both views in one matrix
+    ("nt_xent", 65536, 128): 85,
+    ("sup_con", 8192, 512): 15,  # with labels sorted, once
+    ("moco", 256, 128): 70,
+    ("arcface", 256, 512): 400,  # 31 tiles of classes, normalised on the way, in either sweep
+}
+STEPS = {loss.__name__: loss for loss, _, _ in launches.POINTS}
+
+
+def total(name: str, n: int, d: int) -> int:
+    forward, backward = launches.count(lambda: STEPS[name](n, d))
+    return forward.total() + backward.total()
+
+
+@pytest.mark.parametrize("point", BOUNDS, ids=str)
+def test_few(point):
+    assert total(*point) <= BOUNDS[point]
+
+
+def test_one_tile_of_clip_is_one_launch_of_each():
+    forward, backward = launches.count(lambda: launches.clip(8192, 512))
+    assert forward == dict.fromkeys(("begin_kernel", "sums_kernel", "finish_kernel", "combine_kernel"), 1)
+    assert backward == {"resident_weights_kernel": 1, "product by cuBLAS": 2, "outputs_kernel": 1}
+
+
+def test_a_tile_more_is_few_launches_more():
+    """Of W and its two products for each tile, and of two for each tile of sums: nothing else grows."""
+    forward, backward = launches.count(lambda: launches.clip(65536, 512))
+    assert backward["product by cuBLAS"] == 2 * backward["resident_weights_kernel"]
+    assert backward.total() - 3 * backward["resident_weights_kernel"] <= 4
+    assert forward["sums_kernel"] == forward["finish_kernel"] and forward.total() - 2 * forward["sums_kernel"] <= 2
+
+
+def test_without_gradients_no_second_sweep():
+    with launches.on_a_gpu_without_data() as counted, torch.no_grad():
+        launches.clip(8192, 512)
+    assert counted.total() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", CASES)
+def test_who_waits_for_the_gpu(name, dtype):
+    x, y = (launches.features(512, 64, dtype=dtype) for _ in range(2))
+
+    def step():
+        return CASES[name](x, y, launches.labels(512), 10.0, backend="triton")
+
+    if name not in WAITS:
+        forward, backward = launches.count(step)
+        assert forward.total() and backward.total()
+        assert x.grad is not None and x.grad.shape == x.shape and x.grad.dtype == dtype
+        return
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        launches.count(step)
+
+
+def test_the_committed_table_is_today_s():
+    with launches.RESULTS.open() as file:
+        committed = list(csv.DictReader(file))
+    assert committed == [{name: str(value) for name, value in row.items()} for row in launches.table()]
