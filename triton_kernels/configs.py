@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, lru_cache, partial
 
 import torch
 import triton
@@ -140,6 +140,16 @@ _found: dict[tuple, Config] = {}  # by the search, in this process
 _override: dict[str, Config] = {}  # by the kernel's name; "": every kernel
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. Triton's own for the host takes 3 us."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 @contextmanager
 def use_config(config: Config, kernel: str = "") -> Iterator[None]:
     """Run every kernel, or the one of this name, with ``config``: for tests and measurements."""
@@ -167,6 +177,7 @@ def _given(kernel: str) -> Config | None:
     return _override.get(kernel, _override.get(""))
 
 
+@cache
 def default(kernel: str, epilogue: str, kind: str, arch: int) -> Config | None:
     """The shipped config: the epilogue's own where it has one. None: there is no such kernel on this GPU."""
     keys = (epilogue, kernel, kind, arch), (kernel, kind, arch), (kernel, kind, 80)
@@ -198,18 +209,30 @@ def architecture() -> int:
     """
     if triton.knobs.runtime.interpret:
         return 80
-    arch = triton.runtime.driver.active.get_current_target().arch
+    driver = triton.runtime.driver.active
+    return _architecture(driver, driver.get_current_device())
+
+
+@cache
+def _architecture(driver, device) -> int:
+    """Of the current device, which ``device`` names. Triton asks it for the name each time, in 3 us."""
+    arch = driver.get_current_target().arch
     return {90: 90, 100: 100, 103: 100}.get(arch, 80)
 
 
 def launch_options(config: Config, features: Tensor) -> dict:
     """The keyword arguments that all kernels over features share."""
+    return _launch_options(config, features.shape[1], product_kind(features.dtype))
+
+
+@lru_cache(maxsize=1024)
+def _launch_options(config: Config, d: int, kind: str) -> dict:
     options = {} if config.registers is None else {"maxnreg": config.registers}
     return options | {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k or max(triton.next_power_of_2(features.shape[1]), 16),
-        "PRECISION": "ieee" if product_kind(features.dtype) == "ieee" else "tf32",
+        "BLOCK_K": config.block_k or max(next_power_of_2(d), 16),
+        "PRECISION": "ieee" if kind == "ieee" else "tf32",
         "UPCAST": triton.knobs.runtime.interpret,
         "num_warps": config.warps,
         "num_stages": config.stages,

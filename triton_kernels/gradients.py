@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, launch_options, pick
+from .configs import Config, cdiv, launch_options, pick
 from .distances import chained, negative_distances
 from .statistics import merge
 from .tiles import Epilogue, Points, TileInputs, aligned, product, similarity_tile, store_quantities
@@ -210,7 +210,7 @@ def form_weights(
     functions = squared, epilogue.weights, epilogue.reduce, 0 if row_table is None else row_table.shape[0], _GROUP
 
     def launch(config: Config) -> tuple[Tensor | None, Tensor | None]:
-        row_blocks, column_blocks = triton.cdiv(out.shape[0], config.block_m), triton.cdiv(out.shape[1], config.block_n)
+        row_blocks, column_blocks = cdiv(out.shape[0], config.block_m), cdiv(out.shape[1], config.block_n)
         parts = column_blocks * max(config.parts, 1)
         of_rows = None if row_table is None else row_table.new_empty(parts, *row_table.shape)
         of_columns = None if column_table is None else column_table.new_empty(row_blocks, *column_table.shape)
@@ -248,7 +248,7 @@ def accumulate_gradient(
         sums = gradient.new_zeros(own.shape)
 
     def launch(config: Config, into: Tensor) -> None:
-        gradient_kernel[(triton.cdiv(own.shape[0], config.block_m),)](
+        gradient_kernel[(cdiv(own.shape[0], config.block_m),)](
             own, own.stride(0), other, other.stride(0), into, into.stride(0),
             own.shape[1], inputs,
             epilogue.weights, transposed, **launch_options(config, own),

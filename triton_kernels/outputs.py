@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import cdiv, next_power_of_2
+
 _ELEMENTS = 4096  # of a program: 32 a thread
 _FOLDED = tl.constexpr(1024)  # partial sums that are loaded at once
 
@@ -126,9 +128,9 @@ def finish_gradients(
 ) -> None:
     """Write the gradients of the sides, the scale's, and the bias's: ``weight_sum`` times the factors."""
     d = sides[0].sums.shape[1] if sides else 0
-    block_k = max(triton.next_power_of_2(d), 16)
+    block_k = max(next_power_of_2(d), 16)
     block_m = max(_ELEMENTS // block_k, 1)
-    blocks = [triton.cdiv(side.rows, block_m) for side in sides]
+    blocks = [cdiv(side.rows, block_m) for side in sides]
     count = 0
     if scale_gradient is not None:
         count = sum(number for number, side in zip(blocks, sides) if side.features is not None)

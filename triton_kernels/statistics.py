@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, launch_options, pick
+from .configs import Config, cdiv, launch_options, pick
 from .distances import negative_distances
 from .tiles import Epilogue, Points, TileInputs, aligned, load_quantities, similarity_tile, store_quantities
 
@@ -87,9 +87,9 @@ def update_statistics(
     query, key = aligned(query), aligned(key)
 
     def launch(config: Config) -> tuple[Tensor, Tensor | None]:
-        row_blocks = triton.cdiv(query.shape[0], config.block_m)
+        row_blocks = cdiv(query.shape[0], config.block_m)
         # Neighbouring programs share a region: its keys stay in L2.
-        regions = triton.cdiv(key.shape[0], config.block_n * config.column_blocks)
+        regions = cdiv(key.shape[0], config.block_n * config.column_blocks)
         of_rows = row_table.new_empty(regions, *row_table.shape)
         of_columns = None if column_table is None else column_table.new_empty(row_blocks, *column_table.shape)
         statistics_kernel[(row_blocks, regions)](
@@ -131,14 +131,15 @@ def add_kernel(
 def merge(epilogue: Epilogue, partials: Tensor, inputs: TileInputs, table: Tensor) -> None:
     """Fold ``partials[count, quantities, size]`` into ``table[quantities, size]``, in order."""
     count, quantities, size = partials.shape
-    blocks = triton.cdiv(size, _MERGE_BLOCK)
+    blocks = cdiv(size, _MERGE_BLOCK)
     if epilogue.additive:
         add_kernel[(blocks, quantities)](
             partials, table, table.stride(0), count, size,
             quantities, _MERGE_BLOCK, FOLDED=32, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return
+    scale = TileInputs.of((0, 0), inputs.scale)  # all that a merge reads: one kernel serves every kind of tile
     merge_kernel[(blocks,)](
-        partials, table, table.stride(0), count, size, inputs,
+        partials, table, table.stride(0), count, size, scale,
         epilogue.merge, quantities, _MERGE_BLOCK, num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip

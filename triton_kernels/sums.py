@@ -17,12 +17,14 @@ as everywhere else (softmax.py).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, launch_options, pick
+from .configs import Config, cdiv, launch_options, next_power_of_2, pick
 from .softmax import LOG2_E, softmax_rate
 from .tiles import Epilogue, TileInputs, aligned, load_quantities, load_vector, store_quantities
 from .tma import described_rows, described_tile, resident_programs
@@ -311,7 +313,7 @@ def begin_sums(
     Tables become those of empty sets by the same launch.
     """
     largest = query.new_empty(2, _BOUND_PROGRAMS, dtype=torch.float32)
-    width = triton.next_power_of_2(max(query.shape[1], 1))
+    width = next_power_of_2(max(query.shape[1], 1))
     row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
     begin_kernel[(_BOUND_PROGRAMS, 2)](
         query, query.stride(0), query.shape[0], key, key.stride(0), key.shape[0],
@@ -340,10 +342,10 @@ def update_by_sums(
     rows, columns, d, grouped = query.shape[0], key.shape[0], query.shape[1], inputs.row_group is not None
 
     def launch(config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
-        row_blocks, column_blocks = triton.cdiv(rows, config.block_m), triton.cdiv(columns, config.block_n)
+        row_blocks, column_blocks = cdiv(rows, config.block_m), cdiv(columns, config.block_n)
         regions = even_regions(column_blocks, row_blocks, resident_programs(config, query.device))
-        height = triton.cdiv(row_blocks, regions)
-        regions = triton.cdiv(row_blocks, height)  # none of them empty
+        height = cdiv(row_blocks, regions)
+        regions = cdiv(row_blocks, height)  # none of them empty
         of_rows = row_table.new_empty(column_blocks, rows)
         positives = row_table.new_empty(column_blocks if grouped else 1, rows)
         of_columns = None if column_table is None else column_table.new_empty(regions, columns)
@@ -355,9 +357,9 @@ def update_by_sums(
 
     of_rows, of_columns, positives = launch(pick("sums", epilogue.name, query, launch))
     config = pick("finish", epilogue.name, query, launch)
-    blocks, column_count, column_stride = triton.cdiv(rows, config.block_m), 0, 0
+    blocks, column_count, column_stride = cdiv(rows, config.block_m), 0, 0
     if column_table is not None:
-        blocks += triton.cdiv(columns, config.block_n)
+        blocks += cdiv(columns, config.block_n)
         column_count, column_stride = len(of_columns), column_table.stride(0)
     finish_kernel[(blocks,)](
         *described_rows(query, key, config), largest, of_rows, len(of_rows), of_columns, column_count, positives,
@@ -368,6 +370,7 @@ def update_by_sums(
     return (of_rows, positives) if of_columns is None else (of_rows, positives, of_columns)
 
 
+@lru_cache(maxsize=1024)
 def even_regions(column_blocks: int, row_blocks: int, programs: int) -> int:
     """The fewest regions with which the GPU, that holds ``programs``, idles for 5 % of the time at most.
 
@@ -375,8 +378,8 @@ def even_regions(column_blocks: int, row_blocks: int, programs: int) -> int:
     """
     best, least = 1, float("inf")
     for regions in range(1, min(row_blocks, 64) + 1):
-        waves = triton.cdiv(column_blocks * regions, programs)
-        time = waves * triton.cdiv(row_blocks, regions) * programs / (column_blocks * row_blocks)
+        waves = cdiv(column_blocks * regions, programs)
+        time = waves * cdiv(row_blocks, regions) * programs / (column_blocks * row_blocks)
         if time < least:
             best, least = regions, time
         if time <= 1.05:

@@ -28,7 +28,8 @@ class Epilogue:
 
     empty(BLOCK, AXIS) -> statistic                     of no entries
     reduce(s, row, column, inputs, AXIS) -> statistic   of the entries of a tile
-    merge(a, b, inputs) -> statistic                    of two disjoint sets of entries, ``a`` of the earlier ones
+    merge(a, b, inputs) -> statistic                    of two disjoint sets of entries, ``a`` of the earlier ones;
+                                                        of ``inputs`` it reads the scale alone
     weights(s, row, column, inputs) -> W                dL/dl of every entry; None: the loss needs no W
 
     Where the similarities are distances, ``s`` is v (``engine/distances.py``).
@@ -116,7 +117,7 @@ def aligned(features: Tensor) -> Tensor:
     rows, d = features.shape
     if d and d % ALIGNMENT == 0 and features.stride(0) % ALIGNMENT == 0 and features.data_ptr() % 16 == 0:
         return features
-    padded = features.new_zeros(rows, max(triton.cdiv(d, ALIGNMENT), 1) * ALIGNMENT)
+    padded = features.new_zeros(rows, max(-(-d // ALIGNMENT), 1) * ALIGNMENT)
     padded[:, :d] = features
     return padded
 
