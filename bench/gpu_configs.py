@@ -28,8 +28,8 @@ from replearn_kernels.triton_kernels import (
     EPILOGUES,
     TileInputs,
     accumulate_gradient,
-    form_weights,
     begin_sums,
+    form_weights,
     shared_reference,
     update_by_sums,
     update_statistics,
@@ -79,11 +79,13 @@ def operands(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) ->
     """Unit rows, and tables of sums that lie near each other, as a softmax's do. A class has four rows."""
     query, key = (torch.nn.functional.normalize(torch.randn(n, d, device=device)).to(dtype) for _ in range(2))
     rows, columns = (torch.rand(5, n, device=device) for _ in range(2))
-    sigmoid, numbers = kernel.epilogue == "sigmoid", torch.arange(n, device=device)
-    groups = (numbers.int() // 4,) * 2 if kernel.epilogue == "sup_con" else (None, None)
+    sigmoid, grouped = kernel.epilogue == "sigmoid", kernel.epilogue == "sup_con"
+    numbers = torch.arange(n, device=device)
+    groups = (numbers.int() // 4,) * 2 if grouped else (None, None)
+    by_number = sigmoid or kernel.epilogue == "softmax"
     return query, key, TileInputs.of(
         (n, n), torch.tensor(10.0, device=device), torch.tensor(-10.0, device=device) if sigmoid else 0.0,
-        None if groups[0] is not None else numbers, *groups,
+        None if grouped or by_number else numbers, *groups, own=0 if by_number else None,
         row_table=rows[:3] if sigmoid else rows, column_table=columns if kernel.columns else None,
     )  # fmt: skip
 
@@ -102,7 +104,7 @@ def sums_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -
     tables = torch.zeros(3, n, device=device), None
     if kernel.columns and inputs.row_group is None:
         tables = tables[0], torch.zeros(2, n, device=device)
-    largest = largest_squares(query, key)
+    largest = begin_sums(EPILOGUES[kernel.epilogue], query, key)
     return lambda: update_by_sums(EPILOGUES[kernel.epilogue], query, key, inputs, largest, 0, *tables)
 
 

@@ -27,11 +27,15 @@ from triton.runtime.jit import JITFunction
 from replearn_kernels.triton_kernels import (
     EPILOGUES,
     Points,
+    Side,
     TileInputs,
     accumulate_gradient,
-    form_weights,
     begin_sums,
+    combine,
+    finish_gradients,
+    form_weights,
     shared_reference,
+    total,
     update_by_sums,
     update_statistics,
 )
@@ -62,8 +66,8 @@ PRODUCTS = {
 KIND = {"fp16": "half", "bf16": "half", "tf32": "tf32", "fp32": "ieee"}  # in configs.py
 
 # Kernels of tables alone: the same for every kind of product. And those that form no products.
-OF_TABLES = ("merge", "reference")
-NO_PRODUCTS = (*OF_TABLES, "largest")
+OF_TABLES = ("merge", "add", "combine", "total", "reference")
+NO_PRODUCTS = (*OF_TABLES, "begin", "outputs")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Variant:
     """An epilogue with what one kind of tile tells it: every combination that the engine launches."""
 
     epilogue: str
-    target: bool = False
+    target: str = ""  # "own": row i's positive is column i; "given": any
     groups: bool = False
     columns: bool = False  # the tile has tables of columns, too
     diagonal: bool = False
@@ -81,13 +85,12 @@ class Variant:
     quantities: int = 3  # of the statistics of rows; of columns too where these are rows elsewhere
     gradients: bool = True  # there is a sweep of gradients
     told_apart: bool = False  # where TMA moves W, blocks off the diagonal are told from those on it
+    first: bool = True  # of its epilogue's variants: kernels that know nothing of tiles are listed once
 
     def kernels(self, product: str, target: str) -> list[str]:
         """Those that a GPU has a config for. "weights apart": the weights kernel that tells blocks apart."""
-        names = ["statistics", "weights", "merge rows"] if self.gradients else ["statistics", "merge rows"]
-        if self.columns and not self.diagonal:
-            names.append("merge columns")
-        names += ["gradient", "gradient transposed"] * self.fused
+        names = ["statistics", "weights"] if self.gradients else ["statistics"]
+        names += ["gradient", "gradient transposed"] * self.fused + self._of_tables() * self.first
         if not self.told_apart:
             return names
         sums, weights = (
@@ -96,8 +99,16 @@ class Variant:
         names += ["weights apart"] * (weights.parts > 0)
         if sums is None or not EPILOGUES[self.epilogue].by_sums:
             return names
-        names += ["largest", "sums", "finish rows"] + ["finish columns"] * (self.columns and not self.groups)
-        return [*names, "reference"]
+        return [*names, *["begin"] * self.first, "sums", "finish", *["reference"] * self.first]
+
+    def _of_tables(self) -> list[str]:
+        epilogue = EPILOGUES[self.epilogue]
+        names = ["add rows" if epilogue.additive else "merge rows"]
+        if self.columns and not self.diagonal:
+            names.append("merge columns")
+        if epilogue.combine is not None:
+            names.append("total" if self.one_sweep else "combine")
+        return names
 
 
 OF_PAIRS = {"groups": True, "columns": True}
@@ -107,26 +118,27 @@ SEMI_HARD = {"distance": "square", "quantities": 3 + 3 * EPILOGUES["semi_hard"].
 BATCH_ALL = {"one_sweep": True, "quantities": 2 + 2 * EPILOGUES["batch_all"].per_part}
 
 VARIANTS = {
-    "softmax": Variant("softmax", target=True, fused=True, told_apart=True),
-    "softmax queue": Variant("softmax", fused=True, told_apart=True),
-    "softmax symmetric": Variant("softmax", target=True, columns=True, fused=True, told_apart=True),
-    "softmax groups": Variant("softmax", target=True, groups=True, fused=True),
+    "softmax symmetric": Variant("softmax", target="own", columns=True, fused=True, told_apart=True),
+    "softmax": Variant("softmax", target="own", fused=True, told_apart=True, first=False),
+    "softmax target": Variant("softmax", target="given", fused=True, first=False),
+    "softmax queue": Variant("softmax", fused=True, told_apart=True, first=False),
+    "softmax groups": Variant("softmax", target="own", groups=True, fused=True, first=False),
     "sup_con": Variant("sup_con", groups=True, columns=True, told_apart=True),
-    "sup_con diagonal": Variant("sup_con", groups=True, columns=True, diagonal=True, told_apart=True),
-    "margin_softmax": Variant("margin_softmax", target=True, fused=True),
-    "sigmoid": Variant("sigmoid", target=True, one_sweep=True, told_apart=True),
-    "sigmoid groups": Variant("sigmoid", groups=True, one_sweep=True),
+    "sup_con diagonal": Variant("sup_con", groups=True, columns=True, diagonal=True, told_apart=True, first=False),
+    "margin_softmax": Variant("margin_softmax", target="given", fused=True),
+    "sigmoid": Variant("sigmoid", target="own", one_sweep=True, told_apart=True),
+    "sigmoid groups": Variant("sigmoid", groups=True, one_sweep=True, first=False),
     "lifted": Variant("lifted", **OF_PAIRS, distance="distance"),
-    "lifted diagonal": Variant("lifted", **OF_PAIRS, diagonal=True, distance="distance"),
+    "lifted diagonal": Variant("lifted", first=False, **OF_PAIRS, diagonal=True, distance="distance"),
     "margin_contrastive": Variant("margin_contrastive", **OF_PAIRS, **CONTRASTIVE),
-    "margin_contrastive diagonal": Variant("margin_contrastive", **OF_PAIRS, diagonal=True, **CONTRASTIVE),
+    "margin_contrastive diagonal": Variant("margin_contrastive", first=False, **OF_PAIRS, diagonal=True, **CONTRASTIVE),
     "hardest": Variant("hardest", **OF_PAIRS, **HARDEST),
-    "hardest diagonal": Variant("hardest", **OF_PAIRS, diagonal=True, **HARDEST),
+    "hardest diagonal": Variant("hardest", first=False, **OF_PAIRS, diagonal=True, **HARDEST),
     "semi_hard": Variant("semi_hard", **OF_PAIRS, **SEMI_HARD),
-    "semi_hard diagonal": Variant("semi_hard", **OF_PAIRS, diagonal=True, **SEMI_HARD),
+    "semi_hard diagonal": Variant("semi_hard", first=False, **OF_PAIRS, diagonal=True, **SEMI_HARD),
     "batch_all": Variant("batch_all", **OF_PAIRS, **BATCH_ALL, distance="distance"),
-    "batch_all diagonal": Variant("batch_all", **OF_PAIRS, diagonal=True, **BATCH_ALL, distance="distance"),
-    "batch_all squared": Variant("batch_all", **OF_PAIRS, **BATCH_ALL, distance="square"),
+    "batch_all diagonal": Variant("batch_all", first=False, **OF_PAIRS, diagonal=True, **BATCH_ALL, distance="distance"),
+    "batch_all squared": Variant("batch_all", first=False, **OF_PAIRS, **BATCH_ALL, distance="square"),
 }
 
 
@@ -189,8 +201,11 @@ def cases() -> list[Case]:
                 if product == "bf16" and target != PORTABILITY:
                     kernels = every + [f"{kernel} ragged" for kernel in of_features]
                 found += [Case(name, kernel, product, target) for kernel in kernels]
+            found += [Case("any", kernel, product, target) for kernel in OUTPUTS]
     return found
 
+
+OUTPUTS = ("outputs", "outputs of three", "outputs normalised")
 
 # -- the launches -------------------------------------------------------------------------------------------------
 
@@ -200,21 +215,22 @@ ROLES = {"margin_contrastive": (0.5, True), "batch_all": (0.5,)}
 EVEN, RAGGED = (2048, 4096), (2047, 4095)
 
 
-def launch(variant: Variant, kernel: str, dtype: torch.dtype, d: int | None = None) -> None:
+def launch(variant: Variant | None, kernel: str, dtype: torch.dtype, d: int | None = None) -> None:
     """Without ``d``, gradients at 128, the widest that the fused kernel is used for, and all else at 512.
 
-    The launch that the kernel is named for is the first, but that its sums come before what finishes them.
+    The launch that the kernel is named for is the first, but that its sums come before what finishes them. Outputs are
+    of no variant.
     """
     sizes = RAGGED if kernel.endswith(" ragged") else EVEN
     kernel = kernel.removesuffix(" ragged")
     d = d or (128 if kernel.startswith("gradient") else 512)
     query, key = (torch.empty(size, d, dtype=dtype) for size in sizes)
-    if kernel in ("statistics", "merge rows", "merge columns"):
+    if kernel in ("statistics", "merge rows", "merge columns", "add rows"):
         _launch_statistics(variant, kernel, query, key)
-    elif kernel == "largest":
-        largest_squares(query, key)
-    elif kernel in ("sums", "finish rows", "finish columns"):
-        _launch_sums(variant, query, key)
+    elif kernel in ("begin", "sums", "finish", "combine", "total"):
+        _launch_sums(variant, kernel, query, key)
+    elif kernel in OUTPUTS:
+        _launch_outputs(kernel, query, key)
     else:
         _launch_gradients(variant, kernel, query, key)
 
@@ -228,16 +244,39 @@ def _launch_statistics(variant: Variant, kernel: str, query, key) -> None:
     if kernel == "statistics":
         update_statistics(epilogue, query, key, inputs, *_points(variant, query, key), row_table, column_table)
     else:
-        table = row_table if kernel == "merge rows" else column_table
+        table = column_table if kernel == "merge columns" else row_table
         merge(epilogue, torch.empty(4, *table.shape), inputs, table)
 
 
-def _launch_sums(variant: Variant, query, key) -> None:
+def _launch_sums(variant: Variant, kernel: str, query, key) -> None:
     """A tile's mirror image has its own sums: with groups, of rows alone."""
-    row_table = torch.empty(variant.quantities, len(query))
+    epilogue, row_table = EPILOGUES[variant.epilogue], torch.empty(variant.quantities, len(query))
     column_table = torch.empty(2, len(key)) if variant.columns and not variant.groups else None
-    inputs, largest = _inputs(variant, query, key, group_dtype=torch.int32), torch.empty(2, 128)
-    update_by_sums(EPILOGUES[variant.epilogue], query, key, inputs, largest, 0, row_table, column_table)
+    inputs = _inputs(variant, query, key, row_table, column_table, torch.int32)
+    if kernel == "begin":
+        begin_sums(epilogue, query, key, row_table, column_table)
+    elif kernel == "combine":
+        combine(epilogue, inputs, torch.empty(len(query), dtype=torch.int64) if variant.groups else 0, True)
+    elif kernel == "total":
+        total(epilogue, inputs, True)
+    else:
+        inputs = _inputs(variant, query, key, group_dtype=torch.int32)
+        update_by_sums(epilogue, query, key, inputs, torch.empty(2, 128), 0, row_table, column_table)
+
+
+def _launch_outputs(kernel: str, query, key) -> None:
+    normalised = kernel == "outputs normalised"
+    sides = [
+        Side.of(torch.empty(x.shape), torch.empty_like(x), x, torch.empty(len(x))) if normalised or x is query
+        else Side.of(torch.empty(x.shape), torch.empty_like(x))
+        for x in (query, key)
+    ]  # fmt: skip
+    if not normalised:
+        sides[0] = sides[0]._replace(inverse_norms=None)
+    if kernel == "outputs of three":
+        sides.append(sides[1])
+    of_scale = None if normalised else torch.empty(())
+    finish_gradients(sides, torch.empty(()), (torch.empty(()), torch.empty(())), of_scale, counter=torch.empty(1))
 
 
 def _launch_gradients(variant: Variant, kernel: str, query, key) -> None:
@@ -270,9 +309,10 @@ def _inputs(variant: Variant, query, key, row_table=None, column_table=None, gro
     rows, columns = len(query), len(key)
     return TileInputs.of(
         (rows, columns), torch.empty(()), torch.empty(()) if variant.epilogue == "sigmoid" else 0.0,
-        ids(variant.target, rows, torch.int64), ids(variant.groups, rows, group_dtype),
+        ids(variant.target == "given", rows, torch.int64), ids(variant.groups, rows, group_dtype),
         ids(variant.groups, columns, group_dtype),
         16, variant.diagonal, row_table, column_table, ROLES.get(variant.epilogue, ()),
+        own=16 if variant.target == "own" else None,
     )  # fmt: skip
 
 
@@ -316,11 +356,10 @@ def measure(case: Case) -> Row:
     torch.set_float32_matmul_precision(precision)
     try:
         with compiling(TARGETS[case.target]) as compiled:
-            launch(VARIANTS[case.variant], case.kernel, dtype)
+            launch(VARIANTS.get(case.variant), case.kernel, dtype)
     finally:
         torch.set_float32_matmul_precision(before)
-    place = {"finish rows": 1, "finish columns": 2}.get(case.kernel.removesuffix(" ragged"), 0)
-    kernel, options = compiled[place]
+    kernel, options = compiled[case.kernel.removesuffix(" ragged") == "finish"]
     read = _read_amdgcn if case.target == PORTABILITY else _read_cubin
     registers, spills, matrix = read(kernel, MATRIX_INSTRUCTION[case.target])
     return Row(

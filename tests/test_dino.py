@@ -185,6 +185,20 @@ def test_half_gradients_survive_a_loss_scaler(rng):
     assert (ours.double() - exact).abs().max() < 2**-10 * exact.abs().max()
 
 
+def test_factors_in_bf16(tiles, rng, monkeypatch):
+    """As on a GPU: W is rounded once more, to bf16, and the logits, products of bf16 numbers, are not."""
+    student, weight, *fixed = heads(rng, 4, 2, 7, 257, 48, torch.bfloat16)
+    loss, *plain = results(head_loss, [student, weight], fixed)
+    monkeypatch.setattr(prototypes, "factors_dtype", lambda features: features.dtype)
+    rounded_loss, *rounded = results(head_loss, [student, weight], fixed)
+    _, *exact = results(head_loss, [student.double(), weight.double()], fixed, backend="eager")
+    torch.testing.assert_close(rounded_loss, loss, rtol=1e-6, atol=0)
+    for a, b, truth in zip(rounded, plain, exact):
+        assert a.dtype == b.dtype == torch.bfloat16
+        errors = [(x.double() - truth).norm() / truth.norm() for x in (a, b)]
+        assert 0 < errors[0] <= errors[1] + 2**-8
+
+
 def test_infinite_upstream_gradient_stays_in_its_sample(tiles, rng):
     student, *fixed = logits(rng, 3, 2, 4, 20)
     gradients = []

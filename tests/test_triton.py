@@ -181,10 +181,10 @@ class TestCompiled:
         return pytest.importorskip("bench.triton_resources")
 
     @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-    @pytest.mark.parametrize("epilogue", EPILOGUES)
+    @pytest.mark.parametrize("epilogue", [*EPILOGUES, "any"])
     def test_no_spills_and_fits(self, resources, epilogue, target):
         """Compiled anew: of each kernel of an epilogue, the variant that is closest to spilling."""
-        for kernel in ("statistics", "weights", "gradient", "sums", "finish", "largest", "reference"):
+        for kernel in ("statistics", "weights", "gradient", "begin", "sums", "finish", "combine", "total", "outputs"):
             rows = [row for row in resources.load() if self.is_of(resources, row, epilogue, kernel, target)]
             if not rows:
                 continue
@@ -198,7 +198,8 @@ class TestCompiled:
     @staticmethod
     def is_of(resources, row, epilogue: str, kernel: str, target: str) -> bool:
         is_kernel = row.kernel.startswith(kernel) and row.product == "bf16" and row.target == target
-        return is_kernel and resources.VARIANTS[row.variant].epilogue == epilogue
+        of = resources.VARIANTS[row.variant].epilogue if row.variant in resources.VARIANTS else row.variant
+        return is_kernel and of == epilogue
 
     def test_kernels_take_flat_tuples_of_numbers(self, resources):
         """Triton 3.6 loses constants (None, 1, a constexpr) of a tuple in a tuple; its interpreter refuses bools."""
@@ -210,8 +211,10 @@ class TestCompiled:
             for variant in resources.VARIANTS.values():
                 for kernel in variant.kernels("bf16", "sm_90"):
                     resources.launch(variant, kernel, torch.bfloat16)
+            for kernel in resources.OUTPUTS:
+                resources.launch(None, kernel, torch.bfloat16)
         tuples = [arg for _, args in launches for arg in args if isinstance(arg, tuple)]
-        assert len({kernel for kernel, _ in launches}) == 9
+        assert len({kernel for kernel, _ in launches}) == 13
         for value in itertools.chain(*tuples):
             assert not isinstance(value, (tuple, bool, resources.triton.language.constexpr))
 

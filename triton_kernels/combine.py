@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sums import logarithms_range, store_reference
+from .sums import logarithms_range, nothing_between, store_reference
 from .tiles import Epilogue, TileInputs, load_quantities, store_quantities
 
 # One program adds up the losses, so always in the same order. It visits 65,536 rows in 32 steps.
@@ -34,7 +34,7 @@ def combine_kernel(
     COMBINE: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     total, counted = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    least, largest = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
+    least, largest = nothing_between(BLOCK)
     last = inputs.rows
     if column_coefficients is not None:
         last = tl.maximum(last, inputs.columns)

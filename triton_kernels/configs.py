@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+INTERPRETED = triton.knobs.runtime.interpret  # read when kernels are defined: later it has no effect
+
 
 @dataclass(frozen=True)
 class Config:
@@ -168,7 +170,7 @@ def pick(kernel: str, epilogue: str, features: Tensor, trial: Callable[[Config],
     """
     if (given := _given(kernel)) is not None:
         return given
-    if os.environ.get("REPLEARN_KERNELS_TUNE") == "1" and not triton.knobs.runtime.interpret:
+    if os.environ.get("REPLEARN_KERNELS_TUNE") == "1" and not INTERPRETED:
         return _fastest(kernel, epilogue, features, trial)
     return default(kernel, epilogue, product_kind(features.dtype), architecture())
 
@@ -207,7 +209,7 @@ def architecture() -> int:
     What is neither Hopper nor datacentre Blackwell takes sm_80's, which stay below the 99 KiB of shared memory of
     sm_86, sm_89 and sm_120.
     """
-    if triton.knobs.runtime.interpret:
+    if INTERPRETED:
         return 80
     driver = triton.runtime.driver.active
     return _architecture(driver, driver.get_current_device())
@@ -233,7 +235,7 @@ def _launch_options(config: Config, d: int, kind: str) -> dict:
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k or max(next_power_of_2(d), 16),
         "PRECISION": "ieee" if kind == "ieee" else "tf32",
-        "UPCAST": triton.knobs.runtime.interpret,
+        "UPCAST": INTERPRETED,
         "num_warps": config.warps,
         "num_stages": config.stages,
         # The default up to Triton 3.9. It cannot round a similarity in two ways: v - max has no product before it.

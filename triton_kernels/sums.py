@@ -37,6 +37,8 @@ _SPREAD = tl.constexpr(60.0)
 """How far from the reference a sum may lie: a row's weight, 1 at most, is divided by 2^60 then, and may be 2^-66."""
 _LARGEST_LOGARITHM = tl.constexpr(4096.0)
 """Of a sum: known to 2^-12 then. A GPU takes an exact product less the reference, which has to be as exact."""
+_NONE = tl.constexpr(1e30)
+"""More than any logarithm."""
 _BOUND_PROGRAMS = 128
 _FOLDED = tl.constexpr(32)  # partial sums that are loaded at once
 
@@ -256,17 +258,23 @@ def partial_sums(partials, count, index, inside, size):
 
 @triton.jit
 def logarithms_range(top, logarithm, inside, inputs):
-    """The least and the largest logarithm, to the base 2, of a row's sum; -1e30 and 1e30 where one is not finite."""
+    """The logarithm, to the base 2, of every row's sum, as the least and as the largest of one: where it is not finite
+    it is less and more than any."""
     total = top * softmax_rate(inputs) + logarithm * LOG2_E
-    usable = tl.abs(total) < 1e30
-    least = tl.where(inside, tl.where(usable, total, -1e30), float("inf"))
-    largest = tl.where(inside, tl.where(usable, total, 1e30), float("-inf"))
+    usable = tl.abs(total) < _NONE
+    least = tl.where(inside, tl.where(usable, total, -_NONE), _NONE)
+    largest = tl.where(inside, tl.where(usable, total, _NONE), -_NONE)
     return least, largest
 
 
 @triton.jit
+def nothing_between(BLOCK: tl.constexpr):
+    return tl.full([BLOCK], _NONE, tl.float32), tl.full([BLOCK], -_NONE, tl.float32)
+
+
+@triton.jit
 def table_range(table, stride, count, inputs, BLOCK: tl.constexpr):
-    least, largest = tl.full([BLOCK], float("inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
+    least, largest = nothing_between(BLOCK)
     for start in range(0, count, BLOCK):
         index = start + tl.arange(0, BLOCK)
         inside = index < count
@@ -341,6 +349,14 @@ def update_by_sums(
     query, key = aligned(query), aligned(key)
     rows, columns, d, grouped = query.shape[0], key.shape[0], query.shape[1], inputs.row_group is not None
 
+    described: dict[tuple[int, int, int], tuple] = {}  # the same for both kernels, where their blocks are
+
+    def rows_for(config: Config) -> tuple:
+        blocks = config.block_m, config.block_n, config.block_k
+        if blocks not in described:
+            described[blocks] = described_rows(query, key, config)
+        return described[blocks]
+
     def launch(config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
         row_blocks, column_blocks = cdiv(rows, config.block_m), cdiv(columns, config.block_n)
         regions = even_regions(column_blocks, row_blocks, resident_programs(config, query.device))
@@ -350,7 +366,7 @@ def update_by_sums(
         positives = row_table.new_empty(column_blocks if grouped else 1, rows)
         of_columns = None if column_table is None else column_table.new_empty(regions, columns)
         sums_kernel[(column_blocks, regions)](
-            *described_rows(query, key, config), largest, of_rows, of_columns, positives, diagonal, height, d,
+            *rows_for(config), largest, of_rows, of_columns, positives, diagonal, height, d,
             inputs, GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, WARPS=config.warps, **launch_options(config, query),
         )  # fmt: skip
         return of_rows, of_columns, positives
@@ -362,7 +378,7 @@ def update_by_sums(
         blocks += cdiv(columns, config.block_n)
         column_count, column_stride = len(of_columns), column_table.stride(0)
     finish_kernel[(blocks,)](
-        *described_rows(query, key, config), largest, of_rows, len(of_rows), of_columns, column_count, positives,
+        *rows_for(config), largest, of_rows, len(of_rows), of_columns, column_count, positives,
         row_table, row_table.stride(0), column_table, column_stride, diagonal, d,
         inputs, epilogue.reduce, epilogue.merge, row_table.shape[0],
         GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, **launch_options(config, query),

@@ -36,6 +36,7 @@ class World:
         self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
         self.name, self.number = name, 0  # the calls of a group are numbered from 1, as they meet
         self.keywords: dict = {}  # of the call, which must be the same on every rank
+        self.device: torch.device | None = None  # of what the call compares
 
     @classmethod
     def of(cls, group, name: str = "") -> World | None:
@@ -101,8 +102,11 @@ class World:
     @property
     def _device(self) -> torch.device:
         """Where the ranks tell each other something, as torch.distributed's own object collectives choose it: on the
-        CPU, if the group can exchange from there, as no GPU is waited for then."""
+        CPU, if the group can exchange from there, as no GPU is waited for then. Else on the GPU of the features, which
+        need not be the current one."""
         kinds = [device.type for device in self.group._device_types] or ["cpu"]
+        if "cpu" not in kinds and self.device is not None and self.device.type == kinds[0]:
+            return self.device
         return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
     def tell(self, description: dict) -> None:

@@ -95,6 +95,7 @@ def _in_group(function, group, args, keywords):
     with telling(world):
         world.keywords = _described(function, args, keywords)
         tensors = [value for value in (*args, *keywords.values()) if isinstance(value, Tensor)]
+        world.device = tensors[0].device if tensors else None
         refuse_transforms()
         refuse_wrapped(*tensors)
         for tensor in tensors:

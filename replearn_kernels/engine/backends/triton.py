@@ -25,6 +25,7 @@ from ...triton_kernels import (
     update_statistics,
 )
 from ...triton_kernels.configs import by_tma
+from .. import products
 from ..columns import BatchColumns, OwnColumns, Source, Step, Tile, run
 from ..counters import count_product
 from ..distances import TileSums, finish_tile_
@@ -306,25 +307,8 @@ class TritonBackend(Backend):
         squares = problem.squares[tile.rows], problem.squares[tile.columns]
         return Points.of(rows, columns, *squares), self.objective.by_distance == "square"
 
-    @staticmethod
-    def addmm_(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-        """Half-precision factors, fp32 sums: one cuBLAS call on CUDA, where alone PyTorch offers it."""
-        if a.dtype == accumulator.dtype:
-            accumulator.addmm_(a, b)
-        elif a.is_cuda:
-            torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
-        else:
-            accumulator.addmm_(a.to(accumulator.dtype), b.to(accumulator.dtype))
-
-    @staticmethod
-    def mm_(out: Tensor, a: Tensor, b: Tensor) -> None:
-        """The same without the sum before."""
-        if a.dtype == out.dtype:
-            torch.mm(a, b, out=out)
-        elif a.is_cuda:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    addmm_ = staticmethod(products.addmm_)
+    mm_ = staticmethod(products.mm_)
 
     def can_overwrite(self, problem: Problem, shape: TileShape) -> bool:
         source, *others = problem.sources

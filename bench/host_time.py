@@ -1,0 +1,131 @@
+"""How long the host takes for a training step of the triton backend, without a GPU: `python -m bench.host_time`.
+
+Every launch goes all the way through Triton's own launcher, to a driver that does nothing (no_driver.c); the products
+of matrices are left out, and PyTorch's operators run on a CPU, on so few rows that they take what calling them takes.
+So a time here is the host's of a step of one tile, whatever N, on this CPU.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results" / "host_time.csv"
+LIBRARY = "REPLEARN_BENCH_DRIVER"  # in the environment of the process that measures
+ROWS, WIDTH, ROUNDS = 64, 64, 400
+
+
+def build(folder: Path) -> Path:
+    """The driver that does nothing, where Triton looks for one."""
+    library, source = folder / "libcuda.so.1", Path(__file__).with_name("no_driver.c")
+    command = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source]
+    subprocess.run(command, check=True)
+    return library
+
+
+def activate() -> None:
+    """Let Triton launch to that driver, and losses of CPU tensors run as on the GPU it names."""
+    import triton
+    from triton.backends.nvidia.driver import CudaDriver
+
+    from replearn_kernels.engine import backends, problem, schedules
+    from replearn_kernels.engine.backends.triton import TritonBackend
+    from replearn_kernels.triton_kernels import tma
+
+    driver = CudaDriver()
+    driver.get_current_device = lambda: 0
+    driver.get_current_stream = lambda device: 0
+    driver.get_device_capability = lambda device=None: (9, 0)
+    triton.runtime.driver._active = triton.runtime.driver._default = driver
+    backends.why_no_triton = lambda device, dtype: None
+    tma._multiprocessors = lambda device: 132
+    TritonBackend.mm_ = TritonBackend.addmm_ = staticmethod(lambda out, a, b: None)
+    problem.number_of = lambda scalar: scalar  # nobody waits for its value
+    schedules.check_values = lambda *arguments: None
+
+
+def steps() -> dict[str, Callable[[], object]]:
+    """Forward and backward, in bf16."""
+    import torch
+
+    import replearn_kernels as rk
+
+    x, y = (torch.zeros(ROWS, WIDTH, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    scale, bias = (torch.tensor(value, requires_grad=True) for value in (10.0, -10.0))
+    losses = {
+        "clip": (lambda: rk.clip_loss(x, y, scale, backend="triton"), [x, y, scale]),
+        "siglip": (lambda: rk.siglip_loss(x, y, scale, bias, backend="triton"), [x, y, scale, bias]),
+        "nt_xent": (lambda: rk.nt_xent_loss(x, y, normalize=False, backend="triton"), [x, y]),
+    }
+
+    def step_of(loss, leaves):
+        def step():
+            loss().backward()
+            for leaf in leaves:
+                leaf.grad = None
+
+        return step
+
+    return {name: step_of(*given) for name, given in losses.items()}
+
+
+def microseconds(step: Callable[[], object]) -> tuple[float, float]:
+    """(least, median)."""
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        step()
+        times.append((time.perf_counter() - start) * 1e6)
+    return min(times), statistics.median(times)
+
+
+def measure() -> list[dict[str, object]]:
+    import torch
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    from bench.results import cpu_model
+
+    torch.set_num_threads(1)
+    activate()
+    rows, run = [], JITFunction.run
+    for name, step in steps().items():
+        step()  # compiles
+        least, median = microseconds(step)
+        JITFunction.run = lambda self, *arguments, **options: None
+        without, _ = microseconds(step)
+        JITFunction.run = run
+        rows.append({
+            "loss": name, "us_least": f"{least:.0f}", "us_median": f"{median:.0f}",
+            "us_least_without_launches": f"{without:.0f}", "cpu": cpu_model(), "python": platform.python_version(),
+            "torch": torch.__version__, "triton": triton.__version__,
+            "date": datetime.now(timezone.utc).date().isoformat(),
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    if LIBRARY in os.environ:
+        rows = measure()
+        csv.DictWriter(sys.stdout, rows[0]).writerows([{name: name for name in rows[0]}, *rows])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(Path(folder))
+        places = {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder, LIBRARY: str(library)}
+        command = [sys.executable, "-m", "bench.host_time"]
+        told = subprocess.run(command, env=os.environ | places, stdout=subprocess.PIPE, text=True, check=True).stdout
+    RESULTS.write_text(told)
+    print(told)
+
+
+if __name__ == "__main__":
+    main()
