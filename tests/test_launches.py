@@ -14,6 +14,7 @@ from loss_cases import CASES
 triton = pytest.importorskip("triton")
 
 from bench import launches
+from replearn_kernels.engine import prototypes
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="counts launches of compiled kernels")
 
@@ -91,3 +92,29 @@ def test_the_committed_table_is_today_s():
     with launches.RESULTS.open() as file:
         committed = list(csv.DictReader(file))
     assert committed == [{name: str(value) for name, value in row.items()} for row in launches.table()]
+
+
+def test_dino_head(monkeypatch):
+    """65,536 prototypes are 13 tiles. Whole features are never converted, nor prototypes: bf16 enters the products."""
+    views, teacher_views, batch, width, prototype_count = 10, 2, 64, 256, 65536
+    student, teacher = (launches.features(n, batch, width, needs_grad=False) for n in (views, teacher_views))
+    weights = [launches.features(prototype_count, width, needs_grad=False) for _ in range(2)]
+    given = student, weights[0], teacher, weights[1], torch.empty(prototype_count, device="meta"), 0.1, 0.04, "mean"
+    tiles = 13
+    with launches.on_a_gpu_without_data() as counted:
+
+        def product(out, a, b):
+            assert a.dtype == b.dtype == torch.bfloat16 and out.dtype == torch.float32
+            counted["product"] += 1
+
+        monkeypatch.setattr(prototypes, "factors_dtype", lambda features: features.dtype)
+        monkeypatch.setattr(prototypes, "mm_", product)
+        monkeypatch.setattr(prototypes, "addmm_", product)
+        _, *tables = prototypes.forward(prototypes.Heads, *given)
+        assert counted.pop("product") == 2 * tiles and counted.total() <= 34 * tiles
+        counted.clear()
+        prototypes.backward(prototypes.Heads, torch.empty((), device="meta"), *tables, *given, [True, True])
+        # The prototypes' gradient is a product whose result is rounded at once.
+        assert counted.pop("product") == 3 * tiles and counted.pop("mm") == tiles
+        assert counted.pop("_to_copy") == tiles + 2  # W; at last the gradient of the features, and a mask of views
+        assert counted.total() <= 22 * tiles
