@@ -125,9 +125,7 @@ def sup_con(n: int, d: int) -> Tensor:
 def moco(n: int, d: int) -> Tensor:
     """A queue of 65,536."""
     query, key, queue = features(n, d), features(n, d, needs_grad=False), features(65536, d, needs_grad=False)
-    return rk.info_nce_loss(
-        query, key, negatives=queue, batch_negatives=False, logit_scale=1 / 0.07, backend="triton"
-    )
+    return rk.info_nce_loss(query, key, negatives=queue, batch_negatives=False, logit_scale=1 / 0.07, backend="triton")
 
 
 def arcface(n: int, d: int) -> Tensor:

@@ -31,11 +31,11 @@ from replearn_kernels.triton_kernels import (
     TileInputs,
     accumulate_gradient,
     begin_sums,
-    combine,
+    combine_losses,
+    combine_statistics,
     finish_gradients,
     form_weights,
     shared_reference,
-    total,
     update_by_sums,
     update_statistics,
 )
@@ -137,7 +137,9 @@ VARIANTS = {
     "semi_hard": Variant("semi_hard", **OF_PAIRS, **SEMI_HARD),
     "semi_hard diagonal": Variant("semi_hard", first=False, **OF_PAIRS, diagonal=True, **SEMI_HARD),
     "batch_all": Variant("batch_all", **OF_PAIRS, **BATCH_ALL, distance="distance"),
-    "batch_all diagonal": Variant("batch_all", first=False, **OF_PAIRS, diagonal=True, **BATCH_ALL, distance="distance"),
+    "batch_all diagonal": Variant(
+        "batch_all", first=False, **OF_PAIRS, diagonal=True, **BATCH_ALL, distance="distance"
+    ),
     "batch_all squared": Variant("batch_all", first=False, **OF_PAIRS, **BATCH_ALL, distance="square"),
 }
 
@@ -256,9 +258,9 @@ def _launch_sums(variant: Variant, kernel: str, query, key) -> None:
     if kernel == "begin":
         begin_sums(epilogue, query, key, row_table, column_table)
     elif kernel == "combine":
-        combine(epilogue, inputs, torch.empty(len(query), dtype=torch.int64) if variant.groups else 0, True)
+        combine_statistics(epilogue, inputs, torch.empty(len(query), dtype=torch.int64) if variant.groups else 0, True)
     elif kernel == "total":
-        total(epilogue, inputs, True)
+        combine_losses(epilogue, inputs, True)
     else:
         inputs = _inputs(variant, query, key, group_dtype=torch.int32)
         update_by_sums(epilogue, query, key, inputs, torch.empty(2, 128), 0, row_table, column_table)

@@ -11,7 +11,9 @@ import pytest
 import torch
 from loss_cases import CASES
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+import triton
 
 from bench import launches
 from replearn_kernels.engine import prototypes
@@ -19,9 +21,7 @@ from replearn_kernels.engine import prototypes
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="counts launches of compiled kernels")
 
 # Those that a CUDA graph can capture (README), and those that read from the GPU how many pairs there are.
-WAITS = [
-    name for name in CASES if name.startswith(("lifted", "semi_hard", "batch_all"))
-]  # fmt: skip
+WAITS = [name for name in CASES if name.startswith(("lifted", "semi_hard", "batch_all"))]
 
 # CLIP's eight, at one tile: begin, sums, finish, combine; W, two products, outputs.
 BOUNDS = {

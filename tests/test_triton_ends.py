@@ -4,8 +4,6 @@ turns sums into gradients. Against the objectives' formulas and plain products, 
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from triton_harness import interpreter, relative_error
@@ -13,7 +11,16 @@ from triton_harness import interpreter, relative_error
 import replearn_kernels as rk
 from replearn_kernels.engine.problem import Inputs, Problem
 from replearn_kernels.objectives import Softmax, SupCon
-from replearn_kernels.triton_kernels import EPILOGUES, Side, TileInputs, combine, finish_gradients, outputs, total
+from replearn_kernels.triton_kernels import (
+    EPILOGUES,
+    Side,
+    TileInputs,
+    combine,
+    combine_losses,
+    combine_statistics,
+    finish_gradients,
+    outputs,
+)
 from replearn_kernels.triton_kernels.statistics import merge
 
 pytestmark = interpreter
@@ -30,7 +37,7 @@ def random(rng, *shape):
 
 @pytest.fixture
 def blocks_of_32(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("replearn_kernels.triton_kernels.combine"), "_BLOCK", 32)
+    monkeypatch.setattr(combine, "_BLOCK", 32)
 
 
 # -- between the sweeps ---------------------------------------------------------------------------------------------
@@ -48,7 +55,7 @@ def combined(objective, problem: Problem, tables, mean: bool):
     shape = rows.shape[1], 0 if columns is None else columns.shape[1]
     inputs = TileInputs.of(shape, problem.scale, row_table=rows, column_table=columns)
     counts = objective.counts(problem).contiguous() if problem.is_batch else 0
-    return combine(EPILOGUES[objective.name], inputs, counts, mean)
+    return combine_statistics(EPILOGUES[objective.name], inputs, counts, mean)
 
 
 def expected(objective, problem: Problem, tables, mean: bool):
@@ -114,7 +121,7 @@ def test_known_sizes_of_groups_are_as_counted_ones(rng):
     results = []
     for counts in (torch.full((60,), 2), 2):
         inputs = TileInputs.of((60, 0), torch.tensor(3.0), row_table=table)
-        results.append(combine(EPILOGUES["sup_con"], inputs, counts, True))
+        results.append(combine_statistics(EPILOGUES["sup_con"], inputs, counts, True))
     assert SupCon(3).counts(batch_problem(labels, SupCon(3))).eq(2).all()
     for a, b in zip(*results):
         assert (a is None and b is None) or torch.equal(a, b)
@@ -125,14 +132,14 @@ def test_nan_shows(name, rng):
     table = statistics_of(rng, 3, 40)
     table[1, 7] = float("nan")
     inputs = TileInputs.of((40, 0), torch.tensor(3.0), row_table=table)
-    loss, state, rows, _ = combine(EPILOGUES[name], inputs, 0, True)
+    loss, state, rows, _ = combine_statistics(EPILOGUES[name], inputs, 0, True)
     assert loss.isnan() and state[1].item() == 0  # no exponent is shared
     assert rows[1].isnan().nonzero().flatten().tolist() == [7]
 
 
 def test_no_rows(rng):
     inputs = TileInputs.of((0, 0), torch.tensor(3.0), row_table=torch.zeros(3, 0))
-    loss, state, rows, _ = combine(EPILOGUES["softmax"], inputs, 0, True)
+    loss, state, rows, _ = combine_statistics(EPILOGUES["softmax"], inputs, 0, True)
     assert loss.item() == 0 and state[2].item() == 1 and rows.shape == (5, 0)
 
 
@@ -140,7 +147,7 @@ def test_no_rows(rng):
 @pytest.mark.parametrize("n", [0, 1, 33, 5000])
 def test_total(n, mean, rng):
     table = random(rng, 3, n)
-    loss, state, weight_sum = total(EPILOGUES["sigmoid"], TileInputs.of((n, 0), 1.0, row_table=table), mean)
+    loss, state, weight_sum = combine_losses(EPILOGUES["sigmoid"], TileInputs.of((n, 0), 1.0, row_table=table), mean)
     share = 1 / max(n, 1) if mean else 1.0
     torch.testing.assert_close(loss.double(), table[0].double().sum() * share, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(weight_sum, table[1].double() @ table[2].double(), rtol=1e-6, atol=1e-6)
@@ -282,3 +289,30 @@ def test_whatever_needs_a_gradient(loss, needs, rng):
         results.append((value, *first))
     for exact, got in zip(*results):
         assert relative_error(got.detach(), exact.detach()) <= 2**-6
+
+
+@pytest.mark.parametrize("needs_grad", [(1, 1, 1), (1, 0, 1), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["symmetric", "smoothed", "target", "sup_con", "pairs", "sigmoid"])
+def test_what_is_saved_is_as_the_fake_kernels_say(name, dtype, reduction, needs_grad, rng):
+    """torch.compile knows the tensors between forward and backward call from these alone."""
+    query, key = random(rng, 6, 5).to(dtype), random(rng, 8, 5).to(dtype)
+    scale, bias, labels = torch.tensor(2.0), torch.tensor(-1.0), torch.arange(6) // 2
+    batch = query, [], None, None, labels, None, scale, None
+    target = labels if name == "target" else None
+    arguments = {
+        "symmetric": (query, [key], None, None, None, None, scale, None, "softmax", [1.0, 0.0, 0.0, 0.0]),
+        "smoothed": (query, [key], None, None, None, None, scale, None, "softmax", [1.0, 0.1, 0.0, 0.0]),
+        "target": (query, [key], None, target, None, None, scale, None, "softmax", [1.0, 0.0, 0.0, 0.0]),
+        "sup_con": (*batch, "sup_con", [0.0]),
+        "pairs": (*batch, "sup_con", [2.0]),
+        "sigmoid": (query, [key], None, None, None, None, scale, bias, "sigmoid", [0.0]),
+    }[name]
+    of_query, of_key, of_scalars = (bool(needs) for needs in needs_grad)
+    due = [of_query, *([of_key] if arguments[1] else []), of_scalars, *([of_scalars] if name == "sigmoid" else [])]
+    torch.library.opcheck(
+        torch.ops.replearn_kernels.pair_loss.default,
+        (*arguments, reduction, "triton", 0, due, False),
+        test_utils=("test_schema", "test_faketensor"),
+    )

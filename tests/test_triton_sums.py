@@ -20,8 +20,8 @@ from replearn_kernels.triton_kernels import (
     SOFTMAX,
     SUP_CON,
     TileInputs,
-    form_weights,
     begin_sums,
+    form_weights,
     shared_reference,
     update_by_sums,
 )

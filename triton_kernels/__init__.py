@@ -4,6 +4,7 @@
     distances.py    similarities that are distances
     statistics.py   sweep 1: statistics of rows and columns (skeleton and launcher)
     sums.py         sweep 1 of a plain softmax: sums of one exponential an entry
+    reference.py    sweep 2 of a plain softmax: the exponent that rows and columns share
     tma.py          features and W moved by TMA
     combine.py      between the sweeps: the loss, and what sweep 2 needs to know of rows and columns
     gradients.py    sweep 2: dL/dl of a tile, or its products with the features (skeletons and launchers)
@@ -19,16 +20,17 @@ of a tile of similarities that has not left the registers.
 """
 
 from .batch_all import BATCH_ALL
-from .combine import COEFFICIENTS, STATE, combine, total
+from .combine import COEFFICIENTS, STATE, combine_losses, combine_statistics
 from .gradients import accumulate_gradient, form_weights
 from .hardest import HARDEST
 from .margin_contrastive import MARGIN_CONTRASTIVE
 from .outputs import Side, finish_gradients
+from .reference import shared_reference
 from .semi_hard import SEMI_HARD
 from .sigmoid import SIGMOID
 from .softmax import LIFTED, MARGIN_SOFTMAX, SOFTMAX, SUP_CON
 from .statistics import update_statistics
-from .sums import begin_sums, shared_reference, update_by_sums
+from .sums import begin_sums, update_by_sums
 from .tiles import Epilogue, Points, TileInputs
 
 EPILOGUES: dict[str, Epilogue] = {
@@ -40,6 +42,7 @@ EPILOGUES: dict[str, Epilogue] = {
 """By the objective's name, or where a family shares one by the family's."""
 
 __all__ = [
-    "COEFFICIENTS", "EPILOGUES", "STATE", "Epilogue", "Points", "Side", "TileInputs", "accumulate_gradient", "begin_sums", "combine",
-    "finish_gradients", "form_weights", "shared_reference", "total", "update_by_sums", "update_statistics",
+    "COEFFICIENTS", "EPILOGUES", "STATE", "Epilogue", "Points", "Side", "TileInputs", "accumulate_gradient",
+    "begin_sums", "combine_losses", "combine_statistics", "finish_gradients", "form_weights", "shared_reference",
+    "update_by_sums", "update_statistics",
 ]  # fmt: skip

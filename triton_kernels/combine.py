@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sums import logarithms_range, nothing_between, store_reference
+from .reference import logarithms_range, nothing_between, store_reference
 from .tiles import Epilogue, TileInputs, load_quantities, store_quantities
 
 # One program adds up the losses, so always in the same order. It visits 65,536 rows in 32 steps.
@@ -19,7 +19,7 @@ _BLOCK = 2048
 COEFFICIENTS = 5
 """Of a row or a column: max, logarithm of the sum, weight, positive weight, offset."""
 STATE = 4
-"""The reference (sums.py), a row's share in the loss, and a 0 for finish_gradients to count with."""
+"""The reference (reference.py), a row's share in the loss, and a 0 for finish_gradients to count with."""
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def total_kernel(
     tl.store(state + 3, 0.0)
 
 
-def total(epilogue: Epilogue, inputs: TileInputs, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+def combine_losses(epilogue: Epilogue, inputs: TileInputs, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
     """After the only sweep: the loss, the state (without a reference), and the sum of W, for a bias."""
     loss, state = inputs.row_table.new_empty(()), inputs.row_table.new_empty(STATE)
     weight_sum = inputs.row_table.new_empty((), dtype=torch.float64)
@@ -101,10 +101,10 @@ def total(epilogue: Epilogue, inputs: TileInputs, mean: bool) -> tuple[Tensor, T
     return loss, state, weight_sum
 
 
-def combine(
+def combine_statistics(
     epilogue: Epilogue, inputs: TileInputs, counts: Tensor | int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The loss, the state, and the coefficients of rows and columns, from ``inputs``, whose tables are the statistics."""
+    """The loss, the state, and the coefficients of rows and columns; the tables of ``inputs`` are the statistics."""
     row_table, column_table = inputs.row_table, inputs.column_table
     loss, state = row_table.new_empty(()), row_table.new_empty(STATE)
     rows = row_table.new_empty(COEFFICIENTS, inputs.rows)

@@ -9,10 +9,7 @@ columns whose sums may have lost what underflowed (:func:`enough`) are formed ag
 launch that finishes the others. Unit rows and a scale of 69 or less never are; at a scale of 100 only those whose best
 cosine is below -0.28, of 65,536, are. A bound beyond 220 is not tried.
 
-Sweep 2. ``W_ij = E_ij (r_i + c_j)``, against the middle of the logarithms of all sums, where exponents are small and
-have the most digits; no entry is larger than its row's sum, so none overflows (:func:`shared_reference`). Where sums
-lie too far apart for that, and in blocks that hold a positive or a row with itself, W is formed with two exponentials,
-as everywhere else (softmax.py).
+Sweep 2. W of a block without positives takes one exponential, too: reference.py.
 """
 
 from __future__ import annotations
@@ -33,12 +30,6 @@ _HEADROOM = tl.constexpr(100.0)
 """The largest exponent of an entry: 2^27 of them fit one sum."""
 _LARGEST_SHIFT = tl.constexpr(120.0)
 """Beyond it hardly a row has an entry near enough to the bound, and the sums are not even tried."""
-_SPREAD = tl.constexpr(60.0)
-"""How far from the reference a sum may lie: a row's weight, 1 at most, is divided by 2^60 then, and may be 2^-66."""
-_LARGEST_LOGARITHM = tl.constexpr(4096.0)
-"""Of a sum: known to 2^-12 then. A GPU takes an exact product less the reference, which has to be as exact."""
-_NONE = tl.constexpr(1e30)
-"""More than any logarithm."""
 _BOUND_PROGRAMS = 128
 _FOLDED = tl.constexpr(32)  # partial sums that are loaded at once
 
@@ -254,59 +245,6 @@ def partial_sums(partials, count, index, inside, size):
         place = partials + part.to(tl.int64)[:, None] * size + index[None, :]
         total += tl.sum(tl.load(place, mask=(part < count)[:, None] & inside[None, :], other=0.0), 0)
     return total
-
-
-@triton.jit
-def logarithms_range(top, logarithm, inside, inputs):
-    """The logarithm, to the base 2, of every row's sum, as the least and as the largest of one: where it is not finite
-    it is less and more than any."""
-    total = top * softmax_rate(inputs) + logarithm * LOG2_E
-    usable = tl.abs(total) < _NONE
-    least = tl.where(inside, tl.where(usable, total, -_NONE), _NONE)
-    largest = tl.where(inside, tl.where(usable, total, _NONE), -_NONE)
-    return least, largest
-
-
-@triton.jit
-def nothing_between(BLOCK: tl.constexpr):
-    return tl.full([BLOCK], _NONE, tl.float32), tl.full([BLOCK], -_NONE, tl.float32)
-
-
-@triton.jit
-def table_range(table, stride, count, inputs, BLOCK: tl.constexpr):
-    least, largest = nothing_between(BLOCK)
-    for start in range(0, count, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        inside = index < count
-        top, logarithm = load_quantities(table, stride, index, inside, 2)
-        low, high = logarithms_range(top, logarithm, inside, inputs)
-        least, largest = tl.minimum(least, low), tl.maximum(largest, high)
-    return tl.min(least, 0), tl.max(largest, 0)
-
-
-@triton.jit
-def store_reference(reference, least, largest):
-    """The middle of the logarithms, and whether all are near enough to it."""
-    exponent = 0.5 * (least + largest)
-    shared = (largest - exponent <= _SPREAD) & (tl.maximum(tl.abs(least), tl.abs(largest)) <= _LARGEST_LOGARITHM)
-    tl.store(reference, exponent)
-    tl.store(reference + 1, shared.to(tl.float32))
-
-
-@triton.jit
-def reference_kernel(reference, inputs, BLOCK: tl.constexpr):
-    least, largest = table_range(inputs.row_table, inputs.row_stride, inputs.rows, inputs, BLOCK)
-    if inputs.column_table is not None:
-        low, high = table_range(inputs.column_table, inputs.column_stride, inputs.columns, inputs, BLOCK)
-        least, largest = tl.minimum(least, low), tl.maximum(largest, high)
-    store_reference(reference, least, largest)
-
-
-def shared_reference(inputs: TileInputs) -> Tensor:
-    """``inputs.reference`` for the tiles of a problem, of whose coefficients (max, log of the sum, ...) it is read."""
-    reference = inputs.row_table.new_empty(2)
-    reference_kernel[(1,)](reference, inputs, BLOCK=4096, num_warps=8, enable_fp_fusion=True)
-    return reference
 
 
 def begin_sums(

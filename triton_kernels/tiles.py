@@ -95,8 +95,10 @@ class TileInputs(NamedTuple):
     role_1: float | None
 
     @classmethod
-    def of(cls, shape, scale, bias=0.0, target=None, row_group=None, column_group=None, first_column=0,
-           diagonal=False, row_table=None, column_table=None, roles=(), reference=None, own=None) -> TileInputs:  # fmt: skip
+    def of(
+        cls, shape, scale, bias=0.0, target=None, row_group=None, column_group=None, first_column=0, diagonal=False,
+        row_table=None, column_table=None, roles=(), reference=None, own=None,
+    ) -> TileInputs:  # fmt: skip
         """Scalars are numbers (on a GPU only a bias of 0) or 0-d tensors; tables may have any row stride."""
         scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
         if not isinstance(bias, Tensor):

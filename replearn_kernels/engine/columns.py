@@ -53,13 +53,13 @@ class SharedColumns:
         return self.features.sum(0, dtype=dtype, keepdim=True)
 
     def block(self, tile: Tile) -> Tensor:
-        features, dtype = self.features[tile.columns], tile.query.dtype
+        features, dtype = part(self.features, tile.columns), tile.query.dtype
         if self.inverse_norms is None:
             return features.to(dtype)
         if self._normalised is None or self._normalised[:2] != (tile.columns, dtype):
             # Formed in fp32, so that half precision rounds once.
             block = torch.empty(features.shape, dtype=dtype, device=features.device)
-            torch.mul(features, self.inverse_norms[tile.columns].unsqueeze(1), out=block)
+            torch.mul(features, part(self.inverse_norms, tile.columns).unsqueeze(1), out=block)
             self._normalised = tile.columns, dtype, block
         return self._normalised[2]
 
@@ -74,10 +74,10 @@ class SharedColumns:
         """``d_query[rows] += W @ features``, ``d_features[columns] += W.T @ query``."""
         if d_query is not None:
             count_product(tile.query, weights.shape[1])
-            yield partial(addmm_, d_query[tile.rows], weights, self.block(tile))
+            yield partial(addmm_, part(d_query, tile.rows), weights, self.block(tile))
         if d_features is not None:
             count_product(tile.query, weights.shape[1])
-            yield partial(addmm_, d_features[tile.columns], weights.t(), tile.query)
+            yield partial(addmm_, part(d_features, tile.columns), weights.t(), tile.query)
 
 
 @dataclass(slots=True, eq=False)
@@ -216,6 +216,13 @@ class Tile(NamedTuple):
     def mirrored(self) -> bool:
         """Whether the tile stands for its mirror image too: its columns are rows elsewhere."""
         return isinstance(self.source, BatchColumns) and self.columns != self.rows
+
+
+def part(tensor: Tensor, of: slice, dim: int = 0) -> Tensor:
+    """Some of the rows, or of ``dim``; all of them as they are: looking at them anew would take 1.3 us."""
+    if of.start == 0 and of.stop == tensor.shape[dim]:
+        return tensor
+    return tensor[of] if dim == 0 else tensor.narrow(dim, of.start, of.stop - of.start)
 
 
 def run(steps: Iterable[Step]) -> None:

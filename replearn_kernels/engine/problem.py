@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .columns import BatchColumns, OwnColumns, SharedColumns, Source, Tile, blocks
+from .columns import BatchColumns, OwnColumns, SharedColumns, Source, Tile, blocks, part
 from .distances import Points
 from .listed_pairs import add_pairs_, positive_pairs, sorted_positives
 from .plan import TileShape
@@ -208,7 +208,7 @@ class Problem:
     def unit_query(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """The rows as they are compared, ``[R, d]``: of length 1 where the objective has it so."""
         if self.inverse_norms is None:
-            return self.query[rows].to(dtype)
+            return part(self.query, rows).to(dtype)
         return (self.query[rows] * self.inverse_norms[rows].unsqueeze(1)).to(dtype)  # rounded once, as keys are
 
     def tiles(self, shape: TileShape, compute_dtype: torch.dtype) -> Iterator[Tile]:

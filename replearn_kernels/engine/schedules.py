@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
 from typing import NamedTuple

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..columns import Step, Tile
+from ..columns import Step, Tile, part
 from ..plan import TileShape
 from ..problem import Inputs, Problem
 
@@ -104,7 +104,7 @@ class Backend(ABC):
         raise NotImplementedError
 
     def total(self, problem: Problem, row_table: Tensor, mean: bool) -> tuple[Tensor, list[Tensor]]:
-        """The loss, and what the backward call needs beyond the accumulators: for :meth:`share_of`, and the sum of W."""
+        """The loss, and what the backward call needs besides the accumulators: for :meth:`share_of`; the sum of W."""
         raise NotImplementedError
 
     def share_of(self, state: Tensor) -> Tensor:
@@ -148,14 +148,15 @@ class Backend(ABC):
 
 def statistics_of(tile: Tile, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The tile's part of the statistics: of its rows and, where it tells of whole columns, of its columns."""
+    of_rows = part(row_table, tile.rows, 1)
     if tile.mirrored:
-        return row_table[:, tile.rows], row_table[:, tile.columns]
+        return of_rows, part(row_table, tile.columns, 1)
     has_columns = column_table is not None and tile.source.has_positives
-    return row_table[:, tile.rows], column_table[:, tile.columns] if has_columns else None
+    return of_rows, part(column_table, tile.columns, 1) if has_columns else None
 
 
 def coefficients_of(tile: Tile, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The tile's part of the coefficients; a tile on the diagonal is its own mirror image."""
     if tile.diagonal:
-        return row_table[:, tile.rows], row_table[:, tile.columns]
+        return part(row_table, tile.rows, 1), part(row_table, tile.columns, 1)
     return statistics_of(tile, row_table, column_table)

@@ -16,11 +16,11 @@ from ...triton_kernels import (
     TileInputs,
     accumulate_gradient,
     begin_sums,
-    combine,
+    combine_losses,
+    combine_statistics,
     finish_gradients,
     form_weights,
     shared_reference,
-    total,
     update_by_sums,
     update_statistics,
 )
@@ -146,7 +146,7 @@ class TritonBackend(Backend):
 
     def new_statistics(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         source = problem.sources[0]
-        if self.objective.prepares or isinstance(source, OwnColumns) or not _by_sums(self.objective, problem.query.dtype):
+        if isinstance(source, OwnColumns) or not _by_sums(self.objective, problem.query.dtype):
             return super().new_statistics(problem)
         row_table = problem.query.new_empty(3, problem.rows, dtype=problem.statistics_dtype)
         column_table = None
@@ -190,7 +190,7 @@ class TritonBackend(Backend):
         shape = problem.rows, 0 if column_table is None else column_table.shape[1]
         inputs = TileInputs.of(shape, problem.scale, row_table=row_table, column_table=column_table)
         counts = self._positives_of_each(problem) if problem.is_batch else 0
-        loss, state, rows, columns = combine(self._epilogue, inputs, counts, mean)
+        loss, state, rows, columns = combine_statistics(self._epilogue, inputs, counts, mean)
         saved = [rows, state]
         if problem.is_batch:
             saved.append(self._group_numbers(problem))
@@ -213,7 +213,8 @@ class TritonBackend(Backend):
         return state[2]
 
     def total(self, problem: Problem, row_table: Tensor, mean: bool) -> tuple[Tensor, list[Tensor]]:
-        loss, *sums = total(self._epilogue, TileInputs.of((problem.rows, 0), problem.scale, row_table=row_table), mean)
+        inputs = TileInputs.of((problem.rows, 0), problem.scale, row_table=row_table)
+        loss, *sums = combine_losses(self._epilogue, inputs, mean)
         return loss, sums
 
     @staticmethod
@@ -358,8 +359,11 @@ def _side_of(sums: Tensor, result: Tensor | None, rows: Problem | Source, reads:
     """``rows``: of which the sums are; ``reads``: the scale's gradient is read off them."""
     features = rows.query if isinstance(rows, Problem) else rows.features
     given = features if reads or rows.inverse_norms is not None else None
-    flat = (None if t is None else t.flatten(0, -2) for t in (sums, result, given))  # a row's own columns are rows, too
-    return Side.of(*flat, rows.inverse_norms)
+    if sums.dim() == 3:  # a row's own columns are rows, too
+        sums, result, given = (None if t is None else t.flatten(0, 1) for t in (sums, result, given))
+    if given is not None and given.stride(1) != 1:
+        given = given.contiguous()
+    return Side.of(sums, result, given, rows.inverse_norms)
 
 
 def _epilogue_of(objective):
