@@ -47,7 +47,7 @@ class Config:
 #   321; by pointers 181, with 128 registers 252. In 2, 4 and 8 parts SupCon's 289, 303, 301; SigLIP's 321, 299, 231;
 #   one direction's 474, 483, 457; the margin's 455, 449, 404. CLIP's sums: 583, one program 430, 128 x 256 534;
 #   statistics by pointers 210.
-#   What finishes the sums runs once a row, and has all registers. Under 3.9 nothing was timed; up to 270 instructions
+#   What finishes the sums runs once a row, and has all registers. Under 3.9 nothing was timed; up to 197 instructions
 #   spill there, and 461 under 3.6.
 # - Registers, 255 a thread at most. 128 x 128 entries in 8 warps are 64 a thread, over 32 columns, each with a partial
 #   max and sum (statistics) or three coefficients (weights): 220 to 255 registers. 128 x 256 spills on every GPU, and
