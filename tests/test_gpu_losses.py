@@ -98,7 +98,8 @@ class TestOnAGpu:
         """More rows than a tile has, and none of its sizes divides them."""
         check_against_fp64(name, n, d, torch.bfloat16, "cuda")
 
-    @pytest.mark.parametrize("name", ["clip", "info_nce", "siglip", "nt_xent", "sup_con", "arcface"])
+    @pytest.mark.parametrize("name", ["clip", "info_nce", "siglip", "nt_xent", "sup_con", "arcface",
+                                      "contrastive", "batch_hard_euclidean"])  # fmt: skip
     def test_captured_in_a_graph(self, name, mark):
         """A replay over other features gives what a plain call gives: nothing waits for a value in between."""
         x, y, labels = sample(512, 64, torch.bfloat16, "cuda")
@@ -123,6 +124,24 @@ class TestOnAGpu:
         graph.replay()
         for replayed, expected in zip(captured, step()):
             assert torch.equal(replayed, expected)
+
+    def test_forward_and_backward_in_graphs_of_their_own(self, mark):
+        """As torch.cuda.make_graphed_callables has it, for steps that the host would take longer to launch."""
+        x, y, _ = sample(512, 64, torch.bfloat16, "cuda")
+
+        def leaves() -> list[torch.Tensor]:
+            scale = torch.tensor(SCALE, device="cuda")
+            return [t.detach().clone().requires_grad_() for t in (x, y, scale)]
+
+        graphed = torch.cuda.make_graphed_callables(rk.ClipLoss(), tuple(leaves()))
+        for _ in range(2):
+            results = []
+            for loss in (graphed, rk.ClipLoss()):
+                given = leaves()
+                value = loss(*given)
+                value.backward()
+                results.append((value.detach().clone(), *(t.grad.clone() for t in given)))
+            assert all(torch.equal(a, b) for a, b in zip(*results))
 
     @pytest.mark.parametrize("name", ["clip", "siglip", "nt_xent", "sup_con", "contrastive", "batch_hard_euclidean"])
     def test_compiled_as_one_graph(self, name, mark):
