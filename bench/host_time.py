@@ -21,7 +21,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "host_time.csv"
 LIBRARY = "REPLEARN_BENCH_DRIVER"  # in the environment of the process that measures
-ROWS, WIDTH, ROUNDS = 64, 64, 400
+ROWS, WIDTH = 64, 64
 
 
 def build(folder: Path) -> Path:
@@ -78,17 +78,17 @@ def steps() -> dict[str, Callable[[], object]]:
     return {name: step_of(*given) for name, given in losses.items()}
 
 
-def microseconds(step: Callable[[], object]) -> tuple[float, float]:
+def microseconds(step: Callable[[], object], rounds: int) -> tuple[float, float]:
     """(least, median)."""
     times = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         step()
         times.append((time.perf_counter() - start) * 1e6)
     return min(times), statistics.median(times)
 
 
-def measure() -> list[dict[str, object]]:
+def measure(rounds: int) -> list[dict[str, object]]:
     import torch
     import triton
     from triton.runtime.jit import JITFunction
@@ -100,9 +100,9 @@ def measure() -> list[dict[str, object]]:
     rows, run = [], JITFunction.run
     for name, step in steps().items():
         step()  # compiles
-        least, median = microseconds(step)
+        least, median = microseconds(step, rounds)
         JITFunction.run = lambda self, *arguments, **options: None
-        without, _ = microseconds(step)
+        without, _ = microseconds(step, rounds)
         JITFunction.run = run
         rows.append({
             "loss": name, "us_least": f"{least:.0f}", "us_median": f"{median:.0f}",
@@ -113,19 +113,21 @@ def measure() -> list[dict[str, object]]:
     return rows
 
 
-def main() -> None:
+def main(output: Path = RESULTS, rounds: int = 400) -> None:
+    """Writes a table of every loss to OUTPUT."""
     if LIBRARY in os.environ:
-        rows = measure()
-        csv.DictWriter(sys.stdout, rows[0]).writerows([{name: name for name in rows[0]}, *rows])
+        rows = measure(rounds)
+        csv.DictWriter(sys.stdout, rows[0], lineterminator="\n").writerows([{name: name for name in rows[0]}, *rows])
         return
     with tempfile.TemporaryDirectory() as folder:
-        library = build(Path(folder))
-        places = {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder, LIBRARY: str(library)}
-        command = [sys.executable, "-m", "bench.host_time"]
+        places = {"LD_LIBRARY_PATH": folder, "TRITON_LIBCUDA_PATH": folder, LIBRARY: str(build(Path(folder)))}
+        command = [sys.executable, "-m", "bench.host_time", "--rounds", str(rounds)]
         told = subprocess.run(command, env=os.environ | places, stdout=subprocess.PIPE, text=True, check=True).stdout
-    RESULTS.write_text(told)
+    output.write_text(told)
     print(told)
 
 
 if __name__ == "__main__":
-    main()
+    import typer
+
+    typer.run(main)

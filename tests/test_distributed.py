@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import LOSSES, SPREAD, Batch, in_one_process, on_one_rank
+from distributed_cases import LOSSES, SPREAD, WIDTH, Batch, in_one_process, on_one_rank
 from processes import Ranks, needs_gloo
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -317,6 +317,23 @@ def compiled(rank, sizes):
 def test_compile(ranks):
     if ranks.world_size == 2:
         ranks.run(compiled, [5, 3])
+
+
+def views_of_own_number(rank, world):
+    """Each rank has one view more than the one before. Also what a single process says of the whole, by labels."""
+    g = torch.Generator().manual_seed(0)
+    shards = [torch.randn(3, 2 + i, WIDTH, generator=g, dtype=torch.float64) for i in range(world)]
+    own = shards[rank].clone().requires_grad_()
+    sup_con_loss(own, group=dist.group.WORLD, reduction="sum").backward()
+    rows = [shard.flatten(0, 1).clone().requires_grad_() for shard in shards]
+    labels = [torch.arange(3).repeat_interleave(2 + i) + 3 * i for i in range(world)]
+    sup_con_loss(torch.cat(rows), torch.cat(labels), reduction="sum").backward()
+    return own.grad.flatten(0, 1).numpy(), rows[rank].grad.numpy()
+
+
+def test_ranks_may_have_different_numbers_of_views(ranks):
+    for own, expected in ranks.run(views_of_own_number, ranks.world_size):
+        np.testing.assert_allclose(own, expected, rtol=1e-10)
 
 
 def numbers_of_two_kinds(rank, sizes):

@@ -57,6 +57,7 @@ class SharedColumns:
         if self.inverse_norms is None:
             return features.to(dtype)
         if self._normalised is None or self._normalised[:2] != (tile.columns, dtype):
+            self._normalised = None  # before there is another
             # Formed in fp32, so that half precision rounds once.
             block = torch.empty(features.shape, dtype=dtype, device=features.device)
             torch.mul(features, part(self.inverse_norms, tile.columns).unsqueeze(1), out=block)

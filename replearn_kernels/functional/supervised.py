@@ -110,7 +110,8 @@ def sup_con_loss(
         raise ValueError("labels are needed for features [N, d]; only views [B, V, d] can do without")
     else:
         labels = _own_samples(features.shape[0], features, group)
-        if not torch.compiler.is_compiling():  # there the number of views may be a symbol
+        # A graph may have a symbol for the number of views, and each rank a number of its own.
+        if group is None and not torch.compiler.is_compiling():
             group_size = features.shape[1]
     if views == 3:
         labels = labels.repeat_interleave(features.shape[1])

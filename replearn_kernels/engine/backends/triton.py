@@ -45,6 +45,7 @@ FUSED_WIDTH = 128
 # tile takes the host some 0.2 ms. The smallest stays in L2.
 _WEIGHTS_BYTES = (32 * 2**20, 2**30)
 _WEIGHTS_ALIGNMENT = 16  # elements: rows of W start where vector loads can
+_WIDEST_OUTPUT = 16384  # features that the kernel of outputs holds in registers; of wider ones, PyTorch's take the end
 _NOWHERE = 2**30  # a diagonal that no tile has an entry of
 # Columns of a tile at most: a classifier's are copied, normalised, one tile's at a time.
 _COLUMNS, _NORMALISED_COLUMNS = 2**19, 2**15
@@ -320,6 +321,10 @@ class TritonBackend(Backend):
         return 0 < problem.rows <= shape.rows and 0 < source.width <= shape.columns
 
     def finish(self, problem, gradients, factors, needs_grad, needs_scale, weight_sum=None, dtype=None):
+        if problem.query.shape[1] > _WIDEST_OUTPUT:
+            return super().finish(problem, gradients, factors, needs_grad, needs_scale, weight_sum, dtype)
+        assert not (needs_scale and self.objective.unit_features), "every side's features would tell of the scale"
+
         def new_scalar(needed: bool, given) -> Tensor | None:
             """For a gradient of the dtype of what is given, but fp64 for one to be scaled further."""
             of_given = given.dtype if isinstance(given, Tensor) and dtype is not None else torch.float64
@@ -337,7 +342,9 @@ class TritonBackend(Backend):
             reads = needs_scale and sums is not None and (gradients.query is None or rows is problem)
             if result is not None or reads:
                 sides.append(_side_of(sums, result, rows, reads))
-        scale = problem.scale if isinstance(problem.scale, Tensor) else torch.tensor(problem.scale)
+        scale = problem.scale
+        if not isinstance(scale, Tensor):
+            scale = torch.tensor(scale, dtype=torch.float32)
         halves = 2 if problem.is_batch else 1
         finish_gradients(sides, scale, factors, of_scale, weight_sum, of_bias, halves, self._counter)
         return results, of_scale, of_bias
