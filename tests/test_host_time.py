@@ -1,4 +1,4 @@
-"""The host's part of a GPU step is measured without a GPU: launches reach Triton's own launcher (bench/host_time.py)."""
+"""The host's part of a GPU step, measured without a GPU: launches reach Triton's own launcher (bench/host_time.py)."""
 
 import csv
 import os
