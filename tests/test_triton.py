@@ -226,6 +226,19 @@ class TestCompiled:
             resources.launch(resources.VARIANTS[variant], kernel, torch.bfloat16, d)
         assert ("sqrt" in compiled[0][0].asm["ttir"]) == roots
 
+    def test_one_row(self, resources, monkeypatch):
+        """An integer of 1 is a constant to the compiler, which then is asked for its maximum, its dtype, ..."""
+        monkeypatch.setattr(resources, "EVEN", (1, 1))
+        cases = [(None, kernel) for kernel in resources.OUTPUTS]
+        for name in ("softmax symmetric", "sup_con", "sigmoid"):
+            kernels = {"begin", "sums", "finish", "combine", "total", "add rows", "weights apart"}
+            variant = resources.VARIANTS[name]
+            cases += [(variant, kernel) for kernel in variant.kernels("bf16", "sm_90") if kernel in kernels]
+        with resources.compiling(resources.TARGETS["sm_90"]) as compiled:
+            for variant, kernel in cases:
+                resources.launch(variant, kernel, torch.bfloat16, 16)
+        assert len(compiled) >= len(cases)
+
     def test_portable(self, resources):
         assert resources.measure(resources.Case("sup_con", "weights", "bf16", "gfx942")).matrix
 
