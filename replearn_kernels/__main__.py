@@ -17,7 +17,7 @@ _VARIABLES = ("REPLEARN_KERNELS_INSTRUCTION_SET", "REPLEARN_KERNELS_TUNE", "TRIT
 
 
 def facts() -> Iterator[tuple[str, str]]:
-    """What there is here, by name."""
+    """Versions, backends and devices of this installation, by name."""
     yield "replearn_kernels", f"{__version__}, {os.path.dirname(os.path.abspath(__file__))}"
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda}, {torch.get_num_threads()} threads"

@@ -300,7 +300,7 @@ def _softmax_loss(
 
 
 def refuse_symmetric(symmetric: bool) -> None:
-    """With ``batch_negatives=False``."""
+    """Raise ValueError if a loss without negatives from the batch is asked for the other direction, too."""
     if symmetric:
         raise ValueError("batch_negatives=False takes no symmetric=True: a key meets its own query, and no other")
 

@@ -75,7 +75,7 @@ class MarginSoftmax(Objective):
         fold_sum_exp(_without_target(s, pairs), pairs.scale, 1, row_table)
 
     def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
-        """Of the same rows, over other classes: the true class's q is in one table, and 0 in the others."""
+        """Merge statistics of the same rows over other classes. The true class's q is in one table, 0 in the others."""
         merge_sum_exp(table, other, scale)
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
