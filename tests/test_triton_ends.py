@@ -54,7 +54,7 @@ def combined(objective, problem: Problem, tables, mean: bool):
     rows, columns = tables
     shape = rows.shape[1], 0 if columns is None else columns.shape[1]
     inputs = TileInputs.of(shape, problem.scale, row_table=rows, column_table=columns)
-    counts = objective.counts(problem).contiguous() if problem.is_batch else 0
+    counts = problem.positive_counts.contiguous() if problem.is_batch else 0
     return combine_statistics(EPILOGUES[objective.name], inputs, counts, mean)
 
 
@@ -122,7 +122,7 @@ def test_known_sizes_of_groups_are_as_counted_ones(rng):
     for counts in (torch.full((60,), 2), 2):
         inputs = TileInputs.of((60, 0), torch.tensor(3.0), row_table=table)
         results.append(combine_statistics(EPILOGUES["sup_con"], inputs, counts, True))
-    assert SupCon(3).counts(batch_problem(labels, SupCon(3))).eq(2).all()
+    assert batch_problem(labels, SupCon(3)).positive_counts.eq(2).all()
     for a, b in zip(*results):
         assert (a is None and b is None) or torch.equal(a, b)
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv, next_power_of_2
+from .tiles import scalar
 
 _ELEMENTS = 4096  # of a program: 32 a thread
 _FOLDED = tl.constexpr(1024)  # partial sums that are loaded at once
@@ -118,7 +119,7 @@ def outputs_kernel(
 
 def finish_gradients(
     sides: Sequence[Side],  # three at most; where the scale gets a gradient, those with features come first
-    scale: Tensor,  # 0-d
+    scale: Tensor | float,  # 0-d
     factors: Sequence[Tensor | float],  # of which two at most are (0-d) tensors
     scale_gradient: Tensor | None = None,  # 0-d
     weight_sum: Tensor | None = None,  # 0-d, fp64
@@ -150,7 +151,7 @@ def finish_gradients(
     number = math.prod(factor for factor in factors if not isinstance(factor, Tensor))
     one, another = [*tensors, None, None][:2]
     outputs_kernel[(sum(blocks),)](
-        first, second, third, float(number), one, another, scale, partials, counter,
+        first, second, third, float(number), one, another, scalar(scale), partials, counter,
         scale_gradient, weight_sum, bias_gradient, count, halves, d,
         SIDES=len(sides), WHOLE=torch.finfo(torch.float32).tiny ** -0.5, BLOCK_M=block_m, BLOCK_K=block_k,
         num_warps=4, enable_fp_fusion=True,

@@ -8,7 +8,16 @@ from torch import Tensor
 
 from .configs import Config, cdiv, launch_options, pick
 from .distances import negative_distances
-from .tiles import Epilogue, Points, TileInputs, aligned, load_quantities, similarity_tile, store_quantities
+from .tiles import (
+    Epilogue,
+    Points,
+    TileInputs,
+    aligned,
+    load_quantities,
+    partial_sums,
+    similarity_tile,
+    store_quantities,
+)
 
 # A program of the merge kernel folds this many rows or columns: 16,384 columns make 256 programs.
 _MERGE_BLOCK = 64
@@ -114,16 +123,12 @@ def add_kernel(
     partials,  # [count, QUANTITIES, size]
     table, table_stride,  # [QUANTITIES, size]
     count, size,
-    QUANTITIES: tl.constexpr, BLOCK: tl.constexpr, FOLDED: tl.constexpr,
+    QUANTITIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``table[q] += sum(partials[:, q])`` for a block of one quantity, FOLDED partials at a time."""
+    """``table[q] += sum(partials[:, q])`` for a block of one quantity."""
     index, quantity = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     inside = index < size
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, count, FOLDED):
-        part = first + tl.arange(0, FOLDED)
-        place = partials + (part.to(tl.int64)[:, None] * QUANTITIES + quantity) * size + index[None, :]
-        total += tl.sum(tl.load(place, mask=(part < count)[:, None] & inside[None, :], other=0.0), 0)
+    total = partial_sums(partials + quantity * size, QUANTITIES * size, count, index, inside)
     place = table + quantity * table_stride + index
     tl.store(place, tl.load(place, mask=inside, other=0.0) + total, mask=inside)
 
@@ -135,7 +140,7 @@ def merge(epilogue: Epilogue, partials: Tensor, inputs: TileInputs, table: Tenso
     if epilogue.additive:
         add_kernel[(blocks, quantities)](
             partials, table, table.stride(0), count, size,
-            quantities, _MERGE_BLOCK, FOLDED=32, num_warps=4, enable_fp_fusion=True,
+            quantities, _MERGE_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return
     scale = TileInputs.of((0, 0), inputs.scale)  # all that a merge reads: one kernel serves every kind of tile

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .configs import Config, cdiv, launch_options, next_power_of_2, pick
 from .softmax import LOG2_E, softmax_rate
-from .tiles import Epilogue, TileInputs, aligned, load_quantities, load_vector, store_quantities
+from .tiles import Epilogue, TileInputs, aligned, load_quantities, load_vector, partial_sums, store_quantities
 from .tma import described_rows, described_tile, resident_programs
 
 _HEADROOM = tl.constexpr(100.0)
@@ -31,7 +31,6 @@ _HEADROOM = tl.constexpr(100.0)
 _LARGEST_SHIFT = tl.constexpr(120.0)
 """Beyond it hardly a row has an entry near enough to the bound, and the sums are not even tried."""
 _BOUND_PROGRAMS = 128
-_FOLDED = tl.constexpr(32)  # partial sums that are loaded at once
 
 
 @triton.jit
@@ -213,13 +212,13 @@ def finish_block(
     inside = index < size
     shift = shift_of(largest, inputs, PROGRAMS)
     tried = index < tl.where(shift <= _LARGEST_SHIFT, size, 0)  # else there are no sums
-    total = tl.where(inside, partial_sums(sums, count, index, tried, size), 1.0)
+    total = tl.where(inside, partial_sums(sums, size, count, index, tried), 1.0)
     known = load_quantities(table, table_stride, index, inside, QUANTITIES)
     if tl.min(enough(total, others).to(tl.int32), 0) == 1:
         top, total = against_itself(shift, total, softmax_rate(inputs))
         found = (top, total)
         if GROUPED:
-            found = found + (partial_sums(positives, count, index, inside, size),)
+            found = found + (partial_sums(positives, size, count, index, inside),)
         elif QUANTITIES == 3:
             own = index + diagonal
             has = inside & (own >= 0) & (own < inputs.columns)
@@ -234,17 +233,6 @@ def finish_block(
             row, column = row_start + tl.arange(0, BLOCK_M), column_start + tl.arange(0, BLOCK_N)
             known = MERGE(known, REDUCE(s, row[:, None], column[None, :], inputs, AXIS), inputs)
         store_quantities(table, table_stride, index, inside, known)
-
-
-@triton.jit
-def partial_sums(partials, count, index, inside, size):
-    """``sum(partials[:count, index])``."""
-    total = tl.zeros(index.shape, tl.float32)
-    for first in range(0, count, _FOLDED):
-        part = first + tl.arange(0, _FOLDED)
-        place = partials + part.to(tl.int64)[:, None] * size + index[None, :]
-        total += tl.sum(tl.load(place, mask=(part < count)[:, None] & inside[None, :], other=0.0), 0)
-    return total
 
 
 def begin_sums(

@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import cdiv
+
 ALIGNMENT = 16  # elements: what the compiler takes to be divisible, it has to be by 16
+_FOLDED = tl.constexpr(32)  # partial sums that are loaded at once
 HIGHEST = tl.constexpr(torch.finfo(torch.float32).max)
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 """The maximum of nothing. Finite, so that -inf (a masked entry) minus it is -inf, and its exp 0, never NaN."""
@@ -100,15 +103,19 @@ class TileInputs(NamedTuple):
         row_table=None, column_table=None, roles=(), reference=None, own=None,
     ) -> TileInputs:  # fmt: skip
         """Scalars are numbers (on a GPU only a bias of 0) or 0-d tensors; tables may have any row stride."""
-        scale = scale if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float32)
         if not isinstance(bias, Tensor):
-            bias = torch.tensor(bias, dtype=torch.float32) if bias else None
+            bias = scalar(bias) if bias else None
         row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
         role_0, role_1 = (float(roles[i]) if i < len(roles) else None for i in range(2))
         return cls(
-            *shape, scale, bias, target, own, row_group, column_group, first_column, int(diagonal),
+            *shape, scalar(scale), bias, target, own, row_group, column_group, first_column, int(diagonal),
             row_table, row_stride, column_table, column_stride, reference, role_0, role_1,
         )  # fmt: skip
+
+
+def scalar(number: float | Tensor) -> Tensor:
+    """A 0-d tensor of it, as a kernel reads it."""
+    return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float32)
 
 
 def aligned(features: Tensor) -> Tensor:
@@ -119,7 +126,7 @@ def aligned(features: Tensor) -> Tensor:
     rows, d = features.shape
     if d and d % ALIGNMENT == 0 and features.stride(0) % ALIGNMENT == 0 and features.data_ptr() % 16 == 0:
         return features
-    padded = features.new_zeros(rows, max(-(-d // ALIGNMENT), 1) * ALIGNMENT)
+    padded = features.new_zeros(rows, max(cdiv(d, ALIGNMENT), 1) * ALIGNMENT)
     padded[:, :d] = features
     return padded
 
@@ -208,3 +215,14 @@ def store_quantities(table, stride, index, inside, quantities):
     """``table[:, index] = quantities``."""
     for q in tl.static_range(len(quantities)):
         tl.store(table + q * stride + index, quantities[q], mask=inside)
+
+
+@triton.jit
+def partial_sums(partials, stride, count, index, inside):
+    """``sum(partials[:count, index])``, of rows that are ``stride`` elements apart, always in this order."""
+    total = tl.zeros(index.shape, tl.float32)
+    for first in range(0, count, _FOLDED):
+        part = first + tl.arange(0, _FOLDED)
+        place = partials + part.to(tl.int64)[:, None] * stride + index[None, :]
+        total += tl.sum(tl.load(place, mask=(part < count)[:, None] & inside[None, :], other=0.0), 0)
+    return total

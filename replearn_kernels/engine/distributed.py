@@ -137,7 +137,8 @@ class _Run:
         return self.objective.prepared(self.shard, *tables)
 
     def new_gradients(self) -> Gradients:
-        with_query = sums_over_columns(self.shard, self.config.needs_grad[0], self.needs_grad_of_scalars[0])
+        of_sources = (source.needs_grad for source in self.shard.sources)
+        with_query = sums_over_columns(self.config.needs_grad[0], of_sources, self.needs_grad_of_scalars[0])
         return Gradients.zeros(self.shard, with_query)
 
     def new_column_table(self, rank: int) -> Tensor | None:

@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The columns of each source."""
+        """How many columns each source has."""
         if self.is_batch:
             return (self.query.shape[0],)
         widths = [key.shape[0] for key in self.keys]
@@ -71,6 +71,7 @@ class Problem:
     squares: Tensor | None = None  # [N]: |x_i|^2 of the centred rows
     isolated: Tensor | None = None  # [N]: what is added to the squared distances of row i
     inverse_norms: Tensor | None = None  # [N]: the rows are the queries times these
+    group_size: int = 0  # of every group, whose numbers fit 32 bits then; 0: groups are any
     _numbers: Tensor | None = None
     _positive_counts: Tensor | None = None
     _group_numbers: Tensor | None = None
@@ -104,6 +105,7 @@ class Problem:
         return cls(
             query, tuple(sources), target, row_group, column_group, number_of(inputs.logit_scale), bias,
             given_rows, squares, isolated, _inverse_norms(query) if objective.unit_features else None,
+            objective.group_size,
         )  # fmt: skip
 
     @property
@@ -122,6 +124,8 @@ class Problem:
     @property
     def positive_counts(self) -> Tensor:
         """In a batch, how many other rows are in row i's group, ``[N]``; without reading back from a GPU."""
+        if self.group_size:
+            return self.row_group.new_full((), self.group_size - 1).expand(self.rows)
         if self._positive_counts is None:
             self._count_groups()
         return self._positive_counts
@@ -130,12 +134,11 @@ class Problem:
     def group_numbers(self) -> Tensor:
         """In a batch, ``[N]`` int32: the same for two rows if they are of one group."""
         if self._group_numbers is None:
-            self._count_groups()
+            if self.group_size:
+                self._group_numbers = self.row_group.int()
+            else:
+                self._count_groups()
         return self._group_numbers
-
-    @property
-    def knows_group_numbers(self) -> bool:
-        return self._group_numbers is not None
 
     def know_group_numbers(self, numbers: Tensor) -> None:
         """What another call has found, so that this one need not sort."""

@@ -104,12 +104,13 @@ def fake_forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
         return loss, []
     if plan.combined and plan.schedule == "one_sweep":
         of_query, *of_sources = config.needs_grad[: len(inputs.features)]
-        of_query = of_query or (config.needs_grad[len(inputs.features)] and not all(of_sources))
+        of_query = sums_over_columns(of_query, of_sources, config.needs_grad[len(inputs.features)])
         accumulators = (
             query.new_empty(tensor.shape, dtype=dtype) if there else query.new_empty(0)
             for tensor, there in zip(inputs.features, (of_query, *of_sources))
         )
-        return loss, [*backend_class(config.backend).new_totals(inputs), *accumulators]
+        saved = backend_class(config.backend).new_combined(inputs, config.make_objective())
+        return loss, [*saved, *accumulators]
     if plan.schedule != "two_sweeps":
         dtypes = [dtype] * len(inputs.features) + [torch.float64] * 2
         return loss, [
@@ -158,7 +159,7 @@ class _Run(NamedTuple):
 
     @property
     def share(self) -> float | Tensor:
-        """Of a row in the loss."""
+        """The weight of a row's loss in the loss: 1 over the number of rows for a mean, else 1."""
         return self.share_after(None)
 
     def share_after(self, row_table: Tensor | None) -> float | Tensor:
@@ -176,7 +177,8 @@ class _Run(NamedTuple):
 
     @property
     def with_query(self) -> bool:
-        return sums_over_columns(self.problem, self.config.needs_grad[0], self.needs_grad_of_scalars[0])
+        of_sources = (source.needs_grad for source in self.problem.sources)
+        return sums_over_columns(self.config.needs_grad[0], of_sources, self.needs_grad_of_scalars[0])
 
     def weight_sum(self, table: Tensor) -> Tensor | None:
         """``sum_ij W_ij``, where the bias gets a gradient."""
@@ -231,7 +233,7 @@ def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
     gradients, kept = run.new_gradients(run.plan.combined), KeptTiles(tables[0].new_empty(0))
     sweep_gradients(problem, run.plan, run.runner, kept, tables, gradients, every_tile=True)
     if run.plan.combined:
-        loss, sums = run.runner.total(problem, tables[0], run.config.reduction == "mean")
+        loss, sums = run.runner.combine(problem, *tables, run.config.reduction == "mean")
         accumulators = (gradients.query, *gradients.sources)
         return loss, [*sums, *(problem.query.new_empty(0) if each is None else each for each in accumulators)]
     run.objective.add_pair_gradients(problem, tables[0], gradients.query)
@@ -241,7 +243,9 @@ def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
 
 def _after_one_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Tensor]:
     """What the sweep added up becomes gradients, in the backward call, as a second sweep's would."""
-    state, weight_sum, query, *sources = (tensor if tensor.numel() or tensor.dim() > 1 else None for tensor in saved)
+    state, weight_sum, *accumulators = saved
+    there = run.with_query, *(source.needs_grad for source in run.problem.sources)
+    query, *sources = (each if is_there else None for each, is_there in zip(accumulators, there))
     weight_sum = weight_sum if any(run.needs_grad_of_scalars[1:]) else None
     factors = grad_loss, run.runner.share_of(state)
     return run.results(Gradients(query, sources), weight_sum, *factors, dtype=run.problem.query.dtype)

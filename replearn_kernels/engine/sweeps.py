@@ -98,9 +98,9 @@ class Gradients:
         return [_scaled(gradient, by_scale, dtype) if needs else None for gradient, needs in zip(sums, needs_grad)]
 
 
-def sums_over_columns(problem: Problem, needs_query: bool, needs_scale: bool) -> bool:
+def sums_over_columns(needs_query: bool, needs_sources: Iterable[bool], needs_scale: bool) -> bool:
     """Whether ``W Y`` is needed: for the queries, or for the scale, whose gradient is read off one side."""
-    return needs_query or (needs_scale and not all(source.needs_grad for source in problem.sources))
+    return needs_query or (needs_scale and not all(needs_sources))
 
 
 def sweep_gradients(

@@ -42,6 +42,8 @@ class Objective(ABC):
     """"distance": similarities are ``-|x_i - x_j|``; "square": ``-|x_i - x_j|^2``; "": products."""
     unit_rows = False
     """The rows have length 1, or 0; where similarities are distances, such a row is isolated."""
+    group_size = 0
+    """How many rows every group has, if that is known; else 0."""
     has_offsets = False
     """Coefficients have offsets, which come off W of every entry."""
     sweeps_gradients = True

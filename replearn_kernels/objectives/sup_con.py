@@ -29,10 +29,7 @@ from .softmax import fold_sum_exp, logarithms, merge_sum_exp, probabilities
 
 @dataclass(frozen=True)
 class SupCon(Objective):
-    """``L_out`` of Khosla et al.; positives by group, a row never compared with itself.
-
-    ``group_size``: the rows of every group, which are numbered in 32 bits then; 0: groups are any, and are counted.
-    """
+    """``L_out`` of Khosla et al.; positives by group, a row never compared with itself."""
 
     group_size: int = 0
 
@@ -65,24 +62,18 @@ class SupCon(Objective):
     def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
         merge_sum_exp(table, other, steepness(scale))
 
-    def counts(self, problem: Problem) -> Tensor:
-        """How many positives every row has, ``[N]``."""
-        if self.group_size:
-            return problem.row_group.new_full((), self.group_size - 1).expand(problem.rows)
-        return problem.positive_counts
-
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         row_max, row_sum, positive = row_table
-        counts = self.counts(problem)
+        counts = problem.positive_counts
         loss = (row_max - positive / counts.clamp(min=1)) * abs(problem.scale) + row_sum.log()
         return torch.where((counts > 0) | row_sum.isnan(), loss, 0)  # a NaN shows, whatever its row counts for
 
     def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> Tensor:
-        return (self.counts(problem) > 0).sum().to(problem.statistics_dtype)
+        return (problem.positive_counts > 0).sum().to(problem.statistics_dtype)
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, None]:
         row_max, row_sum, _ = row_table
-        counts = self.counts(problem)
+        counts = problem.positive_counts
         weight = torch.where(counts > 0, grad_rows, 0)
         row_max, log_sum = logarithms(row_max, row_sum)
         positive_weight = weight / counts.clamp(min=1)

@@ -87,7 +87,7 @@ class Backend(ABC):
     @staticmethod
     def combines(objective, dtype: torch.dtype, has_target: bool) -> bool:
         """Whether, under one upstream gradient, :meth:`combine` takes the place of the objective's formulas between
-        two sweeps, or :meth:`total` after one."""
+        two sweeps, or after the only one."""
         return False
 
     @staticmethod
@@ -96,19 +96,16 @@ class Backend(ABC):
         raise NotImplementedError
 
     def combine(self, problem: Problem, row_table, column_table, mean: bool) -> tuple[Tensor, list[Tensor]]:
-        """The loss, a "mean" over the rows that count or their sum, and what :meth:`combined` needs, to be saved."""
+        """The loss, a mean over the rows that count or their sum, and what the backward call needs: for
+        :meth:`combined`, or after the only sweep what :meth:`share_of` needs, and the sum of W."""
         raise NotImplementedError
 
     def combined(self, problem: Problem, saved: list[Tensor]) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
         """The coefficients of rows and columns, and a row's share in the loss."""
         raise NotImplementedError
 
-    def total(self, problem: Problem, row_table: Tensor, mean: bool) -> tuple[Tensor, list[Tensor]]:
-        """The loss, and what the backward call needs besides the accumulators: for :meth:`share_of`; the sum of W."""
-        raise NotImplementedError
-
     def share_of(self, state: Tensor) -> Tensor:
-        """A row's share in the loss."""
+        """The weight of a row's loss in the loss."""
         raise NotImplementedError
 
     def can_overwrite(self, problem: Problem, shape: TileShape) -> bool:

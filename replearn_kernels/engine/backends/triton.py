@@ -157,16 +157,6 @@ class TritonBackend(Backend):
         self._largest = problem, 0, begin_sums(self._epilogue, problem.query, source.features, *tables)
         return tables
 
-    def _group_numbers(self, problem: Problem) -> Tensor:
-        """Of the own rows, in 32 bits."""
-        if self.objective.group_size and not problem.knows_group_numbers:
-            problem.know_group_numbers(problem.row_group.int())
-        return problem.group_numbers
-
-    def _positives_of_each(self, problem: Problem) -> Tensor | int:
-        size = self.objective.group_size
-        return size - 1 if size else self.objective.counts(problem)
-
     @staticmethod
     def combines(objective, dtype: torch.dtype, has_target: bool) -> bool:
         """Not where logits are summed for label smoothing, nor where a row's column is not that of its own number; nor
@@ -180,7 +170,10 @@ class TritonBackend(Backend):
     @staticmethod
     def new_combined(inputs: Inputs, objective) -> list[Tensor]:
         query, rows = inputs.query, inputs.query.shape[0]
-        saved = [query.new_empty(COEFFICIENTS, rows, dtype=torch.float32), query.new_empty(STATE, dtype=torch.float32)]
+        state = query.new_empty(STATE, dtype=torch.float32)
+        if not objective.needs_statistics:
+            return [state, query.new_empty((), dtype=torch.float64)]
+        saved = [state, query.new_empty(COEFFICIENTS, rows, dtype=torch.float32)]
         if inputs.is_batch:
             return [*saved, query.new_empty(rows, dtype=torch.int32)]
         if objective.needs_columns:
@@ -190,38 +183,29 @@ class TritonBackend(Backend):
     def combine(self, problem: Problem, row_table, column_table, mean: bool) -> tuple[Tensor, list[Tensor]]:
         shape = problem.rows, 0 if column_table is None else column_table.shape[1]
         inputs = TileInputs.of(shape, problem.scale, row_table=row_table, column_table=column_table)
-        counts = self._positives_of_each(problem) if problem.is_batch else 0
-        loss, state, rows, columns = combine_statistics(self._epilogue, inputs, counts, mean)
-        saved = [rows, state]
+        if not self.objective.needs_statistics:
+            loss, *sums = combine_losses(self._epilogue, inputs, mean)
+            return loss, sums
+        counts = 0
         if problem.is_batch:
-            saved.append(self._group_numbers(problem))
-        elif columns is not None:
-            saved.append(columns)
-        return loss, saved
+            counts = problem.group_size - 1 if problem.group_size else problem.positive_counts
+        loss, state, rows, columns = combine_statistics(self._epilogue, inputs, counts, mean)
+        others = problem.group_numbers if problem.is_batch else columns
+        return loss, [state, rows] if others is None else [state, rows, others]
 
     def combined(self, problem: Problem, saved: list[Tensor]) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
-        rows, state, *more = saved
+        state, rows, *others = saved
         columns = None
         if problem.is_batch:
-            problem.know_group_numbers(more[0])
-        elif more:
-            columns = more[0]
+            problem.know_group_numbers(*others)
+        elif others:
+            [columns] = others
         self._reference = rows, columns, state
         return (rows, columns), self.share_of(state)
 
     def share_of(self, state: Tensor) -> Tensor:
         self._counter = state[3:]
         return state[2]
-
-    def total(self, problem: Problem, row_table: Tensor, mean: bool) -> tuple[Tensor, list[Tensor]]:
-        inputs = TileInputs.of((problem.rows, 0), problem.scale, row_table=row_table)
-        loss, *sums = combine_losses(self._epilogue, inputs, mean)
-        return loss, sums
-
-    @staticmethod
-    def new_totals(inputs: Inputs) -> list[Tensor]:
-        query = inputs.query
-        return [query.new_empty(STATE, dtype=torch.float32), query.new_empty((), dtype=torch.float64)]
 
     def _weights_of(
         self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None,
@@ -297,7 +281,7 @@ class TritonBackend(Backend):
         pairs = problem.pairs(tile, self.objective.uses_target and not numbered)
         own = tile.rows.start - tile.columns.start if numbered else None
         if isinstance(tile.source, BatchColumns) and _by_sums(self.objective, tile.query.dtype):
-            numbers = self._group_numbers(problem)
+            numbers = problem.group_numbers  # of 32 bits, of the own rows
             pairs = pairs._replace(row_group=numbers[tile.rows], column_group=numbers[tile.columns])
         return TileInputs.of(tile.shape, *pairs, row_table, column_table, self._roles, own=own)
 
@@ -342,11 +326,8 @@ class TritonBackend(Backend):
             reads = needs_scale and sums is not None and (gradients.query is None or rows is problem)
             if result is not None or reads:
                 sides.append(_side_of(sums, result, rows, reads))
-        scale = problem.scale
-        if not isinstance(scale, Tensor):
-            scale = torch.tensor(scale, dtype=torch.float32)
         halves = 2 if problem.is_batch else 1
-        finish_gradients(sides, scale, factors, of_scale, weight_sum, of_bias, halves, self._counter)
+        finish_gradients(sides, problem.scale, factors, of_scale, weight_sum, of_bias, halves, self._counter)
         return results, of_scale, of_bias
 
     def workspace(self) -> tuple[Tensor, ...]:
