@@ -104,7 +104,7 @@ def contrastive_loss(inputs: Inputs, objective: MarginContrastive, reduction: st
     losses = torch.where(positive, distance, (objective.margin - distance).relu())
     losses = losses.square() if objective.squared else losses
     count = len(losses) * (len(losses) - 1) // 2
-    losses = losses.masked_fill(itself, 0).sum(1) / 2 + _nan_of_rows(inputs)
+    losses = losses.masked_fill(itself, 0).sum(1) / 2 + nan_of_rows(inputs)
     return reduce(losses, reduction, torch.tensor(count, device=losses.device))
 
 
@@ -115,7 +115,7 @@ def lifted_structure_loss(inputs: Inputs, objective: Lifted | HardLifted, reduct
     r = _finite(v.logsumexp(1) if isinstance(objective, Lifted) else v.max(1).values if len(v) else v.sum(1))
     combine = torch.logaddexp if isinstance(objective, Lifted) else torch.maximum
     losses = torch.where(positive, combine(r.unsqueeze(1), r) + distance, 0).relu().square() / 4
-    return reduce(losses.sum(1) + _nan_of_rows(inputs), reduction, positive.sum() // 2)
+    return reduce(losses.sum(1) + nan_of_rows(inputs), reduction, positive.sum() // 2)
 
 
 def batch_hard_losses(inputs: Inputs, objective: BatchHard) -> Tensor:
@@ -126,7 +126,7 @@ def batch_hard_losses(inputs: Inputs, objective: BatchHard) -> Tensor:
     p = distance.detach().masked_fill(~positive, -1).argmax(1, keepdim=True)
     n = distance.detach().masked_fill(~negative, torch.inf).argmin(1, keepdim=True)
     losses = (distance.gather(1, p) - distance.gather(1, n)).squeeze(1) + objective.margin
-    return torch.where(positive.any(1) & negative.any(1), losses, 0).relu() + _nan_of_rows(inputs)
+    return torch.where(positive.any(1) & negative.any(1), losses, 0).relu() + nan_of_rows(inputs)
 
 
 def semi_hard_triplets(inputs: Inputs, measure: TripletDistance) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,7 +160,7 @@ def batch_all_loss(inputs: Inputs, objective: BatchAll, reduction: str) -> Tenso
     losses = distance.unsqueeze(2) - distance.unsqueeze(1) + objective.margin
     losses = torch.where(triplet, losses, 0).relu()
     count = ((losses > 0) if objective.nonzero else triplet).sum()
-    return reduce(losses.sum((1, 2)) + _nan_of_rows(inputs), reduction, count)
+    return reduce(losses.sum((1, 2)) + nan_of_rows(inputs), reduction, count)
 
 
 def _triplet_distances(inputs: Inputs, distance: TripletDistance) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +206,7 @@ def _roles(inputs: Inputs) -> tuple[Tensor, Tensor]:
     return (inputs.row_group.unsqueeze(1) == inputs.row_group) & ~itself, itself
 
 
-def _nan_of_rows(inputs: Inputs) -> Tensor:
+def nan_of_rows(inputs: Inputs) -> Tensor:
     """``[N]``: NaN for a row that is not finite, though it is in no pair that counts; else 0."""
     (x,) = _features(inputs)
     return (x.detach() * 0).sum(1)

@@ -143,7 +143,8 @@ def merge(epilogue: Epilogue, partials: Tensor, inputs: TileInputs, table: Tenso
             quantities, _MERGE_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return
-    scale = TileInputs.of((0, 0), inputs.scale)  # all that a merge reads: one kernel serves every kind of tile
+    # All that a merge reads: one kernel serves every kind of tile.
+    scale = TileInputs.of((0, 0), inputs.scale, roles=inputs.roles)
     merge_kernel[(blocks,)](
         partials, table, table.stride(0), count, size, scale,
         epilogue.merge, quantities, _MERGE_BLOCK, num_warps=2, enable_fp_fusion=True,

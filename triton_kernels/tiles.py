@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -94,8 +96,6 @@ class TileInputs(NamedTuple):
     column_table: Tensor | None  # coefficients [quantities, columns]
     column_stride: int
     reference: Tensor | None  # [2]: an exponent, and 1 if every row and column can share it (sums.py)
-    role_0: float | None  # the objective's roles, for an epilogue that takes them; a bool is 0 or 1
-    role_1: float | None
 
     @classmethod
     def of(
@@ -106,11 +106,23 @@ class TileInputs(NamedTuple):
         if not isinstance(bias, Tensor):
             bias = scalar(bias) if bias else None
         row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
-        role_0, role_1 = (float(roles[i]) if i < len(roles) else None for i in range(2))
-        return cls(
+        fields = (
             *shape, scalar(scale), bias, target, own, row_group, column_group, first_column, int(diagonal),
-            row_table, row_stride, column_table, column_stride, reference, role_0, role_1,
+            row_table, row_stride, column_table, column_stride, reference,
         )  # fmt: skip
+        return _with_roles(len(roles))._make((*fields, *map(float, roles))) if roles else cls._make(fields)
+
+    @property
+    def roles(self) -> tuple[float, ...]:
+        """The objective's, ``role_0``, ``role_1``, ...: of an epilogue that takes them; a bool is 0 or 1."""
+        return self[len(TileInputs._fields) :]
+
+
+@cache
+def _with_roles(count: int) -> type[TileInputs]:
+    """The inputs of an epilogue that takes so many roles: fields of their own, as no tuple may hold another."""
+    names = (*TileInputs._fields, *(f"role_{k}" for k in range(count)))
+    return type("TileInputs", (namedtuple("TileInputs", names),), {"roles": TileInputs.roles})
 
 
 def scalar(number: float | Tensor) -> Tensor:

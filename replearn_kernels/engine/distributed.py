@@ -74,7 +74,8 @@ class Schedules(NamedTuple):
                 tables, gradients = (row_table, *(column_table or [None])), run.new_gradients()
                 coefficients = run.objective.coefficients(run.shard, *tables, weights, gradients.query)
                 if run.objective.sweeps_gradients:
-                    _, results = _sweep_gradients(run, coefficients, gradients, KeptTiles(kept), factor)
+                    counted = None if in_forward else row_table
+                    _, results = _sweep_gradients(run, coefficients, gradients, KeptTiles(kept), factor, counted)
                 else:
                     results = run.results(gradients, coefficients[0], factor * run.share_after(coefficients[0]))
             return [
@@ -345,14 +346,18 @@ def _sweep_statistics(run: _Run, kept: KeptTiles) -> Tables:
 
 
 def _sweep_gradients(
-    run: _Run, coefficients: Tables, gradients: Gradients, kept: KeptTiles, factor=1.0, with_losses: bool = False
-) -> tuple[Tensor | None, list[Tensor]]:
-    """The loss, if asked for, and the gradients: what the sweep adds to those that are there."""
+    run: _Run, coefficients: Tables, gradients: Gradients, kept: KeptTiles, factor=1.0,
+    statistics: Tensor | None = None, with_losses: bool = False,
+) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
+    """The loss, if asked for, and the gradients: what the sweep adds to those that are there.
+
+    ``statistics``: the rows', which tell what the mean is over; None: the coefficients do, once the sweep has ended.
+    """
     tour = _GradientsTour(run, kept, coefficients, gradients, with_losses)
     tour.finish(run.travel(tour))
     count_workspace(*tour.held())
     run.objective.add_pair_gradients(run.shard, coefficients[0], gradients.query)
-    share = run.share_after(coefficients[0])
+    share = run.share_after(coefficients[0] if statistics is None else statistics)
     loss = run.objective.row_losses(run.shard, *coefficients).sum() * share if with_losses else None
     return loss, run.results(tour.gradients, coefficients[0], factor * share)
 

@@ -166,8 +166,7 @@ class _Run(NamedTuple):
         """The same, where only the finished sweep can tell."""
         if self.config.reduction != "mean":
             return 1.0
-        count = self.objective.rows_counted(self.problem, row_table)
-        return 1 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+        return _share_of(self.objective.rows_counted(self.problem, row_table))
 
     def new_gradients(self, sums_alone: bool = False) -> Gradients:
         """``sums_alone``: nobody adds to them but the sweep, whose only tile may then overwrite what it finds."""
@@ -218,7 +217,7 @@ def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Ten
         row_weights, factor = _row_weights(grad_loss, run)
         gradients = run.new_gradients()
         coefficients = run.objective.coefficients(run.problem, row_table, column_table, row_weights, gradients.query)
-        factors = factor, run.share_after(coefficients[0])
+        factors = factor, run.share_after(row_table)
     if run.objective.sweeps_gradients:
         every_tile = any(run.needs_grad_of_scalars[1:])  # a bias's gradient is the sum of W
         sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients, every_tile)
@@ -257,25 +256,33 @@ def _row_chunks(run: _Run) -> tuple[Tensor, list[Tensor]]:
     The gradients saved are those under an upstream gradient of 1; the one that comes scales them later.
     """
     problem, plan, runner = run.problem, run.plan, run.runner
-    if plan.gradient_tile.rows == problem.rows:
+    if plan.gradient_tile.rows == problem.rows and run.objective.one_tile_parameters is not None:
         if (results := runner.one_tile(problem, run.share, run.with_query)) is not None:
             loss, gradients = results
             needed = zip(gradients, run.config.needs_grad)
             return loss, [g if needs else problem.query.new_empty(0) for g, needs in needed]
     kept = KeptTiles(runner.new_kept(problem, plan.kept_elements))
     gradients = run.new_gradients()
-    losses = []
+    losses, counted = [], 0
     for rows in blocks(problem.rows, plan.gradient_tile.rows):
         chunk = problem.of_rows(rows)
         kept.rewind()
         statistics = sweep_statistics(chunk, plan, runner, kept)
         losses.append(runner.objective.row_losses(chunk, *statistics))
+        if run.config.reduction == "mean":
+            counted = counted + runner.objective.rows_counted(chunk, statistics[0])
         of_chunk = gradients.of_rows(problem, rows)
         ones = torch.ones_like(losses[-1])
         coefficients = runner.objective.coefficients(chunk, *statistics, ones, of_chunk.query)
         kept.rewind()
         sweep_gradients(chunk, plan, runner, kept, coefficients, of_chunk)
-    return torch.cat(losses).sum() * run.share, run.results(gradients, None, run.share)
+    share = _share_of(counted) if run.config.reduction == "mean" else 1.0
+    return torch.cat(losses).sum() * share, run.results(gradients, None, share)
+
+
+def _share_of(count: int | Tensor) -> float | Tensor:
+    """A row's, in the mean over so many."""
+    return 1 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
 
 
 def _row_weights(grad_loss: Tensor, run: _Run) -> tuple[Tensor, Tensor]:

@@ -143,6 +143,13 @@ def check_positive(name: str, value: float) -> float:
     return float(value)
 
 
+def check_real(name: str, value: float) -> float:
+    """A float, finite in every dtype of statistics."""
+    value = float(check_number(name, value))
+    check_finite(name, value, torch.float32)
+    return value
+
+
 def check_count(name: str, value: int, least: int, unit: str = "") -> int:
     """An int, NumPy's too, of at least ``least``; ``unit``: what it counts."""
     if not is_number(value) or not isinstance(value, (int, Integral)):

@@ -42,11 +42,13 @@ class Options(NamedTuple):
         features: Tensor,
         world: World | None = None,
         strategy: str = "auto",
+        native: bool = True,
     ) -> Options:
+        """``native``: the loss has passes in C++."""
         validation.check_reduction(reduction)
         memory_budget = validation.check_memory_budget(memory_budget)
         validation.check_strategy(strategy)
-        name = resolve_backend(backend, features.device, features.dtype)
+        name = resolve_backend(backend, features.device, features.dtype, native)
         if world is not None:
             refuse_eager(name)
         return cls(reduction, name, memory_budget, world, strategy)

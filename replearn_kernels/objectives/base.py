@@ -52,6 +52,8 @@ class Objective(ABC):
     """What the native passes and the epilogue want to know beyond the pairs."""
     prepares = False
     """Tables hold what only the data can tell, and are longer than the new ones: see :meth:`prepared`."""
+    epilogue = None
+    """The Triton epilogue of a loss whose kernels are printed; None: that of its name, or its family's."""
     one_tile_parameters: tuple | None = None
     """What the native call for a whole problem of one tile takes; None if there is none."""
 
@@ -106,7 +108,7 @@ class Objective(ABC):
         """``L_i`` of every row, ``[N]``."""
 
     def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> int | Tensor:
-        """How many rows the mean is over; ``row_table``: of the finished sweep."""
+        """How many rows the mean is over; ``row_table``: the statistics, or after the only sweep its table."""
         return problem.rows
 
     @abstractmethod

@@ -15,22 +15,27 @@ from .dense import CppBackend, TorchBackend
 BACKENDS: dict[str, type[Backend]] = {"torch": TorchBackend, "cpp": CppBackend}
 
 
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, has_native: bool = True) -> str:
     """The backend that ``name`` stands for on these inputs.
 
     "auto" takes ``triton`` on a GPU and ``cpp`` on a CPU where they are installed, and ``torch`` elsewhere.
-    A backend asked for by name is never replaced by another.
+    A backend asked for by name is never replaced by another. ``has_native``: the loss has passes in C++; one without
+    them takes ``torch`` on a CPU.
 
     Raises:
-        ValueError: the name is unknown, or the backend cannot run on this device or dtype.
+        ValueError: the name is unknown, or the backend cannot run this loss, or on this device or dtype.
         RuntimeError: the backend is not available in this installation.
     """
     check_backend_name(name)
     if name == "auto":
         if device.type == "cpu":
+            if not has_native:
+                return "torch"
             return "cpp" if native.available() else warn_without_native()
         return "triton" if why_no_triton(device, dtype) is None else "torch"
     if name == "cpp":
+        if not has_native:
+            raise ValueError("backend='cpp' has no passes of a declared loss: use 'auto' or 'torch'")
         if device.type != "cpu":
             raise ValueError(f"backend='cpp' runs on CPU tensors, got tensors on {device}")
         if not native.available():

@@ -355,7 +355,7 @@ def _side_of(sums: Tensor, result: Tensor | None, rows: Problem | Source, reads:
 
 
 def _epilogue_of(objective):
-    return EPILOGUES[objective.name if objective.name in EPILOGUES else objective.family]
+    return objective.epilogue or EPILOGUES[objective.name if objective.name in EPILOGUES else objective.family]
 
 
 def _fused(d: int, dtype: torch.dtype, objective, is_batch: bool) -> bool:

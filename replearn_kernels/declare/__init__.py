@@ -1,0 +1,35 @@
+"""Losses by functions of one pair: the author writes those, gradient and kernels are derived.
+
+    expressions.py    what an author's functions are made of, and their derivatives
+    definition.py     PairLoss: what is declared, and checked
+    fuse.py           the module that a declared loss becomes
+    compute.py        a call of it
+    objective.py      the engine's view: statistics, losses, coefficients, W
+    on_tensors.py     expressions computed by PyTorch
+    triton_source.py  expressions printed as a Triton epilogue
+    formula.py        the specification, on the full matrix
+"""
+
+from .definition import Facts, PairLoss, Reduction, logsumexp, total
+from .expressions import (
+    Expr,
+    absolute,
+    clamp,
+    exp,
+    log,
+    log1p,
+    maximum,
+    minimum,
+    relu,
+    sigmoid,
+    softplus,
+    sqrt,
+    tanh,
+    where,
+)
+from .fuse import FusedBatchLoss, FusedPairLoss, fuse
+
+__all__ = [
+    "Expr", "Facts", "FusedBatchLoss", "FusedPairLoss", "PairLoss", "Reduction", "absolute", "clamp", "exp", "fuse",
+    "log", "log1p", "logsumexp", "maximum", "minimum", "relu", "sigmoid", "softplus", "sqrt", "tanh", "total", "where",
+]  # fmt: skip

@@ -1,0 +1,378 @@
+"""What an author declares, and what is found out about it, once for every structure of a loss."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .expressions import Expr, affine, factored, mask, number, slope
+
+SIMILARITIES = ("product", "cosine", "distance", "squared_distance")
+
+
+class PairLoss:
+    """A loss over the pairs of rows and columns, by functions of one pair.
+
+    Subclass it as a frozen dataclass. Float fields are the loss's parameters: what they are changes nothing but
+    numbers. Bool, int and str fields are options, which may steer the Python of :meth:`terms`. Then give it to
+    :func:`~replearn_kernels.declare.fuse`, which derives the rest: gradients, kernels, and the batch of many ranks.
+
+    Class attributes, with their defaults:
+
+    ``batch = False``: rows are compared with the rows of other features, and row i's target is column i unless another
+        is given. True: the rows of one batch are compared with each other, by labels; no row with itself.
+    ``scaled = False``: True: calls take ``logit_scale``, which gets a gradient, and ``terms`` sees the logits
+        ``logit_scale * similarity`` in place of similarities.
+    ``symmetric = False``: True: ``loss(row, column)`` gets the terms of every row and those of its target's column.
+        Not with ``batch``, whose rows are the columns.
+    ``similarity = "product"``: or "cosine" (rows are L2-normalised first), and for a batch "distance" (Euclidean) and
+        "squared_distance".
+
+    Example, the circle loss of Sun et al. 2020::
+
+        @dataclass(frozen=True)
+        class Circle(PairLoss):
+            margin: float = 0.25
+            gamma: float = 80.0
+            batch, similarity = True, "cosine"
+
+            def terms(self, s, pair):
+                m = self.margin
+                near, far = relu(1 + m - s).detach() * (1 - m - s), relu(s + m).detach() * (s - m)
+                return {
+                    "positives": logsumexp(self.gamma * near, where=pair.same),
+                    "negatives": logsumexp(self.gamma * far, where=pair.other),
+                }
+
+            def loss(self, row):
+                return softplus(row.positives + row.negatives)
+    """
+
+    batch = False
+    scaled = False
+    symmetric = False
+    similarity = "product"
+
+    def terms(self, s: Expr, pair: Facts) -> dict[str, Reduction]:
+        """What is summed over the pairs of every row, by name: :func:`total` and :func:`logsumexp` of expressions of
+        the similarity ``s``, and of ``pair.target``, ``pair.same``, ``pair.other`` and ``pair.every``."""
+        raise NotImplementedError(f"{type(self).__name__} must define terms(self, s, pair)")
+
+    def loss(self, row, column=None) -> Tensor:
+        """The loss of every row, ``[N]``, of the terms of its own pairs: ``row.name``, ``[N]`` in fp64. Plain torch.
+
+        A scaled loss finds the scale in ``row.logit_scale``, without gradient: what depends on the scale but through
+        the logits gets none.
+
+        Default: the sum of the terms. Then, and if all are totals, one sweep over the pairs yields loss and gradients.
+        """
+        raise AssertionError("a loss that is the sum of its terms has no formula of its own")
+
+    def counted(self, row) -> Tensor:
+        """The rows that the mean is over, ``[N]``, true or a weight. Default: all."""
+        raise AssertionError("a mean over all rows has no formula of its own")
+
+
+class Facts:
+    """What is known of a pair, as conditions.
+
+    ``every``: all pairs. ``target``: the row's own column. ``same``: of one group (label, or id); where there are no
+    groups, the target. ``other``: all others. In a batch no row is in a pair with itself.
+    """
+
+    every, target, same, other = (Expr("fact", name) for name in ("every", "target", "same", "other"))
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A sum of a row's pairs, or the logarithm of a sum of exponentials."""
+
+    kind: str  # "total" or "logsumexp"
+    of: Expr
+    over: Expr  # a condition
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"a {self.kind} has no {name!r}: terms() returns sums as they are, and loss() computes with their values"
+        )
+
+
+def total(of, where: Expr = Facts.every) -> Reduction:
+    """The sum of ``of`` over the row's pairs for which the condition ``where`` holds; 0 over none."""
+    return _reduction("total", of, where)
+
+
+def logsumexp(of, where: Expr = Facts.every) -> Reduction:
+    """``log(sum(exp(of)))`` over the row's pairs for which the condition ``where`` holds; -inf over none.
+
+    Nothing overflows, and numbers that all pairs share are taken out of ``of``, so that no logit is rounded before the
+    largest is subtracted from it.
+    """
+    return _reduction("logsumexp", of, where)
+
+
+def _reduction(kind: str, of, where) -> Reduction:
+    if isinstance(of, Reduction):
+        raise TypeError(
+            f"{kind} of a {of.kind}: a term is of one pair, and cannot hold another term, which is of all of a row's "
+            "pairs. Return both from terms(), and compute with their values in loss()"
+        )
+    return Reduction(kind, number(of, kind), mask(where, f"{kind}(where=...)"))
+
+
+@dataclass(frozen=True)
+class Term:
+    """A reduction as the passes take it: ``factor * rest + offset`` summed, or in a log-sum-exp.
+
+    ``slope``: its derivative in the logit (the similarity, of a loss without scale); None where that is 0.
+    """
+
+    name: str
+    kind: str
+    factor: Expr
+    rest: Expr
+    offset: Expr
+    over: Expr
+    slope: Expr | None
+
+    @classmethod
+    def of(cls, name: str, reduction: Reduction, variable: Expr) -> Term:
+        if reduction.kind == "total":  # an offset would count the pairs
+            parts = (*factored(reduction.of), number(0, ""))
+        else:
+            parts = affine(reduction.of)
+        derivative = slope(reduction.of, variable)
+        return cls(name, reduction.kind, *parts, reduction.over, None if derivative.constant == 0 else derivative)
+
+    @property
+    def statistics(self) -> int:
+        """Quantities of its table in sweep 1: the sum; or (max, sum)."""
+        return 1 if self.kind == "total" else 2
+
+    @property
+    def coefficients(self) -> int:
+        """Quantities that W needs: a weight; or (max, log_sum, weight)."""
+        return 0 if self.slope is None else 1 if self.kind == "total" else 3
+
+
+def places(terms: tuple[Term, ...], of: str) -> Iterator[tuple[Term, int]]:
+    """Every term, and the place of its first quantity in a table of "statistics" or "coefficients"."""
+    place = 0
+    for term in terms:
+        yield term, place
+        place += getattr(term, of)
+
+
+@dataclass(frozen=True, eq=False)
+class Definition:
+    """A loss's structure: all but the values of its parameters.
+
+    ``columns``: the terms that ``loss(row, column)`` reads of a column, in a batch those of a row.
+    """
+
+    name: str
+    cls: type[PairLoss]
+    options: tuple[tuple[str, bool | int | str], ...]
+    parameters: tuple[str, ...]
+    terms: tuple[Term, ...]
+    columns: tuple[Term, ...]
+    facts: frozenset[str]
+
+    @property
+    def one_sweep(self) -> bool:
+        """W needs no statistics: the loss is the sum of totals."""
+        overridden = self.cls.loss is not PairLoss.loss or self.cls.counted is not PairLoss.counted
+        return not overridden and all(term.kind == "total" for term in self.terms)
+
+    def row_losses(
+        self, loss: PairLoss, of_rows: Iterable[Tensor], of_columns: Iterable[Tensor], logit_scale: float | Tensor
+    ) -> Tensor:
+        """The author's formula, or the sum of all terms; of the terms in their order."""
+        if self.cls.loss is PairLoss.loss:
+            return sum(of_rows)
+        row = self.values_of_rows(of_rows, logit_scale)
+        if not self.cls.symmetric:
+            return loss.loss(row)
+        return loss.loss(row, Values(dict(zip((term.name for term in self.columns), of_columns))))
+
+    def values_of_rows(self, of_rows: Iterable[Tensor], logit_scale: float | Tensor) -> Values:
+        """What the author sees of the rows."""
+        values = dict(zip((term.name for term in self.terms), of_rows))
+        if self.cls.scaled:
+            values["logit_scale"] = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
+        return Values(values)
+
+
+class Values:
+    """The terms of every row, or of its target's column, by name."""
+
+    def __init__(self, values: dict[str, Tensor | float]):
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"there is no term {name!r}: terms() returned {', '.join(vars(self)) or 'none'}")
+
+
+class _Probe:
+    """Terms of three rows, with values of no account; ``read``: those that were asked for."""
+
+    def __init__(self, terms: tuple[Term, ...], logit_scale: float | None):
+        if logit_scale is not None:
+            self.logit_scale = logit_scale
+        self.leaves = {
+            term.name: torch.linspace(0.2 + place / 8, 0.9 + place / 8, 3, dtype=torch.float64).requires_grad_()
+            for place, term in enumerate(terms)
+        }
+        self.read: set[str] = set()
+
+    def __getattr__(self, name: str):
+        if name not in self.leaves:
+            return getattr(Values(self.leaves), name)
+        self.read.add(name)
+        return self.leaves[name]
+
+
+@lru_cache(maxsize=256)
+def definition_of(loss: PairLoss) -> Definition:
+    """The structure of a loss; the same object for all values of its parameters.
+
+    Raises:
+        TypeError, ValueError, AttributeError: the loss cannot be declared so; the message says what to write instead.
+    """
+    cls = type(loss)
+    _check_class(cls)
+    parameters, option_names = _split_fields(cls)
+    options = tuple((name, getattr(loss, name)) for name in option_names)
+    symbolic = copy.copy(loss)
+    for name in parameters:
+        number(getattr(loss, name), f"{cls.__name__}.{name}")
+        object.__setattr__(symbolic, name, Expr("parameter", name))
+    variable = Expr("logit" if cls.scaled else "s")
+    # The engine's similarities are larger the nearer two rows are: distances come negative.
+    reductions = symbolic.terms(-variable if "distance" in cls.similarity else variable, Facts)
+    _check_reductions(cls, reductions)
+    terms = tuple(Term.of(name, reduction, variable) for name, reduction in reductions.items())
+    facts = frozenset().union(*(_facts_of(e) for r in reductions.values() for e in (r.of, r.over)))
+    if cls.batch and "target" in facts:
+        raise TypeError(f"{cls.__name__}: rows of a batch have no target; use pair.same and pair.other")
+    columns = _check_formulas(loss, terms)
+    if cls.batch or sum(t.statistics for t in columns) == sum(t.statistics for t in terms):
+        columns = terms  # a table's length tells whose it is
+    settings = cls.batch, cls.scaled, cls.symmetric, cls.similarity
+    structure = repr((cls.__qualname__, settings, options, parameters, terms, [term.name for term in columns]))
+    structure += "".join(_text_of(vars(cls).get(name)) for name in ("loss", "counted"))
+    return _known(structure, cls, options, parameters, terms, columns, facts)
+
+
+_definitions: dict[tuple[str, type], Definition] = {}
+
+
+def _known(structure: str, cls: type[PairLoss], *others) -> Definition:
+    """The definition of this structure and class: one object, with a name that is the same in every process."""
+    if (structure, cls) not in _definitions:
+        name = f"{cls.__name__}-{hashlib.sha256(structure.encode()).hexdigest()[:12]}"
+        alike = sum(known == structure for known, _ in _definitions)
+        if alike:  # a class that was defined again, as in a notebook
+            name += f"-{alike + 1}"
+        _definitions[structure, cls] = Definition(name, cls, *others)
+    return _definitions[structure, cls]
+
+
+def _text_of(function) -> str:
+    """What a function does, as far as it is the same in every process."""
+    codes, found = [] if function is None else [function.__code__], []
+    while codes:
+        code = codes.pop()
+        inner = [constant for constant in code.co_consts if hasattr(constant, "co_code")]
+        found += [code.co_code, code.co_names, [c for c in code.co_consts if c not in inner]]
+        codes += inner
+    return repr(found)
+
+
+def _check_class(cls: type[PairLoss]) -> None:
+    if not issubclass(cls, PairLoss):
+        raise TypeError(f"a declared loss is a PairLoss, got {cls.__name__}")
+    if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):
+        raise TypeError(f"{cls.__name__} must be a frozen dataclass: write @dataclass(frozen=True) above it")
+    for name in ("batch", "scaled", "symmetric"):
+        if not isinstance(getattr(cls, name), bool):
+            raise TypeError(f"{cls.__name__}.{name} must be a bool, got {getattr(cls, name)!r}")
+    if cls.similarity not in SIMILARITIES:
+        raise ValueError(f"{cls.__name__}.similarity must be one of {', '.join(SIMILARITIES)}, got {cls.similarity!r}")
+    if "distance" in cls.similarity and (cls.scaled or not cls.batch):
+        raise ValueError(f"{cls.__name__}: distances are those of a batch (batch = True), without a logit_scale")
+    if cls.symmetric and cls.batch:
+        raise ValueError(f"{cls.__name__}: the columns of a batch are its rows: leave symmetric out")
+    if cls.symmetric and cls.loss is PairLoss.loss:
+        raise ValueError(f"{cls.__name__} is symmetric: define loss(self, row, column)")
+
+
+@lru_cache(maxsize=256)
+def _split_fields(cls: type[PairLoss]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the float fields, and of the others."""
+    parameters, options = [], []
+    for field in fields(cls):
+        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        if kind not in ("float", "bool", "int", "str"):
+            raise TypeError(f"{cls.__name__}.{field.name} must be annotated float, bool, int or str, got {kind}")
+        (parameters if kind == "float" else options).append(field.name)
+    return tuple(parameters), tuple(options)
+
+
+def _check_reductions(cls: type[PairLoss], reductions) -> None:
+    if not isinstance(reductions, dict) or not reductions:
+        raise TypeError(f"{cls.__name__}.terms must return a dict of terms by name, got {reductions!r}")
+    for name, reduction in reductions.items():
+        if not (isinstance(name, str) and name.isidentifier() and not name.startswith("_")) or name == "logit_scale":
+            raise TypeError(f"{cls.__name__}.terms: a term needs a name of its own, an identifier, got {name!r}")
+        if not isinstance(reduction, Reduction):
+            raise TypeError(
+                f"{cls.__name__}.terms: {name} must be total(...) or logsumexp(...) of an expression, got {reduction!r}"
+            )
+
+
+def _facts_of(e: Expr) -> frozenset[str]:
+    if e.op == "fact":
+        return frozenset(e.args)
+    return frozenset().union(*(_facts_of(a) for a in e.args if isinstance(a, Expr)))
+
+
+def _check_formulas(loss: PairLoss, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Runs the author's formulas of the terms on made-up values; returns those terms that are read of a column."""
+    cls = type(loss)
+    row, column = _Probe(terms, 1.0 if cls.scaled else None), _Probe(terms, None)
+    with torch.enable_grad():
+        if cls.counted is not PairLoss.counted:
+            _check_values(f"{cls.__name__}.counted", loss.counted(row), None)
+        if cls.loss is not PairLoss.loss:
+            losses = loss.loss(row, column) if cls.symmetric else loss.loss(row)
+            _check_values(f"{cls.__name__}.loss", losses, [*row.leaves.values(), *column.leaves.values()])
+    return tuple(term for term in terms if term.name in column.read)
+
+
+def _check_values(name: str, values: Tensor, leaves: list[Tensor] | None) -> None:
+    """One value for each of three rows; ``leaves``: of which a row's loss may depend on its own alone."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must return a tensor, one value for every row, got {type(values).__name__}")
+    if values.shape != (3,):
+        raise ValueError(
+            f"{name} must return one value for every row, [N], got shape {tuple(values.shape)} for N = 3: "
+            "the mean or sum over the rows is the caller's, by reduction="
+        )
+    if leaves is None:
+        return
+    if not values.dtype.is_floating_point:
+        raise TypeError(f"{name} must return floating-point losses, got {values.dtype}")
+    if values.requires_grad:
+        of_first = torch.autograd.grad(values[0], leaves, allow_unused=True)
+        if any((grad[1:].abs() > 0).any() for grad in of_first if grad is not None):
+            raise ValueError(f"{name} mixes rows: the loss of a row may depend on that row's terms alone")

@@ -1,0 +1,382 @@
+"""Expressions of one pair: what an author writes, as a graph that can be differentiated and printed.
+
+An author's function is called once, with symbols for the similarity, the facts of a pair and the parameters. What it
+returns is a graph of :class:`Expr`, in which equal expressions are one object. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from numbers import Real
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MASKS = frozenset(("fact", "gt", "ge", "lt", "le", "and", "or", "not"))
+"""Operations whose value is true or false."""
+_ATOMS = frozenset(("constant", "parameter", "scale", "s", "logit", "fact"))
+_OF_PAIRS = frozenset(("s", "logit", "fact"))
+_known: WeakValueDictionary = WeakValueDictionary()
+
+
+class Expr:
+    """A value of one pair, or where ``of_pair`` is False a number that all pairs share.
+
+    ``op`` names the operation, ``args`` are its arguments: expressions, or for an atom its name or value.
+    """
+
+    __slots__ = ("__weakref__", "args", "of_pair", "op")
+    __array_ufunc__ = None  # NumPy's scalars and arrays leave the operation to us
+
+    def __new__(cls, op: str, *args):
+        # 0.0 and -0.0 are equal, and NaN is not equal to itself: constants are told apart by their bits.
+        key = (op, *(struct.pack("d", a) if isinstance(a, float) else id(a) if isinstance(a, Expr) else a for a in args))
+        known = _known.get(key)
+        if known is None:
+            known = object.__new__(cls)
+            known.op, known.args = op, args
+            known.of_pair = op in _OF_PAIRS or any(isinstance(a, Expr) and a.of_pair for a in args)
+            _known[key] = known
+        return known
+
+    @property
+    def is_mask(self) -> bool:
+        return self.op in MASKS
+
+    @property
+    def constant(self) -> float | None:
+        """The value, where it is known already."""
+        return self.args[0] if self.op == "constant" else None
+
+    def detach(self) -> Expr:
+        """The same value, without a derivative."""
+        return Expr("detach", number(self, "detach"))
+
+    def __add__(self, other):
+        return add(self, other)
+
+    def __radd__(self, other):
+        return add(other, self)
+
+    def __sub__(self, other):
+        return subtract(self, other)
+
+    def __rsub__(self, other):
+        return subtract(other, self)
+
+    def __mul__(self, other):
+        return multiply(self, other)
+
+    def __rmul__(self, other):
+        return multiply(other, self)
+
+    def __truediv__(self, other):
+        return divide(self, other)
+
+    def __rtruediv__(self, other):
+        return divide(other, self)
+
+    def __pow__(self, exponent):
+        return power(self, exponent)
+
+    def __neg__(self):
+        return negative(self)
+
+    def __abs__(self):
+        return absolute(self)
+
+    def __gt__(self, other):
+        return _compare("gt", self, other)
+
+    def __ge__(self, other):
+        return _compare("ge", self, other)
+
+    def __lt__(self, other):
+        return _compare("lt", self, other)
+
+    def __le__(self, other):
+        return _compare("le", self, other)
+
+    def __and__(self, other):
+        return Expr("and", mask(self, "&"), mask(other, "&"))
+
+    def __or__(self, other):
+        return Expr("or", mask(self, "|"), mask(other, "|"))
+
+    def __invert__(self):
+        condition = mask(self, "~")
+        return condition.args[0] if condition.op == "not" else Expr("not", condition)
+
+    def __bool__(self):
+        raise TypeError(
+            f"{self} has no truth value when a loss is declared: terms() is called once, not for every pair. "
+            "Write where(condition, a, b); an option that steers Python must be a bool, int or str field"
+        )
+
+    def __float__(self):
+        raise TypeError(f"{self} is no number when a loss is declared: use the functions of replearn_kernels.declare")
+
+    __int__ = __index__ = __float__
+
+    def __iter__(self):
+        raise TypeError(f"{self} is one value of one pair, not a sequence")
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        hint = "in-place operations change no expression: " if name.endswith("_") else ""
+        raise AttributeError(f"an expression of a pair has no {name!r}: {hint}use {FUNCTIONS}")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """torch.exp(s) is exp(s), and so on for all functions that there are here."""
+        ours = _OF_TORCH.get(function)
+        if ours is None or kwargs:
+            name = getattr(function, "__name__", str(function))
+            tensor = next((a for a in args if isinstance(a, Tensor)), None)
+            if tensor is not None:
+                number(tensor, name)
+            raise TypeError(f"terms() cannot take torch's {name}{' with keywords' if kwargs else ''}: use {FUNCTIONS}")
+        return ours(*args)
+
+    def __repr__(self) -> str:
+        if self.op in ("s", "logit", "scale"):
+            return self.op
+        if self.op in _ATOMS:
+            return f"{self.args[0]:g}" if self.op == "constant" else str(self.args[0])
+        if self.op in _SIGNS:
+            return f"({self.args[0]!r} {_SIGNS[self.op]} {self.args[1]!r})"
+        return f"{self.op}({', '.join(map(repr, self.args))})"
+
+
+_SIGNS = {
+    "add": "+", "subtract": "-", "multiply": "*", "divide": "/", "gt": ">", "ge": ">=", "lt": "<", "le": "<=",
+    "and": "&", "or": "|",
+}  # fmt: skip
+FUNCTIONS = (
+    "+ - * / ** abs, exp, log, log1p, sqrt, relu, softplus, sigmoid, tanh, minimum, maximum, clamp, where, comparisons "
+    "and .detach()"
+)
+"""What an author can write."""
+
+
+def number(value, where: str) -> Expr:
+    """An expression with a value, of an expression or a Python number."""
+    if isinstance(value, Expr):
+        if value.is_mask:
+            raise TypeError(f"{where} takes numbers, got the condition {value}: write where({value}, 1, 0)")
+        return value
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{where} got a tensor of shape {tuple(value.shape)}: a declared loss cannot hold tensors. A number that "
+            "all pairs share is a float field of the loss"
+        )
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{where} takes expressions and numbers, got {type(value).__name__}")
+    return Expr("constant", float(value))
+
+
+def mask(value, where: str) -> Expr:
+    """A condition."""
+    if isinstance(value, Expr) and value.is_mask:
+        return value
+    raise TypeError(f"{where} takes conditions (pair.same, s > 0.5, ...), got {value!r}")
+
+
+def _compare(op: str, a, b) -> Expr:
+    return Expr(op, number(a, "a comparison"), number(b, "a comparison"))
+
+
+def add(a, b) -> Expr:
+    a, b = number(a, "+"), number(b, "+")
+    if a.constant is not None and b.constant is not None:
+        return Expr("constant", a.constant + b.constant)
+    if a.constant == 0:
+        return b
+    return a if b.constant == 0 else Expr("add", a, b)
+
+
+def subtract(a, b) -> Expr:
+    a, b = number(a, "-"), number(b, "-")
+    if a.constant is not None and b.constant is not None:
+        return Expr("constant", a.constant - b.constant)
+    if a.constant == 0:
+        return negative(b)
+    return a if b.constant == 0 else Expr("subtract", a, b)
+
+
+def negative(a) -> Expr:
+    a = number(a, "-")
+    if a.constant is not None:
+        return Expr("constant", -a.constant)
+    return a.args[0] if a.op == "negative" else Expr("negative", a)
+
+
+def multiply(a, b) -> Expr:
+    a, b = number(a, "*"), number(b, "*")
+    if a.constant is not None and b.constant is not None:
+        return Expr("constant", a.constant * b.constant)
+    for one, other in ((a, b), (b, a)):
+        if one.constant == 0:
+            return one
+        if one.constant == 1:
+            return other
+        if one.constant == -1:
+            return negative(other)
+    return Expr("multiply", a, b)
+
+
+def divide(a, b) -> Expr:
+    a, b = number(a, "/"), number(b, "/")
+    if b.constant == 0:
+        raise ZeroDivisionError(f"{a} is divided by 0")
+    if a.constant is not None and b.constant is not None:
+        return Expr("constant", a.constant / b.constant)
+    return a if b.constant == 1 or a.constant == 0 else Expr("divide", a, b)
+
+
+def power(a, exponent) -> Expr:
+    """A power with a whole exponent, or 0.5."""
+    if exponent == 0.5:
+        return sqrt(a)
+    if isinstance(exponent, bool) or not isinstance(exponent, Real) or exponent != int(exponent) or exponent < 1:
+        raise TypeError(f"** takes the exponents 1, 2, 3, ... and 0.5, got {exponent!r}: write exp(exponent * log(x))")
+    a = number(a, "**")
+    if exponent == 1:
+        return a
+    half = power(a, exponent // 2)
+    return half * half * a if exponent % 2 else half * half
+
+
+def _function(name: str) -> Callable:
+    def function(x):
+        return Expr(name, number(x, name))
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = f"``{name}`` of every pair's value, as torch's."
+    return function
+
+
+exp, log, log1p, sqrt, absolute = map(_function, ("exp", "log", "log1p", "sqrt", "absolute"))
+relu, softplus, sigmoid, tanh = map(_function, ("relu", "softplus", "sigmoid", "tanh"))
+
+
+def minimum(a, b) -> Expr:
+    """The smaller one; where both are equal they share the derivative, as in torch."""
+    return Expr("minimum", number(a, "minimum"), number(b, "minimum"))
+
+
+def maximum(a, b) -> Expr:
+    """The larger one; where both are equal they share the derivative, as in torch."""
+    return Expr("maximum", number(a, "maximum"), number(b, "maximum"))
+
+
+def clamp(x, min=None, max=None) -> Expr:
+    """``x`` within [min, max]; on a bound it keeps its derivative, as in torch."""
+    if min is None and max is None:
+        raise TypeError("clamp takes min, max or both")
+    x = number(x, "clamp")
+    if min is not None:
+        x = where(x < min, min, x)
+    return x if max is None else where(x > max, max, x)
+
+
+def where(condition, a, b) -> Expr:
+    """``a`` of the pairs for which the condition holds, ``b`` of the others; only what is chosen has a derivative."""
+    condition, a, b = mask(condition, "where"), number(a, "where"), number(b, "where")
+    return a if a is b else Expr("where", condition, a, b)
+
+
+_OF_TORCH = {
+    torch.exp: exp, torch.log: log, torch.log1p: log1p, torch.sqrt: sqrt, torch.abs: absolute, torch.relu: relu,
+    F.relu: relu, F.softplus: softplus, torch.sigmoid: sigmoid, F.sigmoid: sigmoid, torch.tanh: tanh, F.tanh: tanh,
+    torch.minimum: minimum, torch.maximum: maximum, torch.clamp: clamp, torch.where: where,
+    F.logsigmoid: lambda x: negative(softplus(negative(x))),
+}  # fmt: skip
+
+
+def slope(e: Expr, x: Expr, found: dict[Expr, Expr] | None = None) -> Expr:
+    """``de / dx`` of an atom x, by the rules that torch's autograd has."""
+    found = {} if found is None else found
+    if e not in found:
+        found[e] = _slope(e, x, found)
+    return found[e]
+
+
+def _slope(e: Expr, x: Expr, found: dict[Expr, Expr]) -> Expr:
+    if e is x:
+        return number(1, "")
+    if e.op in _ATOMS or e.op == "detach" or not e.of_pair:
+        return number(0, "")
+    if e.op == "where":
+        condition, *branches = e.args
+        return where(condition, *(slope(branch, x, found) for branch in branches))
+    inner = [slope(a, x, found) for a in e.args]
+    a, d = e.args[0], inner[0]
+    match e.op:
+        case "add":
+            return d + inner[1]
+        case "subtract":
+            return d - inner[1]
+        case "negative":
+            return -d
+        case "multiply":
+            return 2 * (a * d) if a is e.args[1] else d * e.args[1] + a * inner[1]
+        case "divide":
+            return (d - e * inner[1]) / e.args[1]
+        case "minimum" | "maximum":
+            first, second = (a < e.args[1], a > e.args[1]) if e.op == "minimum" else (a > e.args[1], a < e.args[1])
+            return where(first, d, where(second, inner[1], (d + inner[1]) / 2))
+        case "exp":
+            return e * d
+        case "log":
+            return d / a
+        case "log1p":
+            return d / (1 + a)
+        case "sqrt":
+            return d / (2 * e)
+        case "absolute":
+            return where(a > 0, d, where(a < 0, -d, 0))
+        case "relu":
+            return where(a <= 0, 0, d)
+        case "softplus":
+            return sigmoid(a) * d
+        case "sigmoid":
+            return e * (1 - e) * d
+        case "tanh":
+            return (1 - e * e) * d
+    raise AssertionError(f"no rule for {e.op}")
+
+
+def factored(e: Expr) -> tuple[Expr, Expr]:
+    """(factor, rest) with ``e = factor * rest``, where the factor is a number that all pairs share."""
+    if not e.of_pair:
+        return e, number(1, "")
+    if e.op == "logit":
+        return Expr("scale"), Expr("s")
+    if e.op == "negative":
+        factor, rest = factored(e.args[0])
+        return -factor, rest
+    if e.op == "multiply":
+        (factor, rest), (other_factor, other_rest) = map(factored, e.args)
+        return factor * other_factor, rest * other_rest
+    if e.op == "divide" and not e.args[1].of_pair:
+        factor, rest = factored(e.args[0])
+        return factor / e.args[1], rest
+    return number(1, ""), e
+
+
+def affine(e: Expr) -> tuple[Expr, Expr, Expr]:
+    """(factor, rest, offset) with ``e = factor * rest + offset``, where only the rest is of the pair."""
+    factor, rest = factored(e)
+    if rest.op not in ("add", "subtract") or all(a.of_pair for a in rest.args):
+        return factor, rest, number(0, "")
+    a, b = rest.args
+    if rest.op == "subtract":
+        b = -b
+    shared, of_pair = (a, b) if b.of_pair else (b, a)
+    inner, rest, offset = affine(of_pair)
+    return factor * inner, rest, factor * (offset + shared)

@@ -1,0 +1,60 @@
+"""The specification of a declared loss: its terms on the full matrix, differentiable any number of times."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..engine.problem import Inputs, statistics_dtype
+from .definition import PairLoss
+from .objective import Declared
+from .on_tensors import Facts, terms_of_tile
+
+
+def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: str) -> Tensor:
+    """What ``backend="eager"`` runs, in the dtype of the statistics."""
+    definition, scale = objective.definition, inputs.logit_scale
+    similarities, target = _similarities(inputs, objective), _targets(inputs)
+    facts = _facts(inputs, similarities, target)
+    terms = terms_of_tile(definition.terms, objective.functions, similarities, scale, objective.values, facts)
+    offsets = dict(zip(terms, objective.functions.offsets(scale, *objective.values)))
+
+    def of(name: str, dim: int) -> Tensor:
+        term = terms[name]
+        return term.total(dim) * term.factor if term.term.kind == "total" else term.logsumexp(dim, offsets[name])
+
+    of_rows = [of(term.name, 1) for term in definition.terms]
+    of_columns = [of(term.name, 0)[target] for term in definition.columns] if definition.cls.symmetric else []
+    losses, count = definition.row_losses(loss, of_rows, of_columns, scale), None
+    if definition.cls.counted is not PairLoss.counted:
+        count = loss.counted(definition.values_of_rows(of_rows, scale)).sum()
+    if objective.by_distance:
+        losses = losses + reference.nan_of_rows(inputs)
+    return reference.reduce(losses, reduction, count)
+
+
+def _similarities(inputs: Inputs, objective: Declared) -> Tensor:
+    dtype = statistics_dtype(inputs.query.dtype)
+    if not objective.by_distance:
+        keys = inputs.query if inputs.is_batch else inputs.keys[0]
+        return inputs.query.to(dtype) @ keys.to(dtype).t()
+    squares = reference.squared_distances(inputs)
+    return -(reference.safe_sqrt(squares) if objective.by_distance == "distance" else squares)
+
+
+def _targets(inputs: Inputs) -> Tensor:
+    if inputs.target is not None:
+        return inputs.target
+    return torch.arange(len(inputs.query), device=inputs.query.device)
+
+
+def _facts(inputs: Inputs, similarities: Tensor, target: Tensor) -> Facts:
+    every, nothing = torch.ones_like(similarities, dtype=torch.bool), torch.zeros_like(similarities, dtype=torch.bool)
+    if inputs.is_batch:
+        every = every.fill_diagonal_(False)
+        same = nothing if inputs.row_group is None else every & (inputs.row_group.unsqueeze(1) == inputs.row_group)
+        return every, nothing, same, every & ~same
+    is_target = nothing.scatter(1, target.unsqueeze(1), True)
+    same = is_target if inputs.row_group is None else inputs.row_group.unsqueeze(1) == inputs.column_group
+    return every, is_target, same, ~same

@@ -1,0 +1,174 @@
+"""Declared losses as modules."""
+
+from __future__ import annotations
+
+from functools import wraps
+
+from torch import Tensor
+
+from ..engine import validation
+from ..engine.plan import DEFAULT_MEMORY_BUDGET
+from ..functional.call import in_group, takes_logit_scale
+from ..losses import _Loss
+from .compute import batch_loss, pair_loss
+from .definition import PairLoss
+from .objective import objective_of
+
+
+def fuse(
+    loss: PairLoss,
+    *,
+    reduction: str = "mean",
+    normalize: bool | None = None,
+    backend: str = "auto",
+    memory_budget: int = DEFAULT_MEMORY_BUDGET,
+    group=None,
+    strategy: str = "auto",
+) -> FusedBatchLoss | FusedPairLoss:
+    """A declared loss, fused: a module whose calls never form the N x N matrix, forward or backward.
+
+    ::
+
+        circle = fuse(Circle(margin=0.3))
+        circle(embeddings, labels).backward()
+
+    Args:
+        loss: an instance of a :class:`PairLoss`. Other values of its float fields need no new kernels.
+        reduction: "mean" over the rows (those that ``loss.counted`` says), "sum", or "none": ``[N]``.
+        normalize: L2-normalise the features first. Default: True for ``similarity = "cosine"``, else False.
+        backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula on the full matrix, which
+            can be differentiated twice. "auto" takes triton on a GPU (except for fp64) and torch elsewhere.
+        memory_budget: bytes of similarities that may be kept for the backward pass instead of computed again.
+            Default 256 MiB; 0 keeps none.
+        group: a torch.distributed process group, each of whose ranks passes its shard of the batch
+            (docs/design.md, "Many ranks"). Default: this process alone.
+        strategy: "ring", "gather" or "auto", as in :func:`~replearn_kernels.info_nce_loss`.
+
+    Returns:
+        A :class:`FusedBatchLoss` for a loss with ``batch = True``, else a :class:`FusedPairLoss`.
+
+    Raises:
+        TypeError, ValueError, AttributeError: the loss cannot be declared so, or an option is not as above; the
+            message says what to write instead.
+    """
+    if not isinstance(loss, PairLoss):
+        hint = f": call fuse({loss.__name__}())" if isinstance(loss, type) else ""
+        raise TypeError(f"fuse takes an instance of a PairLoss, got {loss!r}{hint}")
+    of_kind = FusedBatchLoss if loss.batch else FusedPairLoss
+    return of_kind(
+        loss, reduction=reduction, normalize=normalize, backend=backend, memory_budget=memory_budget, group=group,
+        strategy=strategy,
+    )  # fmt: skip
+
+
+class _FusedLoss(_Loss):
+    """``loss``: the declared loss."""
+
+    def __init__(
+        self,
+        loss: PairLoss,
+        *,
+        reduction: str = "mean",
+        normalize: bool | None = None,
+        backend: str = "auto",
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        group=None,
+        strategy: str = "auto",
+    ):
+        normalize = loss.similarity == "cosine" if normalize is None else normalize
+        super().__init__(
+            reduction=reduction,
+            normalize=normalize,
+            backend=backend,
+            memory_budget=memory_budget,
+            group=group,
+            strategy=strategy,
+        )
+        objective_of(loss)
+        self.loss = loss
+
+    def source(self, backend: str) -> str:
+        """The text that a backend's kernels are compiled from: of "triton"."""
+        from .triton_source import source_of
+
+        validation.check_choice("backend", backend, ("triton",))
+        return source_of(objective_of(self.loss).definition)
+
+    def _call(self, function, *tensors: Tensor | None, **keywords) -> Tensor:
+        """In a group, under the name of the loss."""
+        if self.options["group"] is None:
+            return function(self.loss, *tensors, **keywords, **self.options)
+
+        @wraps(function)
+        def call(*arguments, **keywords):
+            return function(*arguments, **keywords)
+
+        call.__name__ = type(self.loss).__name__
+        return in_group(call)(self.loss, *tensors, **keywords, **self.options)
+
+
+class FusedBatchLoss(_FusedLoss):
+    """A declared loss whose rows are compared with each other; made by :func:`fuse`."""
+
+    @takes_logit_scale
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None, logit_scale: float | Tensor = 1.0) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
+            labels: integers ``[N]``, any values: ``pair.same`` are pairs of equal labels. Needed if the loss has
+                ``pair.same`` or ``pair.other``.
+            logit_scale: of a loss with ``scaled = True``: the inverse temperature, a float, or a tensor of one
+                element, which gets a gradient.
+
+        Returns:
+            The loss, in fp32 (fp64 for fp64 embeddings). Without rows 0, with zero gradients.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above.
+            RuntimeError: the backend asked for is not available here.
+        """
+        return self._call(batch_loss, embeddings, labels, logit_scale=_scale(self.loss, logit_scale))
+
+
+class FusedPairLoss(_FusedLoss):
+    """A declared loss of queries and keys; made by :func:`fuse`."""
+
+    @takes_logit_scale
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        logit_scale: float | Tensor = 1.0,
+        *,
+        target: Tensor | None = None,
+        query_group: Tensor | None = None,
+        key_group: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of queries against keys.
+
+        Args:
+            query: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
+            key: ``[M, d]``, of the same dtype and device.
+            logit_scale: of a loss with ``scaled = True``: the inverse temperature, a float, or a tensor of one
+                element, which gets a gradient.
+            target: int64 ``[N]``, the row of ``key`` that is each query's own, in ``[0, M)``. Default: query i's is
+                key i, which needs M >= N.
+            query_group, key_group: integers ``[N]`` and ``[M]``, any values: ``pair.same`` are pairs of equal groups.
+                Default: those of a query and its target.
+
+        Returns:
+            The loss, in fp32 (fp64 for fp64 features). Without queries 0, with zero gradients.
+
+        Raises:
+            TypeError, ValueError: an argument is not as above.
+            RuntimeError: the backend asked for is not available here.
+        """
+        keywords = {"target": target, "query_group": query_group, "key_group": key_group}
+        return self._call(pair_loss, query, key, **keywords, logit_scale=_scale(self.loss, logit_scale))
+
+
+def _scale(loss: PairLoss, logit_scale: float | Tensor) -> float | Tensor:
+    if not loss.scaled and (isinstance(logit_scale, Tensor) or logit_scale != 1):
+        raise ValueError(f"{type(loss).__name__} takes no logit_scale: its terms are of similarities (scaled = False)")
+    return logit_scale

@@ -1,0 +1,75 @@
+"""The terms of a tile of pairs, computed by PyTorch."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..engine.problem import Pairs
+from ..objectives.base import sign, steepness
+from .definition import Term
+from .torch_source import FACTS, invert
+
+Facts = tuple[Tensor | bool, ...]
+"""``[R, C]`` bool, or True or False of all pairs, in the order of ``torch_source.FACTS``."""
+
+
+class TermOfTile:
+    """One term of the pairs of a tile ``[R, C]``.
+
+    ``rest``: its values without factor and offset; ``over``: which pairs are in it; ``slope``: in the pairs' logits.
+    """
+
+    def __init__(self, s: Tensor, term: Term, factor: float | Tensor, rest, over: Tensor | bool, slope=0.0):
+        self.s, self.term, self.factor, self.rest, self.over, self._slope = s, term, factor, rest, over, slope
+
+    def total(self, dim: int) -> Tensor:
+        """The sum along ``dim``, without the factor."""
+        return self._within(self.rest, 0.0).sum(dim)
+
+    def signed(self) -> tuple[Tensor, float | Tensor]:
+        """(v, steepness) of a log-sum-exp of ``steepness v + offset``; v is -inf of pairs that are not in it."""
+        return self._within(self.rest * sign(self.factor), -torch.inf), steepness(self.factor)
+
+    def logsumexp(self, dim: int, offset: float | Tensor) -> Tensor:
+        """The value of the term, by the plain formula."""
+        return self._within(self.rest * self.factor + offset, -torch.inf).logsumexp(dim)
+
+    @property
+    def slope(self) -> Tensor:
+        """0 of pairs that are not in the term."""
+        return self._within(self._slope, 0.0)
+
+    def _within(self, values: Tensor | float, other: float) -> Tensor:
+        if not (isinstance(values, Tensor) and values.ndim):
+            values = torch.as_tensor(values).to(self.s).expand(self.s.shape)
+        if isinstance(self.over, Tensor):
+            return torch.where(self.over, values, other)
+        return values if self.over else torch.full_like(values, other)
+
+
+def terms_of_tile(
+    terms: tuple[Term, ...], functions: ModuleType, s: Tensor, scale: float | Tensor, parameters: list[float],
+    facts: Facts, with_slopes: bool = False,
+) -> dict[str, TermOfTile]:  # fmt: skip
+    """By the terms' names, of similarities ``s[R, C]``; ``functions``: those printed for the terms."""
+    factors = functions.factors(scale, *parameters)
+    function = functions.values_and_slopes if with_slopes else functions.values
+    parts = function(s, scale, *parameters, *facts)
+    return {term.name: TermOfTile(s, term, *of) for term, *of in zip(terms, factors, *parts)}
+
+
+def facts_of_tile(pairs: Pairs, s: Tensor, needed: frozenset[str]) -> Facts:
+    """Those facts that are ``needed``, of the pairs of a tile ``s[R, C]``; False in place of others."""
+    itself = torch.eye(len(s), dtype=torch.bool, device=s.device) if pairs.diagonal else None
+    facts: dict[str, Tensor | bool] = {"every": True if itself is None else ~itself}
+    target: Tensor | bool = False
+    if pairs.target is not None and (pairs.row_group is None or "target" in needed):
+        inside, column = pairs.inside(s.shape[1])
+        target = facts["target"] = torch.zeros_like(s, dtype=torch.bool).scatter_(1, column, inside.unsqueeze(1))
+    if not needed.isdisjoint(("same", "other")):
+        same = facts["same"] = target if pairs.row_group is None else pairs.same_group()
+        facts["other"] = invert(same) if itself is None else ~(same | itself)
+    return tuple(facts.get(name, False) for name in FACTS)

@@ -1,0 +1,100 @@
+"""Expressions as the text of functions, in a notation of Python."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections import Counter
+from types import ModuleType
+
+from .definition import Definition
+from .expressions import Expr
+
+INFIX = {
+    "add": "({} + {})", "subtract": "({} - {})", "multiply": "({} * {})", "divide": "({} / {})", "negative": "(-{})",
+    "gt": "({} > {})", "ge": "({} >= {})", "lt": "({} < {})", "le": "({} <= {})", "and": "({} & {})",
+    "or": "({} | {})",
+}  # fmt: skip
+"""What all notations share."""
+
+
+class Writer:
+    """The body of a function: a variable for every value that is used more than once.
+
+    Args:
+        roots: the expressions that the function is about; what occurs twice in them gets a variable.
+        notation: a format for every operation.
+        parameter: a format for the number of a parameter.
+    """
+
+    def __init__(self, definition: Definition, roots: list[Expr], notation: dict[str, str], parameter: str):
+        self.parameters, self.notation, self.parameter = definition.parameters, notation, parameter
+        self.lines: list[str] = []
+        self._names: dict[Expr, str] = {}
+        self._uses: Counter[Expr] = Counter()
+        for root in roots:
+            self._count(root)
+
+    def _count(self, e: Expr) -> None:
+        self._uses[e] += 1
+        if self._uses[e] == 1:
+            for argument in e.args:
+                if isinstance(argument, Expr):
+                    self._count(argument)
+
+    def text(self, e: Expr) -> str:
+        """An expression of the variables that have been written, and those that it needs beyond them."""
+        match e.op:
+            case "constant":
+                return repr(e.args[0]) if abs(e.args[0]) < float("inf") else f'float("{e.args[0]}")'
+            case "parameter":
+                return self.parameter.format(self.parameters.index(e.args[0]))
+            case "logit":
+                return "(s * scale)"
+            case "s" | "scale":
+                return e.op
+            case "fact":
+                return e.args[0]
+        if e in self._names:
+            return self._names[e]
+        text = self.notation[e.op].format(*map(self.text, e.args))
+        if self._uses[e] > 1 and e.op != "detach":
+            self._names[e] = f"x{len(self._names)}"
+            self.let(self._names[e], text)
+            return self._names[e]
+        return text
+
+    def let(self, name: str, text: str) -> None:
+        self.lines.append(f"{name} = {text}")
+
+
+def function(signature: str, lines: list[str], decorator: str = "") -> str:
+    """A definition of a function, to be read."""
+    return "\n".join([*filter(None, [decorator]), f"def {signature}:", *indented(lines)]) + "\n"
+
+
+def indented(lines: list[str], head: str = "") -> list[str]:
+    """A block under a line, if there is anything in it."""
+    return [*filter(None, [head]), *(f"    {line}" for line in lines)] if lines else []
+
+
+def tuple_of(parts: list[str]) -> str:
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+
+def parameters_text(definition: Definition) -> str:
+    """Which number a parameter has."""
+    return ", ".join(f"role_{k}: {name}" for k, name in enumerate(definition.parameters)) or "no parameters"
+
+
+def load(definition: Definition, notation: str, text: str) -> ModuleType:
+    """The text as a module, whose lines tracebacks and Triton find without a file.
+
+    Without a time of change, linecache keeps what it holds: see linecache.checkcache.
+    """
+    file = f"<{definition.name} in {notation}>"
+    linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+    name = f"{__package__}.{notation}_of_{definition.name}"
+    module = sys.modules[name] = ModuleType(name)  # where torch.compile looks for the functions' globals
+    exec(compile(text, file, "exec"), module.__dict__)
+    return module

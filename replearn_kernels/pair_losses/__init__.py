@@ -1,0 +1,20 @@
+"""Losses that are declared (:mod:`replearn_kernels.declare`): a file has all that there is of one.
+
+    circle.py            circle loss
+    decoupled.py         decoupled contrastive learning: NT-Xent without the positive in its denominator
+    hard_negatives.py    InfoNCE with negatives by their hardness, and debiased
+    multi_positive.py    CLIP with several positives
+    multi_similarity.py  multi-similarity loss
+"""
+
+from .circle import CircleLoss, circle_loss
+from .decoupled import DecoupledContrastiveLoss, decoupled_contrastive_loss
+from .hard_negatives import HardNegativeLoss, hard_negative_loss
+from .multi_positive import MultiPositiveClipLoss, multi_positive_clip_loss
+from .multi_similarity import MultiSimilarityLoss, multi_similarity_loss
+
+__all__ = [
+    "CircleLoss", "DecoupledContrastiveLoss", "HardNegativeLoss", "MultiPositiveClipLoss", "MultiSimilarityLoss",
+    "circle_loss", "decoupled_contrastive_loss", "hard_negative_loss", "multi_positive_clip_loss",
+    "multi_similarity_loss",
+]  # fmt: skip

@@ -1,0 +1,101 @@
+"""What the epilogues of declared losses are written in; their text is printed by ``replearn_kernels/declare``."""
+
+import triton
+import triton.language as tl
+
+from .sigmoid import log1p, reciprocal
+from .softmax import LOG2_E
+from .tiles import HIGHEST, LOWEST, inside_tile, is_target, load_vector, same_group
+
+every_pairs = inside_tile
+
+
+@triton.jit
+def target_pairs(row, column, inputs):
+    """Which entries are a row's own."""
+    pairs = inside_tile(row, column, inputs)
+    if (inputs.target is not None) | (inputs.own is not None):
+        return pairs & is_target(row, column, inputs)
+    else:
+        return pairs & (row < 0)
+
+
+@triton.jit
+def same_pairs(row, column, inputs):
+    """Which entries are of one group; without groups, a row's own."""
+    if inputs.row_group is not None:
+        return inside_tile(row, column, inputs) & same_group(row, column, inputs)
+    else:
+        return target_pairs(row, column, inputs)
+
+
+@triton.jit
+def other_pairs(row, column, inputs):
+    return inside_tile(row, column, inputs) & (same_pairs(row, column, inputs) == 0)
+
+
+@triton.jit
+def relu(x):
+    """NaN for NaN."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def softplus(x):
+    """``log(1 + exp(x))``, with all its digits where it is near 0."""
+    return relu(x) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def sigmoid(x):
+    u = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1.0, u) * reciprocal(1.0 + u)
+
+
+@triton.jit
+def minimum(a, b):
+    """NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def maximum(a, b):
+    """NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def rate_of(factor):
+    """``|factor| log2(e)``: what is never 0, as in ``softmax_rate``."""
+    return tl.maximum(tl.abs(factor), 1.2e-38) * LOG2_E
+
+
+@triton.jit
+def signed(factor, x):
+    """``sign(factor) x``."""
+    return tl.where(factor < 0, -x, x)
+
+
+@triton.jit
+def fold(v, rate, AXIS: tl.constexpr):
+    """(max, sum of exp) of a log-sum-exp; values at -inf do not count."""
+    top = tl.maximum(tl.max(v, AXIS), LOWEST)
+    return top, tl.sum(tl.exp2((v - tl.expand_dims(top, AXIS)) * rate), AXIS)
+
+
+@triton.jit
+def merged(top, total, other_top, other_total, rate):
+    """(max, sum of exp) of two disjoint sets."""
+    new = tl.maximum(top, other_top)
+    return new, total * tl.exp2((top - new) * rate) + other_total * tl.exp2((other_top - new) * rate)
+
+
+@triton.jit
+def share(v, rate, table, stride, index, size):
+    """``weight exp(v - max - log_sum)`` of a log-sum-exp's coefficients (max, log_sum, weight).
+
+    The sum divides the weight, a value per row or column, and not every exp: one register less per column.
+    """
+    weight = load_vector(table + 2 * stride, index, size) * tl.exp(-load_vector(table + stride, index, size))
+    top = load_vector(table, index, size, HIGHEST)  # past the edge the exp is 0 and cannot overflow
+    return tl.exp2((v - top) * rate) * weight
