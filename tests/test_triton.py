@@ -18,6 +18,7 @@ from triton_harness import DTYPES, aot, blocks_for, gpu, interpreter, relative_e
 from triton_harness import check as check_loss
 from triton_harness import evaluate as evaluate_loss
 
+from bench import triton_variants
 from replearn_kernels import info_nce_loss
 from replearn_kernels.engine.counters import count_work
 from replearn_kernels.triton_kernels import EPILOGUES
@@ -181,7 +182,7 @@ class TestCompiled:
         return pytest.importorskip("bench.triton_resources")
 
     @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-    @pytest.mark.parametrize("epilogue", [*EPILOGUES, "any"])
+    @pytest.mark.parametrize("epilogue", [*EPILOGUES, "declared", "declared_twice", "any"])
     def test_no_spills_and_fits(self, resources, epilogue, target):
         """Compiled anew: of each kernel of an epilogue, the variant that is closest to spilling."""
         for kernel in ("statistics", "weights", "gradient", "begin", "sums", "finish", "combine", "total", "outputs"):
@@ -228,10 +229,11 @@ class TestCompiled:
 
     def test_one_row(self, resources, monkeypatch):
         """An integer of 1 is a constant to the compiler, which then is asked for its maximum, its dtype, ..."""
-        monkeypatch.setattr(resources, "EVEN", (1, 1))
+        monkeypatch.setattr(triton_variants, "EVEN", (1, 1))
         cases = [(None, kernel) for kernel in resources.OUTPUTS]
-        for name in ("softmax symmetric", "sup_con", "sigmoid"):
+        for name in ("softmax symmetric", "sup_con", "sigmoid", "circle", "hard_negatives"):
             kernels = {"begin", "sums", "finish", "combine", "total", "add rows", "weights apart"}
+            kernels |= {"statistics", "weights"} if resources.VARIANTS[name].loss else set()
             variant = resources.VARIANTS[name]
             cases += [(variant, kernel) for kernel in variant.kernels("bf16", "sm_90") if kernel in kernels]
         with resources.compiling(resources.TARGETS["sm_90"]) as compiled:

@@ -121,8 +121,9 @@ class TileInputs(NamedTuple):
 @cache
 def _with_roles(count: int) -> type[TileInputs]:
     """The inputs of an epilogue that takes so many roles: fields of their own, as no tuple may hold another."""
-    names = (*TileInputs._fields, *(f"role_{k}" for k in range(count)))
-    return type("TileInputs", (namedtuple("TileInputs", names),), {"roles": TileInputs.roles})
+    inputs = namedtuple("TileInputs", (*TileInputs._fields, *(f"role_{k}" for k in range(count))))
+    inputs.roles = TileInputs.roles  # no class derived from it: Triton reads the fields off the class itself
+    return inputs
 
 
 def scalar(number: float | Tensor) -> Tensor:

@@ -17,19 +17,17 @@ from .expressions import (
     clamp,
     exp,
     log,
-    log1p,
     maximum,
     minimum,
     relu,
     sigmoid,
     softplus,
     sqrt,
-    tanh,
     where,
 )
 from .fuse import FusedBatchLoss, FusedPairLoss, fuse
 
 __all__ = [
     "Expr", "Facts", "FusedBatchLoss", "FusedPairLoss", "PairLoss", "Reduction", "absolute", "clamp", "exp", "fuse",
-    "log", "log1p", "logsumexp", "maximum", "minimum", "relu", "sigmoid", "softplus", "sqrt", "tanh", "total", "where",
+    "log", "logsumexp", "maximum", "minimum", "relu", "sigmoid", "softplus", "sqrt", "total", "where",
 ]  # fmt: skip

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -123,7 +123,21 @@ def _reduction(kind: str, of, where) -> Reduction:
             f"{kind} of a {of.kind}: a term is of one pair, and cannot hold another term, which is of all of a row's "
             "pairs. Return both from terms(), and compute with their values in loss()"
         )
-    return Reduction(kind, number(of, kind), mask(where, f"{kind}(where=...)"))
+    over = mask(where, f"{kind}(where=...)")
+    if over.op == "always" and not over.args[0]:
+        raise ValueError(f"{kind}(where=...): the condition holds for no pair")
+    return Reduction(kind, number(of, kind), _of_pairs(over))
+
+
+def _of_pairs(condition: Expr) -> Expr:
+    """What holds beyond a tile's edge, and of a row with itself, is no pair."""
+    return condition if _is_of_pairs(condition) else Facts.every & condition
+
+
+def _is_of_pairs(condition: Expr) -> bool:
+    if condition.op == "and":
+        return any(map(_is_of_pairs, condition.args))
+    return condition.op == "fact" or (condition.op == "or" and all(map(_is_of_pairs, condition.args)))
 
 
 @dataclass(frozen=True)
@@ -171,18 +185,19 @@ def places(terms: tuple[Term, ...], of: str) -> Iterator[tuple[Term, int]]:
 
 @dataclass(frozen=True, eq=False)
 class Definition:
-    """A loss's structure: all but the values of its parameters.
-
-    ``columns``: the terms that ``loss(row, column)`` reads of a column, in a batch those of a row.
-    """
+    """A loss's structure: all but the values of its parameters."""
 
     name: str
     cls: type[PairLoss]
     options: tuple[tuple[str, bool | int | str], ...]
     parameters: tuple[str, ...]
     terms: tuple[Term, ...]
-    columns: tuple[Term, ...]
     facts: frozenset[str]
+
+    @property
+    def has_columns(self) -> bool:
+        """Columns have the terms of rows, too."""
+        return self.cls.batch or self.cls.symmetric
 
     @property
     def one_sweep(self) -> bool:
@@ -199,7 +214,7 @@ class Definition:
         row = self.values_of_rows(of_rows, logit_scale)
         if not self.cls.symmetric:
             return loss.loss(row)
-        return loss.loss(row, Values(dict(zip((term.name for term in self.columns), of_columns))))
+        return loss.loss(row, Values(dict(zip((term.name for term in self.terms), of_columns))))
 
     def values_of_rows(self, of_rows: Iterable[Tensor], logit_scale: float | Tensor) -> Values:
         """What the author sees of the rows."""
@@ -222,40 +237,34 @@ class Values:
         raise AttributeError(f"there is no term {name!r}: terms() returned {', '.join(vars(self)) or 'none'}")
 
 
-class _Probe:
-    """Terms of three rows, with values of no account; ``read``: those that were asked for."""
+@cache
+def fields_of(cls: type[PairLoss]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of a loss's parameters, and of its options.
 
-    def __init__(self, terms: tuple[Term, ...], logit_scale: float | None):
-        if logit_scale is not None:
-            self.logit_scale = logit_scale
-        self.leaves = {
-            term.name: torch.linspace(0.2 + place / 8, 0.9 + place / 8, 3, dtype=torch.float64).requires_grad_()
-            for place, term in enumerate(terms)
-        }
-        self.read: set[str] = set()
-
-    def __getattr__(self, name: str):
-        if name not in self.leaves:
-            return getattr(Values(self.leaves), name)
-        self.read.add(name)
-        return self.leaves[name]
+    Raises:
+        TypeError, ValueError: the class is not as :class:`PairLoss` says.
+    """
+    _check_class(cls)
+    parameters, options = [], []
+    for field in fields(cls):
+        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        if kind not in ("float", "bool", "int", "str"):
+            raise TypeError(f"{cls.__name__}.{field.name} must be annotated float, bool, int or str, got {kind}")
+        (parameters if kind == "float" else options).append(field.name)
+    return tuple(parameters), tuple(options)
 
 
-@lru_cache(maxsize=256)
-def definition_of(loss: PairLoss) -> Definition:
-    """The structure of a loss; the same object for all values of its parameters.
+@cache
+def definition_of(cls: type[PairLoss], options: tuple[bool | int | str, ...]) -> Definition:
+    """The structure of a loss with these options, whatever the values of its parameters.
 
     Raises:
         TypeError, ValueError, AttributeError: the loss cannot be declared so; the message says what to write instead.
     """
-    cls = type(loss)
-    _check_class(cls)
-    parameters, option_names = _split_fields(cls)
-    options = tuple((name, getattr(loss, name)) for name in option_names)
-    symbolic = copy.copy(loss)
-    for name in parameters:
-        number(getattr(loss, name), f"{cls.__name__}.{name}")
-        object.__setattr__(symbolic, name, Expr("parameter", name))
+    parameters, names = fields_of(cls)
+    symbolic = object.__new__(cls)
+    for name, value in zip((*names, *parameters), (*options, *(Expr("parameter", name) for name in parameters))):
+        object.__setattr__(symbolic, name, value)
     variable = Expr("logit" if cls.scaled else "s")
     # The engine's similarities are larger the nearer two rows are: distances come negative.
     reductions = symbolic.terms(-variable if "distance" in cls.similarity else variable, Facts)
@@ -264,13 +273,10 @@ def definition_of(loss: PairLoss) -> Definition:
     facts = frozenset().union(*(_facts_of(e) for r in reductions.values() for e in (r.of, r.over)))
     if cls.batch and "target" in facts:
         raise TypeError(f"{cls.__name__}: rows of a batch have no target; use pair.same and pair.other")
-    columns = _check_formulas(loss, terms)
-    if cls.batch or sum(t.statistics for t in columns) == sum(t.statistics for t in terms):
-        columns = terms  # a table's length tells whose it is
     settings = cls.batch, cls.scaled, cls.symmetric, cls.similarity
-    structure = repr((cls.__qualname__, settings, options, parameters, terms, [term.name for term in columns]))
+    structure = repr((cls.__qualname__, settings, options, parameters, terms))
     structure += "".join(_text_of(vars(cls).get(name)) for name in ("loss", "counted"))
-    return _known(structure, cls, options, parameters, terms, columns, facts)
+    return _known(structure, cls, tuple(zip(names, options)), parameters, terms, facts)
 
 
 _definitions: dict[tuple[str, type], Definition] = {}
@@ -316,18 +322,6 @@ def _check_class(cls: type[PairLoss]) -> None:
         raise ValueError(f"{cls.__name__} is symmetric: define loss(self, row, column)")
 
 
-@lru_cache(maxsize=256)
-def _split_fields(cls: type[PairLoss]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the float fields, and of the others."""
-    parameters, options = [], []
-    for field in fields(cls):
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-        if kind not in ("float", "bool", "int", "str"):
-            raise TypeError(f"{cls.__name__}.{field.name} must be annotated float, bool, int or str, got {kind}")
-        (parameters if kind == "float" else options).append(field.name)
-    return tuple(parameters), tuple(options)
-
-
 def _check_reductions(cls: type[PairLoss], reductions) -> None:
     if not isinstance(reductions, dict) or not reductions:
         raise TypeError(f"{cls.__name__}.terms must return a dict of terms by name, got {reductions!r}")
@@ -346,17 +340,32 @@ def _facts_of(e: Expr) -> frozenset[str]:
     return frozenset().union(*(_facts_of(a) for a in e.args if isinstance(a, Expr)))
 
 
-def _check_formulas(loss: PairLoss, terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    """Runs the author's formulas of the terms on made-up values; returns those terms that are read of a column."""
+def check_formulas(loss: PairLoss) -> None:
+    """Run the author's formulas on made-up terms of three rows.
+
+    Raises:
+        TypeError, ValueError, AttributeError: they are not as :class:`PairLoss` says.
+    """
     cls = type(loss)
-    row, column = _Probe(terms, 1.0 if cls.scaled else None), _Probe(terms, None)
+    parameters, options = fields_of(cls)
+    for name in parameters:
+        number(getattr(loss, name), f"{cls.__name__}.{name}")
+        if not math.isfinite(getattr(loss, name)):
+            raise ValueError(f"{cls.__name__}.{name} must be finite, got {getattr(loss, name)}")
+    terms = definition_of(cls, tuple(getattr(loss, name) for name in options)).terms
+    row, column = ({term.name: _made_up(place) for place, term in enumerate(terms)} for _ in range(2))
+    scale = {"logit_scale": 1.0} if cls.scaled else {}
     with torch.enable_grad():
         if cls.counted is not PairLoss.counted:
-            _check_values(f"{cls.__name__}.counted", loss.counted(row), None)
+            _check_values(f"{cls.__name__}.counted", loss.counted(Values(row | scale)), None)
         if cls.loss is not PairLoss.loss:
-            losses = loss.loss(row, column) if cls.symmetric else loss.loss(row)
-            _check_values(f"{cls.__name__}.loss", losses, [*row.leaves.values(), *column.leaves.values()])
-    return tuple(term for term in terms if term.name in column.read)
+            of_column = [Values(column)] if cls.symmetric else []
+            losses = loss.loss(Values(row | scale), *of_column)
+            _check_values(f"{cls.__name__}.loss", losses, [*row.values(), *column.values()])
+
+
+def _made_up(place: int) -> Tensor:
+    return torch.linspace(0.2 + place / 8, 0.9 + place / 8, 3, dtype=torch.float64).requires_grad_()
 
 
 def _check_values(name: str, values: Tensor, leaves: list[Tensor] | None) -> None:

@@ -6,6 +6,8 @@ returns is a graph of :class:`Expr`, in which equal expressions are one object. 
 
 from __future__ import annotations
 
+import math
+import operator
 import struct
 from collections.abc import Callable
 from numbers import Real
@@ -15,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MASKS = frozenset(("fact", "gt", "ge", "lt", "le", "and", "or", "not"))
+MASKS = frozenset(("fact", "always", "gt", "ge", "lt", "le", "and", "or", "not"))
 """Operations whose value is true or false."""
-_ATOMS = frozenset(("constant", "parameter", "scale", "s", "logit", "fact"))
+_ATOMS = frozenset(("constant", "parameter", "scale", "s", "logit", "fact", "always"))
 _OF_PAIRS = frozenset(("s", "logit", "fact"))
 _known: WeakValueDictionary = WeakValueDictionary()
 
@@ -101,13 +103,15 @@ class Expr:
         return _compare("le", self, other)
 
     def __and__(self, other):
-        return Expr("and", mask(self, "&"), mask(other, "&"))
+        return _joined("and", mask(self, "&"), mask(other, "&"))
 
     def __or__(self, other):
-        return Expr("or", mask(self, "|"), mask(other, "|"))
+        return _joined("or", mask(self, "|"), mask(other, "|"))
 
     def __invert__(self):
         condition = mask(self, "~")
+        if condition.op == "always":
+            return Expr("always", not condition.args[0])
         return condition.args[0] if condition.op == "not" else Expr("not", condition)
 
     def __bool__(self):
@@ -157,8 +161,7 @@ _SIGNS = {
     "and": "&", "or": "|",
 }  # fmt: skip
 FUNCTIONS = (
-    "+ - * / ** abs, exp, log, log1p, sqrt, relu, softplus, sigmoid, tanh, minimum, maximum, clamp, where, comparisons "
-    "and .detach()"
+    "+ - * / ** abs, exp, log, sqrt, relu, softplus, sigmoid, minimum, maximum, clamp, where, comparisons and .detach()"
 )
 """What an author can write."""
 
@@ -186,8 +189,22 @@ def mask(value, where: str) -> Expr:
     raise TypeError(f"{where} takes conditions (pair.same, s > 0.5, ...), got {value!r}")
 
 
+_COMPARISONS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+
+
 def _compare(op: str, a, b) -> Expr:
-    return Expr(op, number(a, "a comparison"), number(b, "a comparison"))
+    a, b = number(a, "a comparison"), number(b, "a comparison")
+    if a.constant is not None and b.constant is not None:
+        return Expr("always", _COMPARISONS[op](a.constant, b.constant))
+    return Expr(op, a, b)
+
+
+def _joined(op: str, a: Expr, b: Expr) -> Expr:
+    """``a & b`` or ``a | b``."""
+    for one, other in ((a, b), (b, a)):
+        if one.op == "always":
+            return other if one.args[0] == (op == "and") else one
+    return a if a is b else Expr(op, a, b)
 
 
 def add(a, b) -> Expr:
@@ -251,27 +268,37 @@ def power(a, exponent) -> Expr:
     return half * half * a if exponent % 2 else half * half
 
 
-def _function(name: str) -> Callable:
+def _function(name: str, of_constant: Callable[[float], float]) -> Callable:
     def function(x):
-        return Expr(name, number(x, name))
+        x = number(x, name)
+        return Expr(name, x) if x.constant is None else Expr("constant", float(of_constant(x.constant)))
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"``{name}`` of every pair's value, as torch's."
     return function
 
 
-exp, log, log1p, sqrt, absolute = map(_function, ("exp", "log", "log1p", "sqrt", "absolute"))
-relu, softplus, sigmoid, tanh = map(_function, ("relu", "softplus", "sigmoid", "tanh"))
+exp, log, sqrt = _function("exp", math.exp), _function("log", math.log), _function("sqrt", math.sqrt)
+absolute, relu = _function("absolute", abs), _function("relu", lambda x: max(x, 0.0))
+softplus = _function("softplus", lambda x: max(x, 0.0) + math.log1p(math.exp(-abs(x))))
+sigmoid = _function("sigmoid", lambda x: 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x)))
 
 
 def minimum(a, b) -> Expr:
     """The smaller one; where both are equal they share the derivative, as in torch."""
-    return Expr("minimum", number(a, "minimum"), number(b, "minimum"))
+    return _extreme("minimum", min, a, b)
 
 
 def maximum(a, b) -> Expr:
     """The larger one; where both are equal they share the derivative, as in torch."""
-    return Expr("maximum", number(a, "maximum"), number(b, "maximum"))
+    return _extreme("maximum", max, a, b)
+
+
+def _extreme(name: str, of_constants: Callable, a, b) -> Expr:
+    a, b = number(a, name), number(b, name)
+    if a.constant is not None and b.constant is not None:
+        return Expr("constant", of_constants(a.constant, b.constant))
+    return a if a is b else Expr(name, a, b)
 
 
 def clamp(x, min=None, max=None) -> Expr:
@@ -287,12 +314,14 @@ def clamp(x, min=None, max=None) -> Expr:
 def where(condition, a, b) -> Expr:
     """``a`` of the pairs for which the condition holds, ``b`` of the others; only what is chosen has a derivative."""
     condition, a, b = mask(condition, "where"), number(a, "where"), number(b, "where")
+    if condition.op == "always":
+        return a if condition.args[0] else b
     return a if a is b else Expr("where", condition, a, b)
 
 
 _OF_TORCH = {
-    torch.exp: exp, torch.log: log, torch.log1p: log1p, torch.sqrt: sqrt, torch.abs: absolute, torch.relu: relu,
-    F.relu: relu, F.softplus: softplus, torch.sigmoid: sigmoid, F.sigmoid: sigmoid, torch.tanh: tanh, F.tanh: tanh,
+    torch.exp: exp, torch.log: log, torch.sqrt: sqrt, torch.abs: absolute, torch.relu: relu,
+    F.relu: relu, F.softplus: softplus, torch.sigmoid: sigmoid, F.sigmoid: sigmoid,
     torch.minimum: minimum, torch.maximum: maximum, torch.clamp: clamp, torch.where: where,
     F.logsigmoid: lambda x: negative(softplus(negative(x))),
 }  # fmt: skip
@@ -334,8 +363,6 @@ def _slope(e: Expr, x: Expr, found: dict[Expr, Expr]) -> Expr:
             return e * d
         case "log":
             return d / a
-        case "log1p":
-            return d / (1 + a)
         case "sqrt":
             return d / (2 * e)
         case "absolute":
@@ -346,8 +373,6 @@ def _slope(e: Expr, x: Expr, found: dict[Expr, Expr]) -> Expr:
             return sigmoid(a) * d
         case "sigmoid":
             return e * (1 - e) * d
-        case "tanh":
-            return (1 - e * e) * d
     raise AssertionError(f"no rule for {e.op}")
 
 

@@ -18,14 +18,14 @@ def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: s
     similarities, target = _similarities(inputs, objective), _targets(inputs)
     facts = _facts(inputs, similarities, target)
     terms = terms_of_tile(definition.terms, objective.functions, similarities, scale, objective.values, facts)
-    offsets = dict(zip(terms, objective.functions.offsets(scale, *objective.values)))
+    offsets = dict(zip(terms, objective.functions.offsets(None, scale, *objective.values)))
 
     def of(name: str, dim: int) -> Tensor:
         term = terms[name]
         return term.total(dim) * term.factor if term.term.kind == "total" else term.logsumexp(dim, offsets[name])
 
     of_rows = [of(term.name, 1) for term in definition.terms]
-    of_columns = [of(term.name, 0)[target] for term in definition.columns] if definition.cls.symmetric else []
+    of_columns = [of(term.name, 0)[target] for term in definition.terms] if definition.cls.symmetric else []
     losses, count = definition.row_losses(loss, of_rows, of_columns, scale), None
     if definition.cls.counted is not PairLoss.counted:
         count = loss.counted(definition.values_of_rows(of_rows, scale)).sum()

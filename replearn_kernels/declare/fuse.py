@@ -10,8 +10,9 @@ from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..functional.call import in_group, takes_logit_scale
 from ..losses import _Loss
+from . import torch_source, triton_source
 from .compute import batch_loss, pair_loss
-from .definition import PairLoss
+from .definition import PairLoss, check_formulas
 from .objective import objective_of
 
 
@@ -84,15 +85,14 @@ class _FusedLoss(_Loss):
             group=group,
             strategy=strategy,
         )
-        objective_of(loss)
+        check_formulas(loss)
         self.loss = loss
 
     def source(self, backend: str) -> str:
-        """The text that a backend's kernels are compiled from: of "triton"."""
-        from .triton_source import source_of
-
-        validation.check_choice("backend", backend, ("triton",))
-        return source_of(objective_of(self.loss).definition)
+        """The text that is derived for a backend, "triton" or "torch"."""
+        validation.check_choice("backend", backend, ("triton", "torch"))
+        notation = triton_source if backend == "triton" else torch_source
+        return notation.source_of(objective_of(self.loss).definition)
 
     def _call(self, function, *tensors: Tensor | None, **keywords) -> Tensor:
         """In a group, under the name of the loss."""

@@ -21,7 +21,7 @@ Where the loss is the sum of totals, W needs no statistics, and one sweep does a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 
@@ -32,7 +32,7 @@ from ..engine.problem import Pairs, Problem
 from ..objectives import OBJECTIVES
 from ..objectives.base import Objective, steepness
 from ..objectives.softmax import fold_sum_exp, logarithms, merge_sum_exp
-from .definition import Definition, PairLoss, Term, definition_of, places
+from .definition import Definition, PairLoss, Term, definition_of, fields_of, places
 from .on_tensors import TermOfTile, facts_of_tile, terms_of_tile
 from .torch_source import functions_of
 from .triton_source import epilogue_of
@@ -65,7 +65,12 @@ class Declared(Objective):
 
     @property
     def epilogue(self):
-        return epilogue_of(self.definition)
+        return self.printed()
+
+    @classmethod
+    def printed(cls):
+        """The Triton epilogue."""
+        return epilogue_of(cls.definition)
 
     @property
     def roles(self) -> tuple[float, ...]:
@@ -85,17 +90,17 @@ class Declared(Objective):
         table = _empty(self.definition.terms, rows, like)
         if not self.needs_statistics:
             return torch.cat([table, like.new_ones((1, rows))]), None
-        return table, _empty(self.definition.columns, columns, like) if self.definition.cls.symmetric else None
+        return table, _empty(self.definition.terms, columns, like) if self.definition.cls.symmetric else None
 
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         tile = self._tile(s, pairs)
         _fold(tile, self.definition.terms, 1, row_table)
         if column_table is not None:
-            _fold(tile, self.definition.columns, 0, column_table)
+            _fold(tile, self.definition.terms, 0, column_table)
 
     def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
         factors = self._factors(scale)
-        for term, place in places(self.definition.columns, "statistics"):
+        for term, place in places(self.definition.terms, "statistics"):
             if term.kind == "total":
                 table[place] += other[place]
             else:
@@ -111,7 +116,7 @@ class Declared(Objective):
     def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> int | Tensor:
         if self.definition.cls.counted is PairLoss.counted:
             return problem.rows
-        values = self._values_of(self.definition.terms, row_table, problem.scale)
+        values = self._values_of(row_table, problem.scale)
         row = self.definition.values_of_rows(values, problem.scale)
         return self.loss.counted(row).double().sum().to(problem.statistics_dtype)
 
@@ -120,12 +125,12 @@ class Declared(Objective):
             return torch.cat([torch.zeros_like(row_table[:-1]), grad_rows.unsqueeze(0)]), None
         values = self._values(problem, row_table, column_table)
         weights = _gradients(partial(self._formula, problem), values, grad_rows)
-        rows = self._coefficients(self.definition.terms, row_table, weights)
+        rows = self._coefficients(row_table, weights)
         if column_table is None:
             return rows, None
         # A column that is no row's target has weight 0, one that is several rows' has their sum.
         weights = [problem.sum_at_targets(weight) for weight in weights[len(self.definition.terms) :]]
-        return rows, self._coefficients(self.definition.columns, column_table, weights)
+        return rows, self._coefficients(column_table, weights)
 
     def _formula(self, problem: Problem, values: list[Tensor]) -> Tensor:
         """The losses, ``[N]``, of the terms of the rows, and of their targets' columns."""
@@ -134,16 +139,16 @@ class Declared(Objective):
 
     def _values(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> list[Tensor]:
         """What :meth:`_formula` takes."""
-        values = self._values_of(self.definition.terms, row_table, problem.scale)
+        values = self._values_of(row_table, problem.scale)
         if column_table is not None:
-            values += self._values_of(self.definition.columns, problem.at_targets(column_table), problem.scale)
+            values += self._values_of(problem.at_targets(column_table), problem.scale)
         return values
 
-    def _values_of(self, terms: tuple[Term, ...], table: Tensor, scale: float | Tensor) -> list[Tensor]:
+    def _values_of(self, table: Tensor, scale: float | Tensor) -> list[Tensor]:
         """Of every term, ``[N]`` in fp64."""
         values, factors = [], self._factors(scale)
-        offsets = dict(zip(factors, self.functions.offsets(scale, *self.values)))
-        for term, place in places(terms, "statistics"):
+        offsets = dict(zip(factors, self.functions.offsets(None, scale, *self.values)))
+        for term, place in places(self.definition.terms, "statistics"):
             factor = factors[term.name]
             if term.kind == "total":
                 values.append(table[place].double() * factor)
@@ -153,9 +158,9 @@ class Declared(Objective):
                 values.append(torch.where(total == 0, -torch.inf, value))
         return values
 
-    def _coefficients(self, terms: tuple[Term, ...], table: Tensor, weights: list[Tensor]) -> Tensor:
+    def _coefficients(self, table: Tensor, weights: Sequence[Tensor]) -> Tensor:
         rows = []
-        for (term, place), weight in zip(places(terms, "statistics"), weights):
+        for (term, place), weight in zip(places(self.definition.terms, "statistics"), weights):
             if term.slope is None:
                 continue
             weight = weight.to(table.dtype)
@@ -179,14 +184,13 @@ class Declared(Objective):
                     _fold(tile, self.definition.terms, 0, column_table)
             torch.mul(sum(tile[term.name].slope for term in self.definition.terms), weight, out=out)
             return
-        of_columns = {} if column_table is None else dict(places(self.definition.columns, "coefficients"))
         w = torch.zeros_like(s)
         for term, place in places(self.definition.terms, "coefficients"):
             if term.slope is None:
                 continue
             share = _share(tile[term.name], row_table[place:].unsqueeze(2))
-            if term in of_columns:
-                share = share + _share(tile[term.name], column_table[of_columns[term] :].unsqueeze(1))
+            if column_table is not None:
+                share = share + _share(tile[term.name], column_table[place:].unsqueeze(1))
             w += share * tile[term.name].slope
         out.copy_(w)
 
@@ -197,7 +201,7 @@ class Declared(Objective):
     def _factors(self, scale: float | Tensor) -> dict[str, float | Tensor]:
         """By the terms' names."""
         names = (term.name for term in self.definition.terms)
-        return dict(zip(names, self.functions.factors(scale, *self.values)))
+        return dict(zip(names, self.functions.factors(None, scale, *self.values)))
 
 
 def _fold(tile: dict[str, TermOfTile], terms: tuple[Term, ...], dim: int, table: Tensor) -> None:
@@ -247,19 +251,24 @@ def objective_of(loss: PairLoss) -> type[Declared]:
     Raises:
         TypeError, ValueError, AttributeError: the loss cannot be declared so.
     """
-    return OBJECTIVES[_registered(loss)]
+    cls = type(loss)
+    return OBJECTIVES[_registered(cls, tuple(getattr(loss, name) for name in _options_of(cls)))]
 
 
-def _registered(loss: PairLoss) -> str:
+def _options_of(cls: type[PairLoss]) -> tuple[str, ...]:
+    return fields_of(cls)[1]
+
+
+def _registered(cls: type[PairLoss], options: tuple[bool | int | str, ...]) -> str:
     """The name of the class, once it is there."""
-    definition = definition_of(loss)
+    definition = definition_of(cls, options)
     if definition.name not in OBJECTIVES:
         OBJECTIVES[definition.name] = _class_of(definition)
     return definition.name
 
 
 # The mark that torch.compiler.assume_constant_result leaves, which itself imports all of dynamo: 1.3 s.
-_registered._dynamo_marked_constant = True
+_options_of._dynamo_marked_constant = _registered._dynamo_marked_constant = True
 
 
 def _class_of(definition: Definition) -> type[Declared]:

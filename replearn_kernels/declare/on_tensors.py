@@ -43,8 +43,9 @@ class TermOfTile:
         return self._within(self._slope, 0.0)
 
     def _within(self, values: Tensor | float, other: float) -> Tensor:
-        if not (isinstance(values, Tensor) and values.ndim):
-            values = torch.as_tensor(values).to(self.s).expand(self.s.shape)
+        if not isinstance(values, Tensor):
+            values = self.s.new_full((), values)
+        values = values.to(self.s.dtype).expand(self.s.shape)  # a number that all pairs share is 0-d
         if isinstance(self.over, Tensor):
             return torch.where(self.over, values, other)
         return values if self.over else torch.full_like(values, other)
@@ -55,7 +56,7 @@ def terms_of_tile(
     facts: Facts, with_slopes: bool = False,
 ) -> dict[str, TermOfTile]:  # fmt: skip
     """By the terms' names, of similarities ``s[R, C]``; ``functions``: those printed for the terms."""
-    factors = functions.factors(scale, *parameters)
+    factors = functions.factors(None, scale, *parameters)
     function = functions.values_and_slopes if with_slopes else functions.values
     parts = function(s, scale, *parameters, *facts)
     return {term.name: TermOfTile(s, term, *of) for term, *of in zip(terms, factors, *parts)}

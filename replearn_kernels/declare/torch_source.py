@@ -29,7 +29,7 @@ from replearn_kernels.declare.torch_source import (
 _FUNCTIONS = ("exp", "log", "sqrt", "absolute", "relu", "softplus", "sigmoid", "detach")
 NOTATION = INFIX | {name: f"{name}({{}})" for name in _FUNCTIONS} | {
     "divide": "divide({}, {})", "minimum": "minimum({}, {})", "maximum": "maximum({}, {})", "not": "invert({})",
-    "where": "where({}, {}, {})",
+    "where": "where({}, {}, {}, s)",
 }  # fmt: skip
 FACTS = ("every", "target", "same", "other")
 
@@ -42,8 +42,8 @@ def source_of(definition: Definition) -> str:
     pair = f"(s, scale{roles}, {', '.join(FACTS)})"
     slopes = [Expr("constant", 0.0) if term.slope is None else term.slope for term in terms]
     groups = {
-        f"factors(scale{roles})": [[term.factor for term in terms]],
-        f"offsets(scale{roles})": [[term.offset for term in terms]],
+        f"factors(s, scale{roles})": [[term.factor for term in terms]],
+        f"offsets(s, scale{roles})": [[term.offset for term in terms]],
         f"values{pair}": [[term.rest for term in terms], [term.over for term in terms]],
         f"values_and_slopes{pair}": [[term.rest for term in terms], [term.over for term in terms], slopes],
     }
@@ -53,7 +53,8 @@ def source_of(definition: Definition) -> str:
 
 @cache
 def functions_of(definition: Definition) -> ModuleType:
-    """``factors`` and ``offsets`` of the terms; ``values``: (rests, conditions); ``values_and_slopes``."""
+    """``factors`` and ``offsets`` of the terms, for which ``s`` is None; ``values``: (rests, conditions);
+    ``values_and_slopes``: the same and slopes."""
     return load(definition, "torch", source_of(definition))
 
 
@@ -120,10 +121,14 @@ def invert(condition: Tensor | bool) -> Tensor | bool:
     return ~condition if isinstance(condition, Tensor) else not condition
 
 
-def where(condition: Tensor | bool, a: Number, b: Number) -> Number:
-    if isinstance(condition, Tensor):
+def where(condition: Tensor | bool, a: Number, b: Number, s: Tensor | None) -> Number:
+    """``s``: whose dtype numbers take; torch.where would make two of them fp32."""
+    if not isinstance(condition, Tensor):
+        return a if condition else b
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
         return torch.where(condition, a, b)
-    return a if condition else b
+    like = condition.new_empty((), dtype=torch.float64) if s is None else s
+    return torch.where(condition, like.new_full((), a), b)
 
 
 def _of_number(of_tensor, x: float) -> float:

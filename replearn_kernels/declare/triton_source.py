@@ -41,9 +41,10 @@ def epilogue_of(definition: Definition):
 def source_of(definition: Definition) -> str:
     """The text of the epilogue, a module of Python."""
     functions = _empty(definition), _reduce(definition), _merge(definition), _weights(definition)
+    twice = sum(term.kind == "logsumexp" for term in definition.terms) > 1  # by which block sizes are found
     additive = all(term.kind == "total" for term in definition.terms)
     options = [
-        '"declared"', "empty", "reduce", "merge", "weights", f"takes_roles={bool(definition.parameters)}",
+        '"declared_twice"' if twice else '"declared"', "empty", "reduce", "merge", "weights", f"takes_roles={bool(definition.parameters)}",
         f"folds_columns={definition.one_sweep and definition.cls.batch}", f"additive={additive}",
     ]  # fmt: skip
     head = _HEAD.format(name=definition.name, cls=definition.cls.__name__, parameters=parameters_text(definition))
@@ -69,88 +70,84 @@ def _signed(writer: Writer, term: Term) -> str:
 
 
 def _empty(definition: Definition) -> str:
-    def quantities(terms: tuple[Term, ...]) -> str:
-        parts = [part for term in terms for part in (["zero"] if term.kind == "total" else ["low", "zero"])]
-        return f"return {tuple_of(parts + _weight(definition))}"
-
+    parts = [part for term in definition.terms for part in (["zero"] if term.kind == "total" else ["low", "zero"])]
     return _function(
         "empty(BLOCK: tl.constexpr, AXIS: tl.constexpr)",
         "zero, low = tl.zeros([BLOCK], tl.float32), tl.full([BLOCK], LOWEST, tl.float32)",
-        *_on_either_axis(definition, lambda terms: [quantities(terms)]),
+        f"return {tuple_of(parts + _weight(definition))}",
     )
 
 
 def _reduce(definition: Definition) -> str:
-    def statistics(terms: tuple[Term, ...]) -> list[str]:
-        writer, parts = _writer(definition, [e for t in terms for e in (t.rest, t.factor, t.over)]), []
-        for term in terms:
-            if term.kind == "total":
-                values = f"tl.where({writer.text(term.over)}, {writer.text(term.rest)}, 0.0)"
-                writer.let(f"{term.name}_sum", f"tl.sum({values}, AXIS)")
-                parts.append(f"{term.name}_sum")
-            else:
-                values, rate = _signed(writer, term), _rate(writer, term)
-                writer.let(f"{term.name}_max, {term.name}_sum", f"fold({values}, {rate}, AXIS)")
-                parts += [f"{term.name}_max", f"{term.name}_sum"]
-        if _weight(definition):
-            writer.let("zero", f"tl.zeros_like({parts[0]})")
-        return [*writer.lines, f"return {tuple_of(parts + _weight(definition))}"]
-
-    return _function(
-        "reduce(s, row, column, inputs, AXIS: tl.constexpr)",
-        *_facts(definition),
-        *_on_either_axis(definition, statistics),
-    )
+    terms, parts = definition.terms, []
+    writer = _writer(definition, [e for t in terms for e in (t.rest, t.factor, t.over)])
+    if not definition.has_columns:
+        writer.lines.append('tl.static_assert(AXIS == 1, "columns have no statistics")')
+    for term in terms:
+        if term.kind == "total":
+            values = f"tl.where({writer.text(term.over)}, {writer.text(term.rest)}, 0.0)"
+            writer.let(f"{term.name}_sum", f"tl.sum({values}, AXIS)")
+            parts.append(f"{term.name}_sum")
+        else:
+            values, rate = _signed(writer, term), _rate(writer, term)
+            writer.let(f"{term.name}_max, {term.name}_sum", f"fold({values}, {rate}, AXIS)")
+            parts += [f"{term.name}_max", f"{term.name}_sum"]
+    if definition.one_sweep:
+        writer.let("zero", f"tl.zeros_like({parts[0]})")
+    lines = *writer.lines, f"return {tuple_of(parts + _weight(definition))}"
+    return _function("reduce(s, row, column, inputs, AXIS: tl.constexpr)", *_facts(definition), *lines)
 
 
 def _merge(definition: Definition) -> str:
-    def merged(terms: tuple[Term, ...]) -> list[str]:
-        writer, parts, place = _writer(definition, [term.factor for term in terms]), [], 0
-        for term in terms:
-            if term.kind == "total":
-                parts.append(f"a[{place}] + b[{place}]")
-            else:
-                both = ", ".join(f"{side}[{place + k}]" for side in "ab" for k in range(2))
-                writer.let(f"{term.name}_max, {term.name}_sum", f"merged({both}, {_rate(writer, term)})")
-                parts += [f"{term.name}_max", f"{term.name}_sum"]
-            place += term.statistics
-        if _weight(definition):
+    writer, parts = _writer(definition, [term.factor for term in definition.terms]), []
+    for term, place in places(definition.terms, "statistics"):
+        if term.kind == "total":
             parts.append(f"a[{place}] + b[{place}]")
-        return [*writer.lines, f"return {tuple_of(parts)}"]
-
-    lines = merged(definition.terms)
-    if definition.columns not in ((), definition.terms):
-        count = sum(term.statistics for term in definition.terms)
-        lines = _branch(f"len(a) == {count}", merged(definition.terms), merged(definition.columns))
-    return _function("merge(a, b, inputs)", *lines)
+        else:
+            both = ", ".join(f"{side}[{place + k}]" for side in "ab" for k in range(2))
+            writer.let(f"{term.name}_max, {term.name}_sum", f"merged({both}, {_rate(writer, term)})")
+            parts += [f"{term.name}_max", f"{term.name}_sum"]
+    if definition.one_sweep:
+        parts.append(f"a[{len(parts)}] + b[{len(parts)}]")
+    return _function("merge(a, b, inputs)", *writer.lines, f"return {tuple_of(parts)}")
 
 
 def _weights(definition: Definition) -> str:
     terms = [term for term in definition.terms if term.slope is not None]
     writer = _writer(definition, [e for t in terms for e in (t.rest, t.factor, t.over, t.slope)])
-    of_columns = dict(places(definition.columns, "coefficients"))
     if definition.one_sweep:
-        place = len(definition.terms)
-        writer.let("shared", f"table_quantity(row, column, inputs, {place}, 1)")
-        of_column = [f"shared += table_quantity(row, column, inputs, {place}, 0)"] if definition.cls.batch else []
-        writer.lines += indented(of_column, "if inputs.column_table is not None:")
+        _let_shared(writer, definition, lambda side: _quantity(side, len(definition.terms)))
     writer.let("w", "tl.zeros_like(s)")
     for term, place in places(definition.terms, "coefficients"):
         if term.slope is None:
             continue
-        if not definition.one_sweep:
-            v, rate = "", ""
-            if term.kind == "logsumexp":
-                v, rate = f"{term.name}_v", f"{term.name}_rate"
-                writer.let(v, _signed(writer, term))
-                writer.let(rate, _rate(writer, term))
-            writer.let("shared", _share(v, rate, "row", place))
-            if term in of_columns:
-                of_column = [f"shared += {_share(v, rate, 'column', of_columns[term])}"]
-                writer.lines += indented(of_column, "if inputs.column_table is not None:")
+        if term.kind == "logsumexp":
+            v, rate = f"{term.name}_v", f"{term.name}_rate"
+            writer.let(v, _signed(writer, term))
+            writer.let(rate, _rate(writer, term))
+            _let_shared(writer, definition, lambda side, v=v, rate=rate, place=place: _share(v, rate, side, place))
+        elif not definition.one_sweep:
+            _let_shared(writer, definition, lambda side, place=place: _quantity(side, place))
         part = "shared" if term.slope.constant == 1 else f"shared * {writer.text(term.slope)}"
         writer.let("w", f"w + tl.where({writer.text(term.over)}, {part}, 0.0)")
     return _function("weights(s, row, column, inputs)", *_facts(definition), *writer.lines, "return w")
+
+
+def _let_shared(writer: Writer, definition: Definition, of_side: Callable[[str], str]) -> None:
+    """What a term's slope is multiplied by: the row's, and where columns have terms the column's."""
+    writer.let("shared", of_side("row"))
+    if definition.has_columns:
+        writer.lines += indented([f"shared += {of_side('column')}"], "if inputs.column_table is not None:")
+
+
+def _quantity(side: str, place: int) -> str:
+    return f"table_quantity(row, column, inputs, {place}, {int(side == 'row')})"
+
+
+def _share(v: str, rate: str, side: str, place: int) -> str:
+    """A log-sum-exp's."""
+    table = f"inputs.{side}_table + {place} * inputs.{side}_stride, inputs.{side}_stride"
+    return f"share({v}, {rate}, {table}, {side}, inputs.{side}s)"
 
 
 def _facts(definition: Definition) -> list[str]:
@@ -159,33 +156,12 @@ def _facts(definition: Definition) -> list[str]:
     return [f"{name} = {name}_pairs(row, column, inputs)" for name in facts]
 
 
-def _share(v: str, rate: str, side: str, place: int) -> str:
-    """What a term's slope is multiplied by, of a row's or a column's coefficients."""
-    if not v:
-        return f"table_quantity(row, column, inputs, {place}, {int(side == 'row')})"
-    table = f"inputs.{side}_table + {place} * inputs.{side}_stride, inputs.{side}_stride"
-    return f"share({v}, {rate}, {table}, {side}, inputs.{side}s)"
-
-
 def _weight(definition: Definition) -> list[str]:
     """The quantity that the tables of one sweep have beyond the totals."""
     return ["zero"] if definition.one_sweep else []
 
 
-def _on_either_axis(definition: Definition, body: Callable[[tuple[Term, ...]], list[str]]) -> list[str]:
-    """Rows' terms and columns'."""
-    if definition.columns == definition.terms:
-        return body(definition.terms)
-    if not definition.columns:
-        return ['tl.static_assert(AXIS == 1, "columns have no statistics")', *body(definition.terms)]
-    return _branch("AXIS == 1", body(definition.terms), body(definition.columns))
-
-
-def _branch(condition: str, yes: list[str], no: list[str]) -> list[str]:
-    return [*indented(yes, f"if {condition}:"), *indented(no, "else:")]
-
-
 def _function(signature: str, *lines: str) -> str:
     if any("scale" in line for line in lines):
         lines = ("scale = tl.load(inputs.scale).to(tl.float32)", *lines)
-    return function(signature, lines, "@triton.jit")
+    return function(signature, list(lines), "@triton.jit")

@@ -36,16 +36,16 @@ class HardNegatives(PairLoss):
         }
 
     def loss(self, row):
-        """``log(1 + g / exp(positive))``, with the logarithm of g / exp(positive) formed from logarithms."""
+        """``log(1 + g / exp(positive))``: of the logarithm of g / exp(positive), as exp(positive) can overflow."""
         any_negative = row.count > 0
         log_count = row.count.clamp(min=1).log()
         ratio = torch.where(any_negative, row.weighted - row.weights, -math.inf) + log_count - row.positive
         if self.tau_plus:
-            positives = self.tau_plus * row.count * (-ratio).exp()
-            exceeded = any_negative & (positives < 1)
-            debiased = ratio + torch.where(exceeded, -positives, 0).log1p() - math.log(1 - self.tau_plus)
+            of_positives = math.log(self.tau_plus) + log_count - ratio  # their part in the sum, as a logarithm
+            exceeded = of_positives < 0
+            rest = (-torch.where(exceeded, of_positives, -1).expm1()).log() - math.log(1 - self.tau_plus)
             floor = torch.where(any_negative, log_count - row.logit_scale - row.positive, -math.inf)
-            ratio = torch.where(exceeded, torch.maximum(debiased, floor), floor)
+            ratio = torch.where(exceeded, torch.maximum(ratio + rest, floor), floor)
         return -F.logsigmoid(-ratio)  # F.softplus is x from 20 on
 
 

@@ -1,0 +1,344 @@
+"""The declared losses: calls of each on shared inputs, and their formulas straight from the papers, row by row.
+
+``CASES[name]``: how it is called and what its oracle says. Beside the shipped ones there are toy losses, which use what
+those do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from metric_oracle import distances, others
+from torch import Tensor
+
+import replearn_kernels as rk
+from replearn_kernels.declare import (
+    PairLoss,
+    clamp,
+    exp,
+    fuse,
+    log,
+    logsumexp,
+    maximum,
+    minimum,
+    relu,
+    sigmoid,
+    softplus,
+    sqrt,
+    total,
+    where,
+)
+
+Call = Callable[..., Tensor]
+
+
+class Case(NamedTuple):
+    """``call(x, y, labels, scale, **options)``, and ``oracle(x, y, labels, scale)``: the loss of every row, and what the
+    mean is over. A loss of one batch leaves y alone; labels are of both. ``scaled``: the scale gets a gradient."""
+
+    call: Call
+    oracle: Call
+    scaled: bool = False
+    batch: bool = False
+
+
+# -- toy losses -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clip(PairLoss):
+    """A statistic of the columns alone beside the rows'."""
+
+    scaled, symmetric = True, True
+
+    def terms(self, logit, pair):
+        return {"every": logsumexp(logit), "own": total(logit, where=pair.target)}
+
+    def loss(self, row, column):
+        return (row.every + column.every) / 2 - row.own
+
+
+@dataclass(frozen=True)
+class SigLip(PairLoss):
+    """One sweep over pairs."""
+
+    scaled = True
+
+    def terms(self, logit, pair):
+        return {"loss": total(softplus(where(pair.same, -logit, logit)))}
+
+
+@dataclass(frozen=True)
+class Contrastive(PairLoss):
+    """One sweep over a batch, of distances; two totals, an option and a parameter."""
+
+    margin: float = 1.0
+    squared: bool = True
+
+    batch, similarity = True, "distance"
+
+    def terms(self, d, pair):
+        power = 2 if self.squared else 1
+        return {
+            "near": total(d**power, where=pair.same),
+            "far": total(relu(self.margin - d) ** power, where=pair.other),
+        }
+
+
+@dataclass(frozen=True)
+class Squares(PairLoss):
+    """A batch of squared distances: terms with an offset and a negative factor, a mean over weights."""
+
+    weight: float = 0.7
+
+    batch, similarity = True, "squared_distance"
+
+    def terms(self, d, pair):
+        return {
+            "near": total(self.weight * (d - 1), where=pair.same),
+            "far": logsumexp(2 - self.weight * d, where=pair.other),
+            "count": total(1, where=pair.same),
+        }
+
+    def loss(self, row):
+        return torch.where(row.count > 0, row.near, 0) + torch.where(row.far > -math.inf, row.far, 0)
+
+    def counted(self, row):
+        return row.count
+
+
+@dataclass(frozen=True)
+class Everything(PairLoss):
+    """Every function that an author can write."""
+
+    a: float = 0.3
+    b: float = -0.4
+
+    scaled = True
+
+    def terms(self, logit, pair):
+        u = clamp(logit / 4, self.b, self.a) + minimum(logit, self.a) + maximum(logit / 3, self.b)
+        v = sqrt(logit * logit + 1) - abs(logit) + log(1.5 + sigmoid(logit)) + softplus(u) - exp(self.b * u / 8)
+        return {
+            "v": total(v.detach() * u - v**3 / 10, where=(logit > self.b) | pair.target),
+            "w": logsumexp(where(pair.same & (logit <= self.a), u, v), where=~(pair.target & (logit >= 0))),
+        }
+
+    def loss(self, row):
+        return row.v / 10 + row.w
+
+
+def _everything(x, y, labels, scale, target):
+    losses, a, b = [], 0.3, -0.4
+    for i in range(len(x)):
+        v_of_row, w_of_row = [], []
+        for j in range(len(y)):
+            logit = scale * (x[i] * y[j]).sum()
+            u = (logit / 4).clamp(b, a) + torch.minimum(logit, logit.new_tensor(a))
+            u = u + torch.maximum(logit / 3, logit.new_tensor(b))
+            v = (logit * logit + 1).sqrt() - logit.abs() + (1.5 + logit.sigmoid()).log() + u.exp().log1p()
+            v = v - (b * u / 8).exp()
+            if logit > b or j == target[i]:
+                v_of_row.append(v.detach() * u - v**3 / 10)
+            if not (j == target[i] and logit >= 0):
+                same = labels[i] == labels[j] and logit <= a
+                w_of_row.append(u if same else v)
+        total_v = torch.stack(v_of_row).sum() if v_of_row else x.sum() * 0
+        of_w = torch.stack(w_of_row) if w_of_row else x[i, :0]
+        losses.append(total_v / 10 + of_w.logsumexp(0))
+    return _rows(x, losses), len(x)
+
+
+# -- oracles --------------------------------------------------------------------------------------------------------
+
+
+def _rows(x: Tensor, losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses) if losses else x.sum(1)
+
+
+def _log1p_exp(x: Tensor) -> Tensor:
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def circle(x, y, labels, scale, m=0.4, gamma=80.0):
+    s, losses, counted = F.normalize(x, dim=1) @ F.normalize(x, dim=1).t(), [], 0
+    for i in range(len(x)):
+        positives, negatives = others(labels.tolist(), i)
+        p, n = s[i, positives], s[i, negatives]
+        near = (gamma * (1 + m - p.detach()).clamp(min=0) * (1 - m - p)).exp().sum()
+        far = (gamma * (n.detach() + m).clamp(min=0) * (n - m)).exp().sum()
+        losses.append((near * far).log1p())
+        counted += bool(positives and negatives)
+    return _rows(x, losses), counted
+
+
+def multi_similarity(x, y, labels, scale, alpha=2.0, beta=50.0, base=0.5):
+    s, losses = F.normalize(x, dim=1) @ F.normalize(x, dim=1).t(), []
+    for i in range(len(x)):
+        positives, negatives = others(labels.tolist(), i)
+        near = (-alpha * (s[i, positives] - base)).exp().sum().log1p() / alpha
+        losses.append(near + (beta * (s[i, negatives] - base)).exp().sum().log1p() / beta)
+    return _rows(x, losses), len(x)
+
+
+def hard_negatives(x, y, labels, scale, beta=1.0, tau_plus=0.0):
+    """The loss of the authors' code: of exponentials, with the clamp that it has for debiasing alone."""
+    losses = []
+    for i in range(len(x)):
+        logits = scale * (y @ x[i])
+        positive, negative = logits[i].exp(), torch.cat([logits[:i], logits[i + 1 :]])
+        count = len(negative)
+        if not count:
+            losses.append(positive * 0)
+            continue
+        importance = (beta * negative).exp()
+        g = (importance * negative.exp()).sum() / importance.mean()
+        if tau_plus:
+            g = ((g - tau_plus * count * positive) / (1 - tau_plus)).clamp(min=count * math.exp(-float(scale.detach())))
+        losses.append(-(positive / (positive + g)).log())
+    return _rows(x, losses), len(x)
+
+
+def decoupled(x, y, labels, scale):
+    z, n, losses = F.normalize(torch.cat([x, y]), dim=1), len(x), []
+    logits = scale * z @ z.t()
+    for i in range(2 * n):
+        other = (i + n) % (2 * n)
+        kept = [j for j in range(2 * n) if j not in (i, other)]
+        losses.append(logits[i, kept].logsumexp(0) - logits[i, other])
+    return _rows(torch.cat([x, y]), losses), 2 * n
+
+
+def multi_positive(x, y, labels, scale):
+    logits, losses = scale * x @ y.t(), []
+    for i in range(len(x)):
+        same = [j for j in range(len(x)) if labels[j] == labels[i]]
+        losses.append(
+            (logits[i].logsumexp(0) - logits[i, same].mean() + logits[:, i].logsumexp(0) - logits[same, i].mean()) / 2
+        )
+    return _rows(x, losses), len(x)
+
+
+def _clip(x, y, labels, scale):
+    logits = scale * x @ y.t()
+    rows = range(len(x))
+    losses = [(logits[i].logsumexp(0) + logits[:, i].logsumexp(0)) / 2 - logits[i, i] for i in rows]
+    return _rows(x, losses), len(x)
+
+
+def _siglip(x, y, labels, scale, by_group=False):
+    logits = scale * x @ y.t()
+    losses = []
+    for i in range(len(x)):
+        signs = [-1.0 if (labels[j] == labels[i] if by_group else j == i) else 1.0 for j in range(len(y))]
+        losses.append(_log1p_exp(torch.tensor(signs, dtype=x.dtype) * logits[i]).sum())
+    return _rows(x, losses), len(x)
+
+
+def _contrastive(x, y, labels, scale, margin=1.3, squared=True):
+    d, losses = distances(x), []
+    for i in range(len(x)):
+        positives, negatives = others(labels.tolist(), i)
+        near, far = d[i, positives], (margin - d[i, negatives]).clamp(min=0)
+        losses.append((near**2).sum() + (far**2).sum() if squared else near.sum() + far.sum())
+    return _rows(x, losses), len(x)
+
+
+def _squares(x, y, labels, scale, weight=0.7):
+    d, losses, counted = distances(x, "squared_euclidean"), [], 0
+    for i in range(len(x)):
+        positives, negatives = others(labels.tolist(), i)
+        loss = (weight * (d[i, positives] - 1)).sum()
+        losses.append(loss + (2 - weight * d[i, negatives]).logsumexp(0) if negatives else loss)
+        counted += len(positives)
+    return _rows(x, losses), counted
+
+
+# -- the table ------------------------------------------------------------------------------------------------------
+
+
+def _of_batch(loss: PairLoss) -> Call:
+    return lambda x, y, labels, scale, **k: fuse(loss, **k)(x, labels)
+
+
+def _of_pairs(loss: PairLoss, by_group: bool = False) -> Call:
+    def call(x, y, labels, scale, **k):
+        groups = {"query_group": labels, "key_group": labels} if by_group else {}
+        return fuse(loss, **k)(x, y, scale, **groups)
+
+    return call
+
+
+CASES = {
+    "circle": Case(lambda x, y, labels, scale, **k: rk.circle_loss(x, labels, **k), circle, batch=True),
+    "multi_similarity": Case(
+        lambda x, y, labels, scale, **k: rk.multi_similarity_loss(x, labels, **k), multi_similarity, batch=True
+    ),
+    "hard_negative": Case(
+        lambda x, y, labels, scale, **k: rk.hard_negative_loss(x, y, logit_scale=scale, **k), hard_negatives, True
+    ),
+    "debiased": Case(
+        lambda x, y, labels, scale, **k: rk.hard_negative_loss(x, y, beta=0.5, tau_plus=0.1, logit_scale=scale, **k),
+        lambda *inputs: hard_negatives(*inputs, beta=0.5, tau_plus=0.1), True,
+    ),
+    "decoupled": Case(
+        lambda x, y, labels, scale, **k: rk.decoupled_contrastive_loss(x, y, temperature=1 / scale, **k), decoupled, True
+    ),
+    "multi_positive": Case(
+        lambda x, y, labels, scale, **k: rk.multi_positive_clip_loss(x, y, scale, image_group=labels, **k),
+        multi_positive, True,
+    ),
+    "toy clip": Case(_of_pairs(Clip()), _clip, True),
+    "toy siglip": Case(_of_pairs(SigLip()), _siglip, True),
+    "toy siglip by group": Case(
+        _of_pairs(SigLip(), by_group=True), lambda *inputs: _siglip(*inputs, by_group=True), True
+    ),
+    "toy contrastive": Case(_of_batch(Contrastive(1.3)), _contrastive, batch=True),
+    "toy contrastive, plain": Case(
+        _of_batch(Contrastive(1.3, squared=False)), lambda *inputs: _contrastive(*inputs, squared=False), batch=True
+    ),
+    "toy squares": Case(_of_batch(Squares()), _squares, batch=True),
+    "toy everything": Case(
+        _of_pairs(Everything(), by_group=True), lambda x, *rest: _everything(x, *rest, range(len(x))), True
+    ),
+}  # fmt: skip
+SHIPPED = [name for name in CASES if not name.startswith("toy")]
+
+
+def inputs_of(n: int, d: int, labels: Tensor, scale: float = 3.0, dtype=torch.float64, near: float = 0.5):
+    """(x, y, labels, scale): unit rows, y's near x's."""
+    generator = torch.Generator().manual_seed(n + d)
+    x, noise = (torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
+    x, y = (F.normalize(t, dim=1).to(dtype) for t in (x, noise + near * x))
+    return x, y, labels, torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def leaves_of(inputs, case: Case) -> list[Tensor]:
+    """Copies that require a gradient where the loss has one for them."""
+    x, y, labels, scale = inputs
+    kinds = (True, not case.batch, False, case.scaled)
+    return [t.detach().clone().requires_grad_(needs) for t, needs in zip((x, y, labels, scale), kinds)]
+
+
+def value_and_gradients(call: Call, inputs, case: Case, **options) -> list[Tensor]:
+    """The loss, under an upstream gradient that differs between rows, and what the leaves get."""
+    leaves = leaves_of(inputs, case)
+    value = call(*leaves, **options)
+    upstream = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype, device=value.device).view(value.shape)
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return [value.detach(), *torch.autograd.grad(value, wanted, upstream)]
+
+
+def by_oracle(case: Case, inputs, reduction: str = "mean") -> list[Tensor]:
+    """The same of the oracle."""
+
+    def call(*leaves, **options):
+        losses, counted = case.oracle(*leaves)
+        return losses if reduction == "none" else losses.sum() / (max(counted, 1) if reduction == "mean" else 1)
+
+    return value_and_gradients(call, inputs, case)

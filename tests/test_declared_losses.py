@@ -1,0 +1,205 @@
+"""Declared losses, shipped and toy ones: right to their papers' formulas, in every dtype, on every size and option."""
+
+import math
+
+import pytest
+import torch
+from accuracy import TOLERANCE
+from declared_cases import CASES, SHIPPED, by_oracle, inputs_of, leaves_of, value_and_gradients
+from metric_cases import LABELS, assert_same, small_batch_tiles
+
+import replearn_kernels as rk
+
+EVERY_LOSS = pytest.mark.parametrize("name", CASES)
+EIGHTS = LABELS["eights"]
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", ["eager", "torch"])
+def test_values_and_gradients_are_the_papers(name, backend, reduction):
+    inputs = inputs_of(33, 7, EIGHTS(33))
+    exact = by_oracle(CASES[name], inputs, reduction)
+    with small_batch_tiles(16):
+        ours = value_and_gradients(CASES[name].call, inputs, CASES[name], backend=backend, reduction=reduction)
+    assert_same(ours, exact, rtol=1e-12, atol=1e-12)
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("n", [2, 17])
+def test_labels(name, labels, n):
+    """Rows without a positive or a negative among them."""
+    inputs = inputs_of(n, 5, LABELS[labels](n))
+    exact = by_oracle(CASES[name], inputs, "sum")
+    with small_batch_tiles(8):
+        for backend in ("eager", "torch"):
+            ours = value_and_gradients(CASES[name].call, inputs, CASES[name], backend=backend, reduction="sum")
+            assert_same(ours, exact, rtol=1e-10, atol=1e-10)
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("n", [0, 1])
+def test_no_row_and_one(name, n):
+    case, inputs = CASES[name], inputs_of(n, 3, torch.zeros(n, dtype=torch.int64))
+    value, *gradients = value_and_gradients(case.call, inputs, case)
+    if n == 1 and name in ("decoupled", "toy everything"):
+        assert value == -math.inf  # a logarithm of a sum over no pair
+    else:
+        assert_same([value], by_oracle(case, inputs)[:1]) if n else None
+        assert value.isfinite()
+        assert all(gradient.isfinite().all() for gradient in gradients)
+    if n == 0:
+        assert value == 0
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("memory_budget", [0, 2000, 2**28])
+def test_nothing_depends_on_tiles_or_budget(name, memory_budget):
+    case, inputs = CASES[name], inputs_of(70, 5, EIGHTS(70))
+    expected = value_and_gradients(case.call, inputs, case, backend="eager")
+    with small_batch_tiles(16):
+        ours = value_and_gradients(case.call, inputs, case, memory_budget=memory_budget)
+        assert_same(ours, expected, rtol=1e-11, atol=1e-12)
+        again = value_and_gradients(case.call, inputs, case, memory_budget=memory_budget)
+        assert all(torch.equal(a, b) for a, b in zip(ours, again))
+
+
+@EVERY_LOSS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_errors_are_those_of_eager(name, dtype):
+    case = CASES[name]
+    inputs = inputs_of(65, 48, EIGHTS(65), dtype=dtype)
+    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+    exact, eager, ours = (
+        value_and_gradients(case.call, given, case, backend=backend, reduction="sum")
+        for given, backend in ((wide, "eager"), (inputs, "eager"), (inputs, "torch"))
+    )
+    for value, by_eager, truth in zip(ours, eager, exact):
+        size = truth.abs().max()
+        error, allowed = ((v.double() - truth).abs().max() / size for v in (value, by_eager))
+        assert error <= allowed + TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.scaled and "everything" not in name])
+@pytest.mark.parametrize("scale", [1000.0, 100.0, 1e-3])
+def test_any_scale(name, scale):
+    """As far from fp64 as eager, and for losses that are small beside their logits nearer."""
+    case = CASES[name]
+    inputs = inputs_of(40, 24, EIGHTS(40), scale=scale, dtype=torch.float32)
+    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+    exact = value_and_gradients(case.call, wide, case, backend="eager")
+    eager = value_and_gradients(case.call, inputs, case, backend="eager")
+    ours = value_and_gradients(case.call, inputs, case, memory_budget=0)
+    for value, by_eager, truth in zip(ours, eager, exact):
+        error, allowed = ((v.double() - truth).abs().max() / truth.abs().max() for v in (value, by_eager))
+        assert error <= allowed + 4e-7 + scale * 2**-24
+
+
+@EVERY_LOSS
+def test_strided_and_expanded_rows(name):
+    case = CASES[name]
+    x, y, labels, scale = inputs_of(20, 6, EIGHTS(20))
+    strided = torch.stack([x, y], 2)[:, :, 0], y.t().contiguous().t()
+    expected = value_and_gradients(case.call, (x, y, labels, scale), case)
+    assert_same(value_and_gradients(case.call, (*strided, labels, scale), case), expected)
+    one = x[:1].expand(20, 6)
+    expected = value_and_gradients(case.call, (one.clone(), y, labels, scale), case, backend="eager")
+    assert_same(value_and_gradients(case.call, (one, y, labels, scale), case), expected, rtol=1e-7, atol=1e-7)
+
+
+@EVERY_LOSS
+def test_gradcheck(name):
+    case = CASES[name]
+    x, y, labels, scale = leaves_of(inputs_of(9, 3, torch.arange(9) // 2, scale=1.3), case)
+    if "everything" in name or name == "circle":  # they detach: the gradient is not that of the value
+        return
+    wanted = [leaf for leaf in (x, y, scale) if leaf.requires_grad]
+    if name == "debiased":  # the bound on g has no gradient in the scale
+        wanted, scale = [x, y], scale.detach()
+    for reduction in ("mean", "none"):
+
+        def loss(*leaves, reduction=reduction):
+            given = dict(zip(map(id, wanted), leaves))
+            return case.call(*(given.get(id(t), t) for t in (x, y)), labels, given.get(id(scale), scale),
+                             reduction=reduction)  # fmt: skip
+
+        assert torch.autograd.gradcheck(loss, wanted, eps=1e-6, atol=1e-6, rtol=1e-5)
+
+
+def test_known_losses_declared():
+    """The toy ones are the library's own, hand-written, losses."""
+    x, y, labels, scale = inputs_of(30, 8, EIGHTS(30))
+    n = len(x)
+    for ours, known in (
+        (CASES["toy clip"].call(x, y, labels, scale), rk.clip_loss(x, y, scale)),
+        (CASES["toy siglip"].call(x, y, labels, scale), rk.siglip_loss(x, y, scale)),
+        (CASES["toy contrastive"].call(x, y, labels, scale) / (n - 1), rk.contrastive_loss(x, labels, margin=1.3)),
+        (rk.hard_negative_loss(x, y, beta=0.0, logit_scale=scale), rk.info_nce_loss(x, y, logit_scale=scale)),
+        (rk.multi_positive_clip_loss(x, y, scale, image_group=torch.arange(n)), rk.clip_loss(x, y, scale)),
+    ):
+        torch.testing.assert_close(ours, known, rtol=1e-12, atol=0)
+
+
+def test_more_keys_than_queries_and_given_targets():
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (19, 41))
+    target = torch.randint(41, (19,), generator=generator)
+    for options in ({}, {"beta": 0.0}, {"tau_plus": 0.05}):
+        fused, eager = (
+            rk.hard_negative_loss(x, y, target=target, logit_scale=0.5, backend=backend, **options)
+            for backend in ("torch", "eager")
+        )
+        torch.testing.assert_close(fused, eager, rtol=1e-13, atol=0)
+    expected = rk.info_nce_loss(x, y, target=target, logit_scale=0.5)
+    torch.testing.assert_close(rk.hard_negative_loss(x, y, beta=0.0, target=target, logit_scale=0.5), expected)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_one_row_that_is_not_finite_is_seen(name):
+    case, (x, y, labels, scale) = CASES[name], inputs_of(12, 4, EIGHTS(12))
+    x[3, 1] = math.nan
+    assert case.call(x, y, labels, scale).isnan()
+    assert case.call(x, y, labels, scale, backend="eager").isnan()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, y, n: rk.circle_loss(x, n, gamma=0.0), "gamma must be positive and finite, got 0.0"),
+        (lambda x, y, n: rk.circle_loss(x, n, margin=math.nan), "margin must be finite"),
+        (lambda x, y, n: rk.circle_loss(x, n[:3]), r"labels must have shape \(8,\)"),
+        (lambda x, y, n: rk.circle_loss(x, n, backend="cpp"), "backend='cpp' has no passes of a declared loss"),
+        (lambda x, y, n: rk.multi_similarity_loss(x, n, alpha=-1.0), "alpha must be positive"),
+        (lambda x, y, n: rk.hard_negative_loss(x, y, beta=-0.1), "beta must be at least 0, got -0.1"),
+        (lambda x, y, n: rk.hard_negative_loss(x, y, tau_plus=1.0), "tau_plus must be below 1"),
+        (lambda x, y, n: rk.hard_negative_loss(x, y[:5]), "target is needed when there are more queries than keys"),
+        (lambda x, y, n: rk.hard_negative_loss(x, y, target=n + 1), r"target must be in \[0, 8\), got 8"),
+        (lambda x, y, n: rk.multi_positive_clip_loss(x, y[:5], 1.0, image_group=n), "same number of rows"),
+        (lambda x, y, n: rk.multi_positive_clip_loss(x, y, 1.0, image_group=n[1:]), "image_group must have shape"),
+        (lambda x, y, n: rk.decoupled_contrastive_loss(x, y, temperature=0.0), "temperature must be positive"),
+        (lambda x, y, n: rk.decoupled_contrastive_loss(x, y[:3]), "same number of rows"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    x, y = torch.randn(8, 4), torch.randn(8, 4)
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(x, y, torch.arange(8))
+
+
+def test_a_temperature_is_told_what_to_be():
+    x = torch.randn(4, 3)
+    with pytest.raises(TypeError, match="hard_negative_loss takes no temperature"):
+        rk.hard_negative_loss(x, x, temperature=0.1)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_autocast(name):
+    case, inputs = CASES[name], inputs_of(16, 8, EIGHTS(16), dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, *gradients = value_and_gradients(case.call, inputs, case)
+    rounded = [t.to(torch.bfloat16) if t.ndim == 2 else t for t in inputs]
+    assert value.dtype == torch.float32
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    expected = value_and_gradients(case.call, rounded, case)[0]
+    torch.testing.assert_close(value, expected, rtol=2e-2, atol=2e-2)
