@@ -109,8 +109,8 @@ class RandomExpressions:
         ])()  # fmt: skip
 
     def condition(self, depth: int) -> Expr:
-        x, y = self.value(depth), self.value(depth)
-        condition = self.random.choice([lambda: x > y, lambda: x <= y, lambda: ~(x < 0.3), lambda: (x >= y) & (y > 0)])
+        x, y = self.value(depth) + self.leaves[0], self.value(depth)
+        condition = self.random.choice([lambda: x > y, lambda: x <= y, lambda: ~(x < 0.3), lambda: (x >= y) & (x < 1)])
         return condition()
 
 
@@ -199,6 +199,8 @@ def one(expression):
         (lambda: declared(one(lambda self, s, p: p.same * s)), r"takes numbers, got the condition same"),
         (lambda: declared(one(lambda self, s, p: where(s, 1, 0))), "where takes conditions"),
         (lambda: declared(one(lambda self, s, p: s & p.same)), "& takes conditions"),
+        (lambda: declared(one(lambda self, s, p: where(p.same & (self.a > 0), s, 0))), "is the same for all pairs"),
+        (lambda: declared(lambda self, s, p: {"t": total(s, where=sqrt(2) < 1)}), "takes conditions|holds for no pair"),
         (lambda: declared(one(lambda self, s, p: total(s))), "total of a total: a term is of one pair"),
         (lambda: declared(one(lambda self, s, p: s - logsumexp(s))), "takes expressions and numbers, got Reduction"),
         (lambda: declared(lambda self, s, p: {"t": total(s) + total(s)}), "unsupported operand|has no"),

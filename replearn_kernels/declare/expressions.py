@@ -189,6 +189,7 @@ def mask(value, where: str) -> Expr:
     raise TypeError(f"{where} takes conditions (pair.same, s > 0.5, ...), got {value!r}")
 
 
+_MIRRORED = {"gt": "lt", "lt": "gt", "ge": "le", "le": "ge"}
 _COMPARISONS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
 
 
@@ -196,6 +197,8 @@ def _compare(op: str, a, b) -> Expr:
     a, b = number(a, "a comparison"), number(b, "a comparison")
     if a.constant is not None and b.constant is not None:
         return Expr("always", _COMPARISONS[op](a.constant, b.constant))
+    if a.constant is not None:  # a constant comes second: Triton's tensors know what is done to them from the left
+        return Expr(_MIRRORED[op], b, a)
     return Expr(op, a, b)
 
 
@@ -204,6 +207,11 @@ def _joined(op: str, a: Expr, b: Expr) -> Expr:
     for one, other in ((a, b), (b, a)):
         if one.op == "always":
             return other if one.args[0] == (op == "and") else one
+        if not one.of_pair:
+            raise TypeError(
+                f"{one} is the same for all pairs, and cannot be joined with a condition of pairs: write "
+                f"where({one}, a, b), or make it a bool field, which can steer Python"
+            )
     return a if a is b else Expr(op, a, b)
 
 
