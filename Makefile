@@ -6,11 +6,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f)
 
-# Two files of tests at a time; threads that wait leave the cores to the others.
+# Two files of tests at a time, and beside them one of what else `make test` does, which fills the cores while tests
+# wait for processes or for time to pass. OpenMP's threads, too, leave the cores to others while they wait.
 WORKERS ?= 2
-TESTS    = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+BESIDE  := $(shell expr \( $(WORKERS) + 1 \) / 2)
+test-%: export OMP_WAIT_POLICY = passive
+# The long files of tests/conftest.py come first, not those of many tests.
+PYTEST   = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-gpu test-triton-3.6 bench install packages clean
+.PHONY: demo test test-suite test-beside test-interpreter test-regression test-rehearsal test-triton-3.6 test-gpu \
+  bench install packages clean
 
 install: $(VENV)/.installed
 
@@ -23,27 +28,39 @@ $(VENV)/.installed: requirements.txt $(SCRIPTS) $(NATIVE)
 demo: install
 	$(BIN)/python examples/digits_clip.py
 
-test: install packages
-	$(TESTS) -m "not interpreter and not gpu"
-	TRITON_INTERPRET=1 $(TESTS) -m interpreter
-	# Two processes that use one core each most of the time.
-	$(BIN)/python -m pytest bench/regression.py --benchmark-disable & regression=$$!; \
-	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry --output build/gpu_dry; dry=$$?; \
-	wait $$regression && exit $$dry
-	$(MAKE) test-triton-3.6
+# The suite, which takes longest, and beside it the rest, one after another: what each of these says is shown when it
+# has ended. All of them run, whatever fails.
+test: install
+	$(MAKE) -j2 --keep-going test-suite test-beside
+
+test-beside: install
+	$(MAKE) --output-sync=target packages test-triton-3.6 test-interpreter test-regression test-rehearsal
+
+test-suite: install
+	$(PYTEST) -n $(WORKERS) -m "not interpreter and not gpu"
+
+# Only the files that have such tests: collecting all of them takes as long as some of these run.
+test-interpreter: install
+	TRITON_INTERPRET=1 $(PYTEST) -n $(BESIDE) -m interpreter $$(grep -l interpreter tests/test_*.py)
+
+test-regression: install
+	$(BIN)/python -m pytest bench/regression.py --benchmark-disable
+
+test-rehearsal: install
+	PYTHON="$(BIN)/python" bash bench/gpu_report.sh --dry --output build/gpu_dry
 
 # Of the oldest Triton that is supported (torch 2.11 has it): every kernel compiled for one GPU, and interpreted once; and
 # what the GPU report calls of Triton itself.
 TRITON_36 := $(VENV)/triton-3.6
-TESTS_36   = OMP_WAIT_POLICY=passive $(TRITON_36)/bin/python -m pytest -n $(WORKERS)
+PYTEST_36  = $(TRITON_36)/bin/python -m pytest -n $(BESIDE)
 
 $(TRITON_36)/.installed: $(VENV)/.installed scripts/setup_triton_venv.sh
 	bash scripts/setup_triton_venv.sh "$(VENV)" "triton==3.6.*" "$(TRITON_36)"
 	@touch $@
 
 test-triton-3.6: install $(TRITON_36)/.installed
-	$(TESTS_36) tests/test_triton*.py -m aot -k "not sm_80 and not sm_100"
-	TRITON_INTERPRET=1 $(TESTS_36) tests/test_triton*.py -m interpreter -k "several_tiles or shipped_blocks"
+	$(PYTEST_36) tests/test_triton*.py -m aot -k "not sm_80 and not sm_100"
+	TRITON_INTERPRET=1 $(PYTEST_36) tests/test_triton*.py -m interpreter -k "several_tiles or shipped_blocks"
 	PYTHON="$(TRITON_36)/bin/python" bash bench/gpu_report.sh --dry --stages profile,configs --output build/gpu_dry_3.6
 
 packages: install

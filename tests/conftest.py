@@ -4,6 +4,15 @@ import torch
 from replearn_kernels.engine import native, schedules
 
 BACKENDS = ["torch", "cpp"]
+# The files that take longest, of those without and with the interpreter. They run first: a worker that is given one of
+# them last would keep all others waiting.
+LONGEST = [
+    "test_operators", "test_triton", "test_distributed", "test_cuda_kernels", "test_mining", "test_distributed_example",
+    "test_native_sanitizers", "test_examples", "test_triton_distances", "test_triton_tma", "test_triton_ends",
+    "test_fuzz", "test_metric_losses", "test_host_time", "test_distributed_rows", "test_batch_losses",
+    "test_distributed_faults", "test_cpp_lanes", "test_pytest_outcomes", "test_typing", "test_triton_family",
+    "test_distributed_work", "test_compile",
+]  # fmt: skip
 
 
 @pytest.fixture(params=BACKENDS)
@@ -43,7 +52,9 @@ def _seed():
 
 
 def pytest_collection_modifyitems(items):
-    """GPU tests need a GPU; say so instead of failing."""
+    """Long files first. GPU tests need a GPU; say so instead of failing."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
