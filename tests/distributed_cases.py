@@ -7,19 +7,26 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from declared_cases import Contrastive, SigLip, Squares
 from torch import Tensor
 
 from replearn_kernels import (
+    circle_loss,
     clip_loss,
     contrastive_loss,
+    decoupled_contrastive_loss,
+    hard_negative_loss,
     info_nce_loss,
     lifted_structure_loss,
+    multi_positive_clip_loss,
+    multi_similarity_loss,
     n_pair_loss,
     nt_xent_loss,
     siglip_loss,
     sup_con_loss,
     triplet_margin_loss,
 )
+from replearn_kernels.declare import fuse
 
 WIDTH, QUEUE, VIEWS = 5, 3, 2
 
@@ -126,6 +133,19 @@ LOSSES = {
     "triplet_batch_all_violated": lambda b, **k: triplet_margin_loss(
         b.x, b.labels, margin=1.0, mining="batch_all", **{"reduction": "mean_nonzero", **k}
     ),
+    "circle": lambda b, **k: circle_loss(b.x, b.labels, gamma=5.0, **k),
+    "multi_similarity": lambda b, **k: multi_similarity_loss(b.x, b.labels, beta=5.0, **k),
+    "decoupled": lambda b, **k: decoupled_contrastive_loss(b.x, b.y, temperature=1 / b.scale, **k),
+    "hard_negative": lambda b, **k: hard_negative_loss(b.x, b.y, logit_scale=b.scale, **k),
+    "debiased_target": lambda b, **k: hard_negative_loss(
+        b.x, b.y, beta=0.3, tau_plus=0.05, target=b.target, logit_scale=b.scale.detach(), **k
+    ),
+    "multi_positive": lambda b, **k: multi_positive_clip_loss(b.x, b.y, b.scale, image_group=b.labels, **k),
+    "declared_in_one_sweep": lambda b, **k: fuse(SigLip(), **k)(
+        b.x, b.y, b.scale, query_group=b.labels, key_group=b.labels
+    ),
+    "declared_over_distances": lambda b, **k: fuse(Contrastive(1.3), **k)(b.x, b.labels),
+    "declared_mean_over_weights": lambda b, **k: fuse(Squares(), **k)(b.x, b.labels),
     "sup_con_views": lambda b, **k: sup_con_loss(b.views, temperature=0.3, **k),
 }
 
@@ -165,7 +185,7 @@ def in_one_process(name, sizes, factors=None):
 def by_rank_of(name, rows, rank, sizes):
     """The losses of a rank's rows, in the order in which it has them."""
     start, size = sum(sizes[:rank]), sizes[rank]
-    if name == "nt_xent":
+    if name in ("nt_xent", "decoupled"):
         first, second = rows.chunk(2)
         return torch.cat([first[start : start + size], second[start : start + size]])
     per = VIEWS if name == "sup_con_views" else 1

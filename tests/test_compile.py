@@ -17,15 +17,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import replearn_kernels
 from replearn_kernels import (
     arcface_loss,
+    circle_loss,
     clip_loss,
     contrastive_loss,
     cosface_loss,
     cosine_similarity_loss,
+    decoupled_contrastive_loss,
     dino_head_loss,
     dino_loss,
+    hard_negative_loss,
     info_nce_loss,
     lifted_structure_loss,
     mine_triplets,
+    multi_positive_clip_loss,
+    multi_similarity_loss,
     n_pair_loss,
     nt_xent_loss,
     siglip_loss,
@@ -53,6 +58,15 @@ LOSSES = {
     "siglip by row": lambda x, y, labels, s: siglip_loss(
         x, y, s, query_group=labels, key_group=labels, reduction="none"
     ).square().mean(),
+    "circle": lambda x, y, labels, s: circle_loss(x, labels, memory_budget=BUDGET),
+    "multi_similarity": lambda x, y, labels, s: multi_similarity_loss(x, labels, memory_budget=BUDGET),
+    "decoupled": lambda x, y, labels, s: decoupled_contrastive_loss(x, y, temperature=s, memory_budget=BUDGET),
+    "hard_negative": lambda x, y, labels, s: hard_negative_loss(
+        x, y, tau_plus=0.1, logit_scale=s, memory_budget=BUDGET
+    ),
+    "multi_positive": lambda x, y, labels, s: multi_positive_clip_loss(
+        x, y, s, image_group=labels, memory_budget=BUDGET
+    ),
     "n_pair": lambda x, y, labels, s: n_pair_loss(x, y, labels=labels, memory_budget=BUDGET),
     "nt_xent": lambda x, y, labels, s: nt_xent_loss(x, y, temperature=s, memory_budget=BUDGET),
     "sup_con": lambda x, y, labels, s: sup_con_loss(x, labels, temperature=s, memory_budget=BUDGET),
