@@ -132,14 +132,14 @@ VARIANTS = {
         "batch_all", first=False, **OF_PAIRS, diagonal=True, **BATCH_ALL, distance="distance"
     ),
     "batch_all squared": Variant("batch_all", first=False, **OF_PAIRS, **BATCH_ALL, distance="square"),
-    "circle": Variant("declared_twice", **OF_PAIRS, quantities=4, loss=Circle(0.4, 80.0)),
+    "circle": Variant("declared_large", **OF_PAIRS, quantities=4, loss=Circle(0.4, 80.0)),
     "circle diagonal": Variant(
-        "declared_twice", **OF_PAIRS, quantities=4, diagonal=True, first=False, loss=Circle(0.4, 80.0)
+        "declared_large", **OF_PAIRS, quantities=4, diagonal=True, first=False, loss=Circle(0.4, 80.0)
     ),
-    "multi_similarity": Variant("declared_twice", **OF_PAIRS, quantities=4, loss=MultiSimilarity(2.0, 50.0, 0.5)),
+    "multi_similarity": Variant("declared_large", **OF_PAIRS, quantities=4, loss=MultiSimilarity(2.0, 50.0, 0.5)),
     "decoupled": Variant("declared", **OF_PAIRS, loss=Decoupled()),
-    "hard_negatives": Variant("declared_twice", target="own", fused=True, quantities=6, loss=HardNegatives(1.0, 0.1)),
-    "multi_positive": Variant("declared", **OF_PAIRS, fused=True, quantities=4, loss=MultiPositiveClip()),
+    "hard_negatives": Variant("declared_large", target="own", fused=True, quantities=6, loss=HardNegatives(1.0, 0.1)),
+    "multi_positive": Variant("declared_large", **OF_PAIRS, fused=True, quantities=4, loss=MultiPositiveClip()),
 }
 
 

@@ -182,7 +182,7 @@ class TestCompiled:
         return pytest.importorskip("bench.triton_resources")
 
     @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-    @pytest.mark.parametrize("epilogue", [*EPILOGUES, "declared", "declared_twice", "any"])
+    @pytest.mark.parametrize("epilogue", [*EPILOGUES, "declared", "declared_large", "any"])
     def test_no_spills_and_fits(self, resources, epilogue, target):
         """Compiled anew: of each kernel of an epilogue, the variant that is closest to spilling."""
         for kernel in ("statistics", "weights", "gradient", "begin", "sums", "finish", "combine", "total", "outputs"):

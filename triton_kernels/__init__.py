@@ -13,6 +13,7 @@
     sigmoid.py      the sigmoid family's
     margin_contrastive.py, hardest.py, semi_hard.py, batch_all.py    those of losses over distances, but for the
                     lifted softmax
+    declared.py     what the epilogues of declared losses call, which are printed (replearn_kernels/declare)
     configs.py      block sizes per architecture, and the search for better ones
 
 A skeleton walks tiles and knows no loss. A loss is an :class:`~.tiles.Epilogue`: a few ``@triton.jit`` functions

@@ -91,9 +91,13 @@ DEFAULTS: dict[tuple, Config] = {
     ("gradient", "ieee", 80): Config(32, 32, 0, warps=8, stages=1),
     ("margin_softmax", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
     ("declared", "statistics", "tf32", 80): Config(64, 64, 32, warps=8, stages=3),
-    ("declared_twice", "statistics", "ieee", 80): Config(64, 32, 16, warps=8, stages=3),
-    ("declared_twice", "statistics", "ieee", 90): Config(64, 32, 16, warps=8, stages=3),
-    ("declared_twice", "statistics", "ieee", 100): Config(64, 32, 16, warps=8, stages=3),
+    ("declared_large", "gradient", "half", 80): Config(64, 64, 0, warps=8, stages=2),
+    ("declared_large", "gradient", "ieee", 80): Config(32, 16, 0, warps=8, stages=1),
+    ("declared_large", "gradient", "ieee", 90): Config(32, 16, 0, warps=8, stages=1),
+    ("declared_large", "gradient", "ieee", 100): Config(32, 16, 0, warps=8, stages=1),
+    ("declared_large", "statistics", "ieee", 80): Config(64, 32, 16, warps=8, stages=3),
+    ("declared_large", "statistics", "ieee", 90): Config(64, 32, 16, warps=8, stages=3),
+    ("declared_large", "statistics", "ieee", 100): Config(64, 32, 16, warps=8, stages=3),
     ("sup_con", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
     ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
     ("hardest", "statistics", "half", 100): Config(64, 64, 64, warps=8, stages=4),
@@ -127,7 +131,7 @@ DEFAULTS = {
     (epilogue, *key): config
     for configs, epilogues in (
         (_NARROWER, ("sigmoid", "margin_contrastive", "lifted", "hardest", "declared")),
-        (_SMALL, ("batch_all", "declared_twice")),
+        (_SMALL, ("batch_all", "declared_large")),
         (_SMALLEST, ("semi_hard",)),
     )
     for epilogue in epilogues

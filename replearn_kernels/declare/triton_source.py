@@ -41,14 +41,20 @@ def epilogue_of(definition: Definition):
 def source_of(definition: Definition) -> str:
     """The text of the epilogue, a module of Python."""
     functions = _empty(definition), _reduce(definition), _merge(definition), _weights(definition)
-    twice = sum(term.kind == "logsumexp" for term in definition.terms) > 1  # by which block sizes are found
     additive = all(term.kind == "total" for term in definition.terms)
     options = [
-        '"declared_twice"' if twice else '"declared"', "empty", "reduce", "merge", "weights", f"takes_roles={bool(definition.parameters)}",
+        f'"{_block_sizes(definition)}"', "empty", "reduce", "merge", "weights", f"takes_roles={bool(definition.parameters)}",
         f"folds_columns={definition.one_sweep and definition.cls.batch}", f"additive={additive}",
     ]  # fmt: skip
     head = _HEAD.format(name=definition.name, cls=definition.cls.__name__, parameters=parameters_text(definition))
     return "\n\n".join([head, *functions, f"EPILOGUE = Epilogue({', '.join(options)})\n"])
+
+
+def _block_sizes(definition: Definition) -> str:
+    """The name by which ``triton_kernels/configs.py`` knows them: of what a block's rows and columns hold."""
+    quantities = sum(term.statistics for term in definition.terms) * (2 if definition.has_columns else 1)
+    several = sum(term.kind == "logsumexp" for term in definition.terms) > 1
+    return "declared_large" if several or quantities > 6 else "declared"
 
 
 def _writer(definition: Definition, roots: list[Expr]) -> Writer:
