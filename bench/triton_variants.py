@@ -1,4 +1,4 @@
-"""Every kernel that the engine launches, and a launch of each on tensors without data: what can be compiled without a GPU.
+"""Every kernel that the engine launches, and a launch of each on tensors without data: for compiling without a GPU.
 
 A variant is an epilogue with what one kind of tile tells it; the launchers are the library's own.
 """
@@ -76,7 +76,9 @@ class Variant:
 
     @property
     def roles(self) -> tuple[float, ...]:
-        return ROLES.get(self.epilogue, ()) if self.loss is None else (0.5,) * len(objective_of(self.loss).definition.parameters)
+        if self.loss is None:
+            return ROLES.get(self.epilogue, ())
+        return (0.5,) * len(objective_of(self.loss).definition.parameters)
 
     def kernels(self, product: str, target: str) -> list[str]:
         """Those that a GPU has a config for. "weights apart": the weights kernel that tells blocks apart."""

@@ -38,8 +38,8 @@ Call = Callable[..., Tensor]
 
 
 class Case(NamedTuple):
-    """``call(x, y, labels, scale, **options)``, and ``oracle(x, y, labels, scale)``: the loss of every row, and what the
-    mean is over. A loss of one batch leaves y alone; labels are of both. ``scaled``: the scale gets a gradient."""
+    """``call(x, y, labels, scale, **options)``, and ``oracle(x, y, labels, scale)``: the loss of every row, and what
+    the mean is over. A loss of one batch leaves y alone; labels are of both. ``scaled``: the scale gets a gradient."""
 
     call: Call
     oracle: Call
@@ -287,7 +287,8 @@ CASES = {
         lambda *inputs: hard_negatives(*inputs, beta=0.5, tau_plus=0.1), True,
     ),
     "decoupled": Case(
-        lambda x, y, labels, scale, **k: rk.decoupled_contrastive_loss(x, y, temperature=1 / scale, **k), decoupled, True
+        lambda x, y, labels, scale, **k: rk.decoupled_contrastive_loss(x, y, temperature=1 / scale, **k),
+        decoupled, True,
     ),
     "multi_positive": Case(
         lambda x, y, labels, scale, **k: rk.multi_positive_clip_loss(x, y, scale, image_group=labels, **k),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from declared_cases import CASES, Clip, Contrastive, inputs_of, leaves_of, value_and_gradients
 from metric_cases import LABELS
-from test_declare import Random
+from test_declare_expressions import Random
 from triton_harness import DTYPES, SMALL_BLOCKS, blocks_for, gpu, interpreter, relative_error, tolerance
 
 from replearn_kernels.declare import fuse
@@ -181,4 +181,4 @@ def weights(s, row, column, inputs):
 
 
 EPILOGUE = Epilogue("declared", empty, reduce, merge, weights, takes_roles=False, folds_columns=False, additive=False)
-"""
+"""  # noqa: E501

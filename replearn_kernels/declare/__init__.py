@@ -1,6 +1,7 @@
 """Losses by functions of one pair: the author writes those, gradient and kernels are derived.
 
-    expressions.py    what an author's functions are made of, and their derivatives
+    expressions.py    what an author's functions are made of
+    algebra.py        their derivatives, and what all pairs share taken out of them
     definition.py     PairLoss: what is declared, and checked
     fuse.py           the module that a declared loss becomes
     compute.py        a call of it

@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .expressions import Expr, affine, factored, mask, number, slope
+from .algebra import affine, factored, slope
+from .expressions import Expr, mask, number
 
 SIMILARITIES = ("product", "cosine", "distance", "squared_distance")
 

@@ -1,4 +1,4 @@
-"""Expressions of one pair: what an author writes, as a graph that can be differentiated and printed.
+"""Expressions of one pair: what an author writes, as a graph.
 
 An author's function is called once, with symbols for the similarity, the facts of a pair and the parameters. What it
 returns is a graph of :class:`Expr`, in which equal expressions are one object. Nothing is computed here.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 MASKS = frozenset(("fact", "always", "gt", "ge", "lt", "le", "and", "or", "not"))
 """Operations whose value is true or false."""
-_ATOMS = frozenset(("constant", "parameter", "scale", "s", "logit", "fact", "always"))
+ATOMS = frozenset(("constant", "parameter", "scale", "s", "logit", "fact", "always"))
 _OF_PAIRS = frozenset(("s", "logit", "fact"))
 _known: WeakValueDictionary = WeakValueDictionary()
 
@@ -34,8 +34,7 @@ class Expr:
     __array_ufunc__ = None  # NumPy's scalars and arrays leave the operation to us
 
     def __new__(cls, op: str, *args):
-        # 0.0 and -0.0 are equal, and NaN is not equal to itself: constants are told apart by their bits.
-        key = (op, *(struct.pack("d", a) if isinstance(a, float) else id(a) if isinstance(a, Expr) else a for a in args))
+        key = op, *map(_identity, args)
         known = _known.get(key)
         if known is None:
             known = object.__new__(cls)
@@ -149,11 +148,18 @@ class Expr:
     def __repr__(self) -> str:
         if self.op in ("s", "logit", "scale"):
             return self.op
-        if self.op in _ATOMS:
+        if self.op in ATOMS:
             return f"{self.args[0]:g}" if self.op == "constant" else str(self.args[0])
         if self.op in _SIGNS:
             return f"({self.args[0]!r} {_SIGNS[self.op]} {self.args[1]!r})"
         return f"{self.op}({', '.join(map(repr, self.args))})"
+
+
+def _identity(argument):
+    """What equal arguments have in common. Of a number its bits: 0.0 and -0.0 are equal, NaN is not equal to itself."""
+    if isinstance(argument, Expr):
+        return id(argument)
+    return struct.pack("d", argument) if isinstance(argument, float) else argument
 
 
 _SIGNS = {
@@ -333,83 +339,3 @@ _OF_TORCH = {
     torch.minimum: minimum, torch.maximum: maximum, torch.clamp: clamp, torch.where: where,
     F.logsigmoid: lambda x: negative(softplus(negative(x))),
 }  # fmt: skip
-
-
-def slope(e: Expr, x: Expr, found: dict[Expr, Expr] | None = None) -> Expr:
-    """``de / dx`` of an atom x, by the rules that torch's autograd has."""
-    found = {} if found is None else found
-    if e not in found:
-        found[e] = _slope(e, x, found)
-    return found[e]
-
-
-def _slope(e: Expr, x: Expr, found: dict[Expr, Expr]) -> Expr:
-    if e is x:
-        return number(1, "")
-    if e.op in _ATOMS or e.op == "detach" or not e.of_pair:
-        return number(0, "")
-    if e.op == "where":
-        condition, *branches = e.args
-        return where(condition, *(slope(branch, x, found) for branch in branches))
-    inner = [slope(a, x, found) for a in e.args]
-    a, d = e.args[0], inner[0]
-    match e.op:
-        case "add":
-            return d + inner[1]
-        case "subtract":
-            return d - inner[1]
-        case "negative":
-            return -d
-        case "multiply":
-            return 2 * (a * d) if a is e.args[1] else d * e.args[1] + a * inner[1]
-        case "divide":
-            return (d - e * inner[1]) / e.args[1]
-        case "minimum" | "maximum":
-            first, second = (a < e.args[1], a > e.args[1]) if e.op == "minimum" else (a > e.args[1], a < e.args[1])
-            return where(first, d, where(second, inner[1], (d + inner[1]) / 2))
-        case "exp":
-            return e * d
-        case "log":
-            return d / a
-        case "sqrt":
-            return d / (2 * e)
-        case "absolute":
-            return where(a > 0, d, where(a < 0, -d, 0))
-        case "relu":
-            return where(a <= 0, 0, d)
-        case "softplus":
-            return sigmoid(a) * d
-        case "sigmoid":
-            return e * (1 - e) * d
-    raise AssertionError(f"no rule for {e.op}")
-
-
-def factored(e: Expr) -> tuple[Expr, Expr]:
-    """(factor, rest) with ``e = factor * rest``, where the factor is a number that all pairs share."""
-    if not e.of_pair:
-        return e, number(1, "")
-    if e.op == "logit":
-        return Expr("scale"), Expr("s")
-    if e.op == "negative":
-        factor, rest = factored(e.args[0])
-        return -factor, rest
-    if e.op == "multiply":
-        (factor, rest), (other_factor, other_rest) = map(factored, e.args)
-        return factor * other_factor, rest * other_rest
-    if e.op == "divide" and not e.args[1].of_pair:
-        factor, rest = factored(e.args[0])
-        return factor / e.args[1], rest
-    return number(1, ""), e
-
-
-def affine(e: Expr) -> tuple[Expr, Expr, Expr]:
-    """(factor, rest, offset) with ``e = factor * rest + offset``, where only the rest is of the pair."""
-    factor, rest = factored(e)
-    if rest.op not in ("add", "subtract") or all(a.of_pair for a in rest.args):
-        return factor, rest, number(0, "")
-    a, b = rest.args
-    if rest.op == "subtract":
-        b = -b
-    shared, of_pair = (a, b) if b.of_pair else (b, a)
-    inner, rest, offset = affine(of_pair)
-    return factor * inner, rest, factor * (offset + shared)

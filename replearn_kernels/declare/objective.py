@@ -7,9 +7,10 @@ and upstream gradients g::
     W_ij = sum_k c_ki f_k'(l_ij)                                        of totals
          + sum_k c_ki exp(f_k(l_ij) - t_ki) f_k'(l_ij)                  of log-sum-exps
 
-over the pairs that are in the term; in a batch, and of a symmetric loss, the same of the column too. ``f_k`` is kept as
-``factor * rest + offset``: tables are of ``v = sign(factor) rest``, so that no logit is rounded before the largest is
-taken from it (objectives/softmax.py). The author's formula runs in fp64, where ``|factor| max + log sum`` loses nothing.
+over the pairs that are in the term; in a batch, and of a symmetric loss, the same of the column too. ``f_k`` is kept
+as ``factor * rest + offset``: tables are of ``v = sign(factor) rest``, so that no logit is rounded before the largest
+is taken from it (objectives/softmax.py). The author's formula runs in fp64, where ``|factor| max + log sum`` loses
+nothing.
 
     statistics     one after the other: a total's sum; a log-sum-exp's max of v and sum of exp(|factor| (v - max))
     coefficients   a total's weight c; a log-sum-exp's max, log_sum and weight; nothing of a term without a slope
@@ -61,7 +62,8 @@ class Declared(Objective):
     @property
     def loss(self) -> PairLoss:
         """The author's object."""
-        return self.definition.cls(**dict(self.definition.options), **dict(zip(self.definition.parameters, self.values)))
+        parameters = zip(self.definition.parameters, self.values)
+        return self.definition.cls(**dict(self.definition.options), **dict(parameters))
 
     @property
     def epilogue(self):
@@ -232,7 +234,9 @@ def _empty(terms: tuple[Term, ...], count: int, like: Tensor) -> Tensor:
     return table
 
 
-def _gradients(formula: Callable[[list[Tensor]], Tensor], values: list[Tensor], grad_rows: Tensor) -> tuple[Tensor, ...]:
+def _gradients(
+    formula: Callable[[list[Tensor]], Tensor], values: list[Tensor], grad_rows: Tensor
+) -> tuple[Tensor, ...]:
     """``sum_i grad_i d formula_i`` in each of the values."""
     leaves = [value.requires_grad_() for value in values]
     # Within a registered operator autograd is off, whatever its mode says: PyTorch takes it out of the dispatcher

@@ -1,7 +1,7 @@
 """A declared loss printed as functions of tensors; what they are written in.
 
-Facts are ``[R, C]`` bool, or True or False where all pairs of a tile are alike; numbers that all pairs share are Python's
-or 0-d tensors.
+Facts are ``[R, C]`` bool, or True or False where all pairs of a tile are alike; numbers that all pairs share are
+Python's or 0-d tensors.
 """
 
 from __future__ import annotations

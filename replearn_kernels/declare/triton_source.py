@@ -41,13 +41,17 @@ def epilogue_of(definition: Definition):
 def source_of(definition: Definition) -> str:
     """The text of the epilogue, a module of Python."""
     functions = _empty(definition), _reduce(definition), _merge(definition), _weights(definition)
-    additive = all(term.kind == "total" for term in definition.terms)
-    options = [
-        f'"{_block_sizes(definition)}"', "empty", "reduce", "merge", "weights", f"takes_roles={bool(definition.parameters)}",
-        f"folds_columns={definition.one_sweep and definition.cls.batch}", f"additive={additive}",
-    ]  # fmt: skip
-    head = _HEAD.format(name=definition.name, cls=definition.cls.__name__, parameters=parameters_text(definition))
-    return "\n\n".join([head, *functions, f"EPILOGUE = Epilogue({', '.join(options)})\n"])
+    options = {
+        "takes_roles": bool(definition.parameters),
+        "folds_columns": definition.one_sweep and definition.cls.batch,
+        "additive": all(term.kind == "total" for term in definition.terms),
+    }
+    arguments = f'"{_block_sizes(definition)}"', "empty", "reduce", "merge", "weights"
+    epilogue = ", ".join([*arguments, *(f"{name}={value}" for name, value in options.items())])
+    head = _HEAD.format(
+        name=definition.name, cls=definition.cls.__name__, parameters=parameters_text(definition)
+    )
+    return "\n\n".join([head, *functions, f"EPILOGUE = Epilogue({epilogue})\n"])
 
 
 def _block_sizes(definition: Definition) -> str:

@@ -68,7 +68,7 @@ def circle_loss(
         labels: integers ``[N]``; any values: -1 is a label as any other, and none is ignored.
         margin: a cosine; the paper's m, with 0.25 for faces and 0.4 for retrieval. Default 0.4.
         gamma: the scale, positive; the paper's 256 for faces and 80 for retrieval. Default 80.
-        reduction: "mean" over the rows that have a positive and a negative, "sum", or "none": ``[N]``, 0 for the others.
+        reduction: "mean" over the rows that have a positive and a negative, "sum", or "none": ``[N]``, 0 for others.
         normalize: L2-normalise the embeddings first. False: they are normalised. Default True.
         backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of similarities that may be kept for the backward pass. Default 256 MiB; 0 keeps none.

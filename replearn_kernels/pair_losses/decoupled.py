@@ -79,10 +79,10 @@ def decoupled_contrastive_loss(
     z_i, z_j = check_pair({"z_i": z_i, "z_j": z_j})
     validation.check_same_rows("z_i", z_i, "z_j", z_j)
     sample = own_samples(z_i.shape[0], z_i, group).repeat(2)
+    logit_scale = validation.check_temperature("temperature", temperature, z_i)
     return batch_loss(
-        Decoupled(), stacked(z_i, z_j), sample, logit_scale=validation.check_temperature("temperature", temperature, z_i),
-        reduction=reduction, normalize=normalize, backend=backend, memory_budget=memory_budget, group=group,
-        strategy=strategy,
+        Decoupled(), stacked(z_i, z_j), sample, logit_scale=logit_scale, reduction=reduction, normalize=normalize,
+        backend=backend, memory_budget=memory_budget, group=group, strategy=strategy,
     )  # fmt: skip
 
 

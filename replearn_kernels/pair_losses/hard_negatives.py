@@ -95,7 +95,8 @@ def hard_negative_loss(
         group, strategy: as in :func:`~replearn_kernels.info_nce_loss`.
 
     Returns:
-        The loss, in fp32 (fp64 for fp64 inputs); 0 of a query without negatives. Without queries 0, with zero gradients.
+        The loss, in fp32 (fp64 for fp64 inputs); 0 of a query without negatives. Without queries 0, with zero
+        gradients.
 
     Raises:
         TypeError: an argument is not of the type or dtype above, or the features differ in dtype.

@@ -1,0 +1,85 @@
+"""What is done with expressions: their derivative, and what all pairs share taken out of them."""
+
+from __future__ import annotations
+
+from .expressions import ATOMS, Expr, number, sigmoid, where
+
+
+def slope(e: Expr, x: Expr, found: dict[Expr, Expr] | None = None) -> Expr:
+    """``de / dx`` of an atom x, by the rules that torch's autograd has."""
+    found = {} if found is None else found
+    if e not in found:
+        found[e] = _slope(e, x, found)
+    return found[e]
+
+
+def _slope(e: Expr, x: Expr, found: dict[Expr, Expr]) -> Expr:
+    if e is x:
+        return number(1, "")
+    if e.op in ATOMS or e.op == "detach" or not e.of_pair:
+        return number(0, "")
+    if e.op == "where":
+        condition, *branches = e.args
+        return where(condition, *(slope(branch, x, found) for branch in branches))
+    inner = [slope(a, x, found) for a in e.args]
+    a, d = e.args[0], inner[0]
+    match e.op:
+        case "add":
+            return d + inner[1]
+        case "subtract":
+            return d - inner[1]
+        case "negative":
+            return -d
+        case "multiply":
+            return 2 * (a * d) if a is e.args[1] else d * e.args[1] + a * inner[1]
+        case "divide":
+            return (d - e * inner[1]) / e.args[1]
+        case "minimum" | "maximum":
+            first, second = (a < e.args[1], a > e.args[1]) if e.op == "minimum" else (a > e.args[1], a < e.args[1])
+            return where(first, d, where(second, inner[1], (d + inner[1]) / 2))
+        case "exp":
+            return e * d
+        case "log":
+            return d / a
+        case "sqrt":
+            return d / (2 * e)
+        case "absolute":
+            return where(a > 0, d, where(a < 0, -d, 0))
+        case "relu":
+            return where(a <= 0, 0, d)
+        case "softplus":
+            return sigmoid(a) * d
+        case "sigmoid":
+            return e * (1 - e) * d
+    raise AssertionError(f"no rule for {e.op}")
+
+
+def factored(e: Expr) -> tuple[Expr, Expr]:
+    """(factor, rest) with ``e = factor * rest``, where the factor is a number that all pairs share."""
+    if not e.of_pair:
+        return e, number(1, "")
+    if e.op == "logit":
+        return Expr("scale"), Expr("s")
+    if e.op == "negative":
+        factor, rest = factored(e.args[0])
+        return -factor, rest
+    if e.op == "multiply":
+        (factor, rest), (other_factor, other_rest) = map(factored, e.args)
+        return factor * other_factor, rest * other_rest
+    if e.op == "divide" and not e.args[1].of_pair:
+        factor, rest = factored(e.args[0])
+        return factor / e.args[1], rest
+    return number(1, ""), e
+
+
+def affine(e: Expr) -> tuple[Expr, Expr, Expr]:
+    """(factor, rest, offset) with ``e = factor * rest + offset``, where only the rest is of the pair."""
+    factor, rest = factored(e)
+    if rest.op not in ("add", "subtract") or all(a.of_pair for a in rest.args):
+        return factor, rest, number(0, "")
+    a, b = rest.args
+    if rest.op == "subtract":
+        b = -b
+    shared, of_pair = (a, b) if b.of_pair else (b, a)
+    inner, rest, offset = affine(of_pair)
+    return factor * inner, rest, factor * (offset + shared)
