@@ -56,6 +56,23 @@ CASES = {
     },
 }  # fmt: skip
 
+DECLARED = {
+    "circle": lambda x, y, labels, scale, **k: rk.circle_loss(x, labels, **k),
+    "multi_similarity": lambda x, y, labels, scale, **k: rk.multi_similarity_loss(x, labels, **k),
+    "decoupled": lambda x, y, labels, scale, **k: rk.decoupled_contrastive_loss(
+        x, y, temperature=1 / max(scale, 1e-3), **k
+    ),
+    "hard_negative": lambda x, y, labels, scale, **k: rk.hard_negative_loss(x, y, logit_scale=scale, **k),
+    "debiased": lambda x, y, labels, scale, **k: rk.hard_negative_loss(
+        x, y, beta=0.5, tau_plus=0.05, logit_scale=scale, **k
+    ),
+    "multi_positive": lambda x, y, labels, scale, **k: rk.multi_positive_clip_loss(
+        x, y, scale, image_group=labels, **k
+    ),
+}
+"""Without passes in C++."""
+CASES |= DECLARED
+
 
 def value_and_gradients(name: str, x: Tensor, y: Tensor, labels: Tensor, scale: float, **options) -> list[Tensor]:
     """The loss summed, and its gradients for x and y (zeros where a loss leaves one alone), in fp64."""

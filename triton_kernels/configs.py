@@ -64,7 +64,8 @@ class Config:
 #   where SupCon's 64 columns a thread each have a group of two registers. There the margin's transposed gradients,
 #   whose 64 rows a thread each have a class and four coefficients, spill at 128 x 64. The "ieee" weights over
 #   distances and of sigmoids spill on sm_90, where the assembler stops at 128 registers, and on sm_100 the hardest
-#   pairs' statistics, four of each column.
+#   pairs' statistics, four of each column. Of declared losses, whose epilogues are printed, "declared" have up to six
+#   quantities of rows and columns and one log-sum-exp, "declared_large" more.
 DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),
@@ -91,13 +92,15 @@ DEFAULTS: dict[tuple, Config] = {
     ("gradient", "ieee", 80): Config(32, 32, 0, warps=8, stages=1),
     ("margin_softmax", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
     ("declared", "statistics", "tf32", 80): Config(64, 64, 32, warps=8, stages=3),
-    ("declared_large", "gradient", "half", 80): Config(64, 64, 0, warps=8, stages=2),
-    ("declared_large", "gradient", "ieee", 80): Config(32, 16, 0, warps=8, stages=1),
-    ("declared_large", "gradient", "ieee", 90): Config(32, 16, 0, warps=8, stages=1),
-    ("declared_large", "gradient", "ieee", 100): Config(32, 16, 0, warps=8, stages=1),
-    ("declared_large", "statistics", "ieee", 80): Config(64, 32, 16, warps=8, stages=3),
-    ("declared_large", "statistics", "ieee", 90): Config(64, 32, 16, warps=8, stages=3),
-    ("declared_large", "statistics", "ieee", 100): Config(64, 32, 16, warps=8, stages=3),
+    **{
+        ("declared_large", kernel, kind, arch): config
+        for (kernel, kind), config in {
+            ("statistics", "ieee"): Config(32, 32, 16, warps=8, stages=3),
+            ("gradient", "half"): Config(64, 64, 0, warps=8, stages=2),
+            ("gradient", "ieee"): Config(32, 16, 0, warps=4, stages=1),
+        }.items()
+        for arch in (80, 90, 100)
+    },
     ("sup_con", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
     ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
     ("hardest", "statistics", "half", 100): Config(64, 64, 64, warps=8, stages=4),
