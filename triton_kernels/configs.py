@@ -92,15 +92,13 @@ DEFAULTS: dict[tuple, Config] = {
     ("gradient", "ieee", 80): Config(32, 32, 0, warps=8, stages=1),
     ("margin_softmax", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
     ("declared", "statistics", "tf32", 80): Config(64, 64, 32, warps=8, stages=3),
-    **{
-        ("declared_large", kernel, kind, arch): config
-        for (kernel, kind), config in {
-            ("statistics", "ieee"): Config(32, 32, 16, warps=8, stages=3),
-            ("gradient", "half"): Config(64, 64, 0, warps=8, stages=2),
-            ("gradient", "ieee"): Config(32, 16, 0, warps=4, stages=1),
-        }.items()
-        for arch in (80, 90, 100)
-    },
+    ("declared_large", "statistics", "ieee", 80): Config(64, 32, 16, warps=8, stages=3),
+    ("declared_large", "statistics", "ieee", 90): Config(32, 32, 16, warps=8, stages=3),
+    ("declared_large", "statistics", "ieee", 100): Config(64, 32, 16, warps=8, stages=3),
+    **{("declared_large", "gradient", "ieee", arch): Config(32, 16, 0, warps=4, stages=1) for arch in (80, 90, 100)},
+    ("declared_large", "gradient", "half", 80): Config(64, 32, 0, warps=8, stages=2),
+    ("declared_large", "gradient", "half", 90): Config(64, 32, 0, warps=8, stages=2),
+    ("declared_large", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
     ("sup_con", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
     ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
     ("hardest", "statistics", "half", 100): Config(64, 64, 64, warps=8, stages=4),
