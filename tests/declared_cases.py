@@ -113,6 +113,22 @@ class Squares(PairLoss):
 
 
 @dataclass(frozen=True)
+class Margin(PairLoss):
+    """The positive's cosine less a margin: the loss reads the scale itself."""
+
+    margin: float = 0.2
+
+    scaled = True
+
+    def terms(self, logit, pair):
+        return {"rest": logsumexp(logit, where=~pair.target), "own": total(logit, where=pair.target)}
+
+    def loss(self, row):
+        own = row.own - self.margin * row.logit_scale
+        return torch.logaddexp(own, row.rest) - own
+
+
+@dataclass(frozen=True)
 class Everything(PairLoss):
     """Every function that an author can write."""
 
@@ -199,7 +215,7 @@ def hard_negatives(x, y, labels, scale, beta=1.0, tau_plus=0.0):
         importance = (beta * negative).exp()
         g = (importance * negative.exp()).sum() / importance.mean()
         if tau_plus:
-            g = ((g - tau_plus * count * positive) / (1 - tau_plus)).clamp(min=count * math.exp(-float(scale.detach())))
+            g = ((g - tau_plus * count * positive) / (1 - tau_plus)).clamp(min=count * (-scale).exp())
         losses.append(-(positive / (positive + g)).log())
     return _rows(x, losses), len(x)
 
@@ -237,6 +253,14 @@ def _siglip(x, y, labels, scale, by_group=False):
     for i in range(len(x)):
         signs = [-1.0 if (labels[j] == labels[i] if by_group else j == i) else 1.0 for j in range(len(y))]
         losses.append(_log1p_exp(torch.tensor(signs, dtype=x.dtype) * logits[i]).sum())
+    return _rows(x, losses), len(x)
+
+
+def _margin(x, y, labels, scale, margin=0.2):
+    s, losses = x @ y.t(), []
+    for i in range(len(x)):
+        logits = scale * (s[i] - margin * torch.eye(len(y), dtype=x.dtype)[i])
+        losses.append(logits.logsumexp(0) - logits[i])
     return _rows(x, losses), len(x)
 
 
@@ -299,6 +323,7 @@ CASES = {
     "toy siglip by group": Case(
         _of_pairs(SigLip(), by_group=True), lambda *inputs: _siglip(*inputs, by_group=True), True
     ),
+    "toy margin": Case(_of_pairs(Margin()), _margin, True),
     "toy contrastive": Case(_of_batch(Contrastive(1.3)), _contrastive, batch=True),
     "toy contrastive, plain": Case(
         _of_batch(Contrastive(1.3, squared=False)), lambda *inputs: _contrastive(*inputs, squared=False), batch=True

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from declared_cases import Contrastive, SigLip, Squares
+from declared_cases import Contrastive, Margin, SigLip, Squares
 from torch import Tensor
 
 from replearn_kernels import (
@@ -141,6 +141,7 @@ LOSSES = {
         b.x, b.y, beta=0.3, tau_plus=0.05, target=b.target, logit_scale=b.scale.detach(), **k
     ),
     "multi_positive": lambda b, **k: multi_positive_clip_loss(b.x, b.y, b.scale, image_group=b.labels, **k),
+    "declared_with_a_margin": lambda b, **k: fuse(Margin(), **k)(b.x, b.y, b.scale),
     "declared_in_one_sweep": lambda b, **k: fuse(SigLip(), **k)(
         b.x, b.y, b.scale, query_group=b.labels, key_group=b.labels
     ),

@@ -35,6 +35,9 @@ EIGHTS = LABELS["eights"]
 # -- definitions ----------------------------------------------------------------------------------------------------
 
 
+LEARNED = torch.ones((), requires_grad=True)
+
+
 def declared(terms, loss=None, **attributes):
     """An instance of a loss with these terms, its fields a = 0.5 (a parameter) and flag = True (an option)."""
     members = {"terms": terms, "__annotations__": {"a": "float", "flag": "bool"}, "a": 0.5, "flag": True, **attributes}
@@ -57,8 +60,8 @@ def one(expression):
         (lambda: declared(one(lambda self, s, p: s * torch.ones(3))), r"tensor of shape \(3,\).*float field"),
         (lambda: declared(one(lambda self, s, p: torch.ones(3) * s)), r"tensor of shape \(3,\).*float field"),
         (lambda: declared(one(lambda self, s, p: torch.sin(s))), "terms.. cannot take torch's sin: use"),
-        (lambda: declared(one(lambda self, s, p: s.mul_(2))), "no 'mul_': in-place operations change no expression"),
-        (lambda: declared(one(lambda self, s, p: s.tanh())), "no 'tanh': use"),
+        (lambda: declared(one(lambda self, s, p: s.mul_(2))), "no method 'mul_': in-place operations change"),
+        (lambda: declared(one(lambda self, s, p: s.tanh())), "no method 'tanh': use"),
         (lambda: declared(one(lambda self, s, p: s**1.5)), r"\*\* takes the exponents"),
         (lambda: declared(one(lambda self, s, p: s / 0)), "divided by 0"),
         (lambda: declared(one(lambda self, s, p: p.same * s)), r"takes numbers, got the condition same"),
@@ -66,9 +69,27 @@ def one(expression):
         (lambda: declared(one(lambda self, s, p: s & p.same)), "& takes conditions"),
         (lambda: declared(one(lambda self, s, p: where(p.same & (self.a > 0), s, 0))), "is the same for all pairs"),
         (lambda: declared(lambda self, s, p: {"t": total(s, where=sqrt(2) < 1)}), "takes conditions|holds for no pair"),
-        (lambda: declared(one(lambda self, s, p: total(s))), "total of a total: a term is of one pair"),
-        (lambda: declared(one(lambda self, s, p: s - logsumexp(s))), "takes expressions and numbers, got Reduction"),
-        (lambda: declared(lambda self, s, p: {"t": total(s) + total(s)}), "unsupported operand|has no"),
+        (lambda: declared(one(lambda self, s, p: total(s))), "a total is a sum.*return it as a term"),
+        (lambda: declared(one(lambda self, s, p: s - logsumexp(s))), "a logsumexp is a sum.*return it as a term"),
+        (lambda: declared(lambda self, s, p: {"t": total(s) / total(1)}), "a total is a sum.*return it as a term"),
+        (lambda: declared(lambda self, s, p: {"t": torch.exp(total(s))}), "a total is a sum.*return it as a term"),
+        (lambda: declared(lambda self, s, p: {"t": total(s).mean()}), "a total is a sum.*return it as a term"),
+        (lambda: declared(one(lambda self, s, p: where(p.same and s > 0, s, 0))), "join conditions by & . ~"),
+        (lambda: declared(one(lambda self, s, p: max(s, 0))), r"maximum\(a, b\)"),
+        (lambda: declared(one(lambda self, s, p: s.exp())), r"no method 'exp': write exp\(x\)"),
+        (lambda: declared(one(lambda self, s, p: s[0])), "one value of one pair, not a sequence"),
+        (lambda: declared(one(lambda self, s, p: where(s == 1, s, 0))), "conditions are made of >"),
+        (lambda: declared(one(lambda self, s, p: where(p.positive, s, 0))), "pair has no 'positive': there are"),
+        (lambda: declared(one(lambda self, s, p: where(torch.ones(3) > 0, s, 0))), r"tensor of shape \(3,\)"),
+        (lambda: declared(one(lambda self, s, p: s), scale=True), "did you mean scaled"),
+        (lambda: declared(one(lambda self, s, p: s), similarity="distance", batch=True, scaled=True), "no logit_scale"),
+        (lambda: declared(one(lambda self, s, p: s), lambda self, row, column: row.t), r"define loss\(self, row\)"),
+        (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t, symmetric=True), "loss.self, row, col"),
+        (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t - row.t[0]), "mixes rows"),
+        (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t / row.t.mean().detach()), "mixes rows"),
+        (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t.cumsum(0)), "mixes rows"),
+        (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t.detach()), "no gradient in any term"),
+        (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t * LEARNED), "learns no parameters but"),
         (lambda: declared(lambda self, s, p: {"t": s}), r"t must be total\(...\) or logsumexp"),
         (lambda: declared(lambda self, s, p: total(s)), "must return a dict of terms"),
         (lambda: declared(lambda self, s, p: {}), "must return a dict of terms"),

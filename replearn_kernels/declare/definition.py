@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -39,7 +41,7 @@ class PairLoss:
 
         @dataclass(frozen=True)
         class Circle(PairLoss):
-            margin: float = 0.25
+            margin: float = 0.4
             gamma: float = 80.0
             batch, similarity = True, "cosine"
 
@@ -68,15 +70,15 @@ class PairLoss:
     def loss(self, row, column=None) -> Tensor:
         """The loss of every row, ``[N]``, of the terms of its own pairs: ``row.name``, ``[N]`` in fp64. Plain torch.
 
-        A scaled loss finds the scale in ``row.logit_scale``, without gradient: what depends on the scale but through
-        the logits gets none.
+        A scaled loss finds the scale in ``row.logit_scale``.
 
         Default: the sum of the terms. Then, and if all are totals, one sweep over the pairs yields loss and gradients.
         """
         raise AssertionError("a loss that is the sum of its terms has no formula of its own")
 
     def counted(self, row) -> Tensor:
-        """The rows that the mean is over, ``[N]``, true or a weight. Default: all."""
+        """What the mean divides by, ``[N]``, true or false or a number: it is ``sum(loss) / max(1, sum(counted))``.
+        A row that is not counted should have the loss 0. Default: the number of rows."""
         raise AssertionError("a mean over all rows has no formula of its own")
 
 
@@ -84,10 +86,13 @@ class Facts:
     """What is known of a pair, as conditions.
 
     ``every``: all pairs. ``target``: the row's own column. ``same``: of one group (label, or id); where there are no
-    groups, the target. ``other``: all others. In a batch no row is in a pair with itself.
+    groups, the target. ``other``: those that are not ``same``. In a batch no row is in a pair with itself.
     """
 
     every, target, same, other = (Expr("fact", name) for name in ("every", "target", "same", "other"))
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"pair has no {name!r}: there are pair.every, pair.target, pair.same and pair.other")
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,22 @@ class Reduction:
     over: Expr  # a condition
 
     def __getattr__(self, name: str):
-        raise AttributeError(
-            f"a {self.kind} has no {name!r}: terms() returns sums as they are, and loss() computes with their values"
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse()
+
+    def _refuse(self, *others):
+        raise TypeError(
+            f"a {self.kind} is a sum over a row's pairs, with which terms() cannot compute: return it as a term, and "
+            "compute with its value, row.name, in loss()"
         )
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __pow__ = __neg__ = __abs__ = __gt__ = __ge__ = __lt__ = __le__ = __bool__ = __float__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        next(a for a in args if isinstance(a, Reduction))._refuse()
 
 
 def total(of, where: Expr = Facts.every) -> Reduction:
@@ -119,11 +137,6 @@ def logsumexp(of, where: Expr = Facts.every) -> Reduction:
 
 
 def _reduction(kind: str, of, where) -> Reduction:
-    if isinstance(of, Reduction):
-        raise TypeError(
-            f"{kind} of a {of.kind}: a term is of one pair, and cannot hold another term, which is of all of a row's "
-            "pairs. Return both from terms(), and compute with their values in loss()"
-        )
     over = mask(where, f"{kind}(where=...)")
     if over.op == "always" and not over.args[0]:
         raise ValueError(f"{kind}(where=...): the condition holds for no pair")
@@ -221,7 +234,7 @@ class Definition:
         """What the author sees of the rows."""
         values = dict(zip((term.name for term in self.terms), of_rows))
         if self.cls.scaled:
-            values["logit_scale"] = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
+            values["logit_scale"] = logit_scale
         return Values(values)
 
 
@@ -268,7 +281,7 @@ def definition_of(cls: type[PairLoss], options: tuple[bool | int | str, ...]) ->
         object.__setattr__(symbolic, name, value)
     variable = Expr("logit" if cls.scaled else "s")
     # The engine's similarities are larger the nearer two rows are: distances come negative.
-    reductions = symbolic.terms(-variable if "distance" in cls.similarity else variable, Facts)
+    reductions = symbolic.terms(-variable if "distance" in cls.similarity else variable, Facts())
     _check_reductions(cls, reductions)
     terms = tuple(Term.of(name, reduction, variable) for name, reduction in reductions.items())
     facts = frozenset().union(*(_facts_of(e) for r in reductions.values() for e in (r.of, r.over)))
@@ -310,13 +323,19 @@ def _check_class(cls: type[PairLoss]) -> None:
         raise TypeError(f"a declared loss is a PairLoss, got {cls.__name__}")
     if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):
         raise TypeError(f"{cls.__name__} must be a frozen dataclass: write @dataclass(frozen=True) above it")
+    known = ("batch", "scaled", "symmetric", "similarity", "terms", "loss", "counted")
+    for name in vars(cls).keys() - set(known):
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            raise TypeError(f"{cls.__name__}.{name} is nothing that PairLoss knows: did you mean {near[0]}?")
     for name in ("batch", "scaled", "symmetric"):
         if not isinstance(getattr(cls, name), bool):
             raise TypeError(f"{cls.__name__}.{name} must be a bool, got {getattr(cls, name)!r}")
     if cls.similarity not in SIMILARITIES:
         raise ValueError(f"{cls.__name__}.similarity must be one of {', '.join(SIMILARITIES)}, got {cls.similarity!r}")
-    if "distance" in cls.similarity and (cls.scaled or not cls.batch):
-        raise ValueError(f"{cls.__name__}: distances are those of a batch (batch = True), without a logit_scale")
+    if "distance" in cls.similarity and not cls.batch:
+        raise ValueError(f"{cls.__name__}: distances are those of a batch: set batch = True, or take products")
+    if "distance" in cls.similarity and cls.scaled:
+        raise ValueError(f"{cls.__name__}: distances take no logit_scale: leave scaled out, and use a float field")
     if cls.symmetric and cls.batch:
         raise ValueError(f"{cls.__name__}: the columns of a batch are its rows: leave symmetric out")
     if cls.symmetric and cls.loss is PairLoss.loss:
@@ -353,24 +372,58 @@ def check_formulas(loss: PairLoss) -> None:
         number(getattr(loss, name), f"{cls.__name__}.{name}")
         if not math.isfinite(getattr(loss, name)):
             raise ValueError(f"{cls.__name__}.{name} must be finite, got {getattr(loss, name)}")
-    terms = definition_of(cls, tuple(getattr(loss, name) for name in options)).terms
-    row, column = ({term.name: _made_up(place) for place, term in enumerate(terms)} for _ in range(2))
-    scale = {"logit_scale": 1.0} if cls.scaled else {}
+    definition = definition_of(cls, tuple(getattr(loss, name) for name in options))
+    if cls.counted is not PairLoss.counted:
+        counted = loss.counted(definition.values_of_rows(_made_up(definition), _leaf(1.3)))
+        _check_shape(f"{cls.__name__}.counted", counted)
+    if cls.loss is not PairLoss.loss:
+        _check_signature(cls)
+        _check_losses(loss, definition)
+
+
+def _check_signature(cls: type[PairLoss]) -> None:
+    taken = len(inspect.signature(cls.loss).parameters) - 1
+    if taken != 1 + cls.symmetric:
+        wanted = "loss(self, row, column)" if cls.symmetric else "loss(self, row)"
+        raise TypeError(f"{cls.__name__}.symmetric is {cls.symmetric}: define {wanted}")
+
+
+def _check_losses(loss: PairLoss, definition: Definition) -> None:
+    """One differentiable value for each of three rows, of that row's terms alone."""
+    name = f"{type(loss).__name__}.loss"
+    row, column = _made_up(definition), _made_up(definition) if type(loss).symmetric else []
+    leaves, scale = [*row, *column], _leaf(1.3)
     with torch.enable_grad():
-        if cls.counted is not PairLoss.counted:
-            _check_values(f"{cls.__name__}.counted", loss.counted(Values(row | scale)), None)
-        if cls.loss is not PairLoss.loss:
-            of_column = [Values(column)] if cls.symmetric else []
-            losses = loss.loss(Values(row | scale), *of_column)
-            _check_values(f"{cls.__name__}.loss", losses, [*row.values(), *column.values()])
+        losses = definition.row_losses(loss, row, column, scale)
+    _check_shape(name, losses)
+    if not losses.dtype.is_floating_point:
+        raise TypeError(f"{name} must return floating-point losses, got {losses.dtype}")
+    if not losses.requires_grad:
+        raise ValueError(f"{name} has no gradient in any term: it detaches all of them, or leaves torch")
+    if any(leaf is not scale and all(leaf is not known for known in leaves) for leaf in _leaves_of(losses)):
+        raise TypeError(
+            f"{name} reads a tensor that requires a gradient and is none of its terms, which would get none: "
+            "a declared loss learns no parameters but logit_scale"
+        )
+    for i in range(3):  # a row's terms moved, the other rows stay
+        with torch.no_grad():
+            moved = [leaf + torch.eye(3, dtype=leaf.dtype)[i] / 8 for leaf in leaves]
+            change = definition.row_losses(loss, moved[: len(row)], moved[len(row) :], scale) - losses
+        if change[torch.arange(3) != i].nan_to_num().any():
+            raise ValueError(f"{name} mixes rows: the loss of a row may depend on that row's terms alone")
 
 
-def _made_up(place: int) -> Tensor:
-    return torch.linspace(0.2 + place / 8, 0.9 + place / 8, 3, dtype=torch.float64).requires_grad_()
+def _made_up(definition: Definition) -> list[Tensor]:
+    """Values of the terms of three rows."""
+    start = torch.linspace(0.2, 0.9, 3, dtype=torch.float64)
+    return [_leaf(start + place / 8) for place in range(len(definition.terms))]
 
 
-def _check_values(name: str, values: Tensor, leaves: list[Tensor] | None) -> None:
-    """One value for each of three rows; ``leaves``: of which a row's loss may depend on its own alone."""
+def _leaf(value: float | Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).clone().requires_grad_()
+
+
+def _check_shape(name: str, values: Tensor) -> None:
     if not isinstance(values, Tensor):
         raise TypeError(f"{name} must return a tensor, one value for every row, got {type(values).__name__}")
     if values.shape != (3,):
@@ -378,11 +431,16 @@ def _check_values(name: str, values: Tensor, leaves: list[Tensor] | None) -> Non
             f"{name} must return one value for every row, [N], got shape {tuple(values.shape)} for N = 3: "
             "the mean or sum over the rows is the caller's, by reduction="
         )
-    if leaves is None:
-        return
-    if not values.dtype.is_floating_point:
-        raise TypeError(f"{name} must return floating-point losses, got {values.dtype}")
-    if values.requires_grad:
-        of_first = torch.autograd.grad(values[0], leaves, allow_unused=True)
-        if any((grad[1:].abs() > 0).any() for grad in of_first if grad is not None):
-            raise ValueError(f"{name} mixes rows: the loss of a row may depend on that row's terms alone")
+
+
+def _leaves_of(result: Tensor) -> Iterator[Tensor]:
+    """The tensors that autograd would give a gradient to."""
+    nodes, seen = [result.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes += [following for following, _ in node.next_functions]

@@ -83,6 +83,9 @@ class Expr:
     def __pow__(self, exponent):
         return power(self, exponent)
 
+    def __rpow__(self, base):
+        return exp(multiply(log(base), self))
+
     def __neg__(self):
         return negative(self)
 
@@ -116,7 +119,8 @@ class Expr:
     def __bool__(self):
         raise TypeError(
             f"{self} has no truth value when a loss is declared: terms() is called once, not for every pair. "
-            "Write where(condition, a, b); an option that steers Python must be a bool, int or str field"
+            "Write where(condition, a, b), minimum(a, b) or maximum(a, b), and join conditions by & | ~ in place of "
+            "and, or, not; an option that steers Python must be a bool, int or str field"
         )
 
     def __float__(self):
@@ -124,26 +128,42 @@ class Expr:
 
     __int__ = __index__ = __float__
 
-    def __iter__(self):
+    def __iter__(self, *key):
         raise TypeError(f"{self} is one value of one pair, not a sequence")
+
+    __getitem__ = __iter__
+
+    def __eq__(self, other):
+        if self is other or isinstance(other, Expr):  # equal expressions are one object
+            return self is other
+        raise TypeError(f"{self} == {other!r}: conditions are made of >, >=, < and <=")
+
+    __hash__ = object.__hash__
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        hint = "in-place operations change no expression: " if name.endswith("_") else ""
-        raise AttributeError(f"an expression of a pair has no {name!r}: {hint}use {FUNCTIONS}")
+        if name.endswith("_"):
+            hint = f"in-place operations change no expression: use {FUNCTIONS}"
+        elif name in FUNCTIONS:
+            hint = f"write {name}(x)"
+        else:
+            hint = f"use {FUNCTIONS}"
+        raise AttributeError(f"an expression of a pair has no method {name!r}: {hint}")
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         """torch.exp(s) is exp(s), and so on for all functions that there are here."""
         ours = _OF_TORCH.get(function)
-        if ours is None or kwargs:
-            name = getattr(function, "__name__", str(function))
-            tensor = next((a for a in args if isinstance(a, Tensor)), None)
-            if tensor is not None:
+        name = getattr(function, "__name__", str(function))
+        for tensor in args:
+            if isinstance(tensor, Tensor):
                 number(tensor, name)
-            raise TypeError(f"terms() cannot take torch's {name}{' with keywords' if kwargs else ''}: use {FUNCTIONS}")
-        return ours(*args)
+        # What torch's own functions fill in: relu(x, inplace=False), softplus(x, beta=1, threshold=20).
+        kwargs = {name: value for name, value in (kwargs or {}).items() if (name, value) != ("inplace", False)}
+        if ours is None or (kwargs and ours is not clamp):
+            raise TypeError(f"terms() cannot take torch's {name}{' with keywords' if ours else ''}: use {FUNCTIONS}")
+        return ours(*args, **kwargs)
 
     def __repr__(self) -> str:
         if self.op in ("s", "logit", "scale"):
@@ -183,6 +203,8 @@ def number(value, where: str) -> Expr:
             f"{where} got a tensor of shape {tuple(value.shape)}: a declared loss cannot hold tensors. A number that "
             "all pairs share is a float field of the loss"
         )
+    if hasattr(value, "_refuse"):  # a sum over pairs
+        value._refuse()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{where} takes expressions and numbers, got {type(value).__name__}")
     return Expr("constant", float(value))
@@ -192,7 +214,8 @@ def mask(value, where: str) -> Expr:
     """A condition."""
     if isinstance(value, Expr) and value.is_mask:
         return value
-    raise TypeError(f"{where} takes conditions (pair.same, s > 0.5, ...), got {value!r}")
+    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise TypeError(f"{where} takes conditions (pair.same, s > 0.5, ...), got {got}")
 
 
 _MIRRORED = {"gt": "lt", "lt": "gt", "ge": "le", "le": "ge"}
@@ -336,6 +359,6 @@ def where(condition, a, b) -> Expr:
 _OF_TORCH = {
     torch.exp: exp, torch.log: log, torch.sqrt: sqrt, torch.abs: absolute, torch.relu: relu,
     F.relu: relu, F.softplus: softplus, torch.sigmoid: sigmoid, F.sigmoid: sigmoid,
-    torch.minimum: minimum, torch.maximum: maximum, torch.clamp: clamp, torch.where: where,
-    F.logsigmoid: lambda x: negative(softplus(negative(x))),
+    torch.minimum: minimum, torch.maximum: maximum, torch.clamp: clamp, torch.where: where, torch.pow: power,
+    F.logsigmoid: lambda x: negative(softplus(negative(x))), torch.square: lambda x: power(x, 2),
 }  # fmt: skip

@@ -23,7 +23,6 @@ Where the loss is the sum of totals, W needs no statistics, and one sweep does a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from types import ModuleType
 
 import torch
@@ -112,7 +111,12 @@ class Declared(Objective):
     # -- combine ---------------------------------------------------------------------------------------------
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
-        losses = self._formula(problem, self._values(problem, row_table, column_table)).to(row_table.dtype)
+        losses = self._formula(problem.scale, self._values(problem, row_table, column_table)).to(row_table.dtype)
+        if losses.shape != (problem.rows,):
+            raise ValueError(
+                f"{self.definition.cls.__name__}.loss must return one value for every row, [N], got shape "
+                f"{tuple(losses.shape)} for N = {problem.rows}"
+            )
         return losses + problem.squares * 0 if self.by_distance else losses  # a NaN shows, whatever its row counts for
 
     def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> int | Tensor:
@@ -126,7 +130,7 @@ class Declared(Objective):
         if not self.needs_statistics:
             return torch.cat([torch.zeros_like(row_table[:-1]), grad_rows.unsqueeze(0)]), None
         values = self._values(problem, row_table, column_table)
-        weights = _gradients(partial(self._formula, problem), values, grad_rows)
+        weights = self._gradients(problem, values, grad_rows)
         rows = self._coefficients(row_table, weights)
         if column_table is None:
             return rows, None
@@ -134,10 +138,21 @@ class Declared(Objective):
         weights = [problem.sum_at_targets(weight) for weight in weights[len(self.definition.terms) :]]
         return rows, self._coefficients(column_table, weights)
 
-    def _formula(self, problem: Problem, values: list[Tensor]) -> Tensor:
+    def _formula(self, scale: float | Tensor, values: list[Tensor]) -> Tensor:
         """The losses, ``[N]``, of the terms of the rows, and of their targets' columns."""
         of_rows = len(self.definition.terms)
-        return self.definition.row_losses(self.loss, values[:of_rows], values[of_rows:], problem.scale)
+        return self.definition.row_losses(self.loss, values[:of_rows], values[of_rows:], scale)
+
+    def _gradients(self, problem: Problem, values: list[Tensor], grad_rows: Tensor) -> Sequence[Tensor]:
+        """``sum_i grad_i dL_i`` in each of the values; that in the scale, if the formula reads it, is kept."""
+        scale = problem.scale
+        if self.definition.cls.scaled:
+            scale = torch.as_tensor(scale, dtype=torch.float64).clone()
+        *gradients, of_scale = _gradients(self._formula, scale, values, grad_rows)
+        if self.definition.cls.scaled:  # of chunk after chunk
+            known = self.own_scale_gradient
+            self.own_scale_gradient = of_scale if known is None else known + of_scale
+        return gradients
 
     def _values(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> list[Tensor]:
         """What :meth:`_formula` takes."""
@@ -235,18 +250,17 @@ def _empty(terms: tuple[Term, ...], count: int, like: Tensor) -> Tensor:
 
 
 def _gradients(
-    formula: Callable[[list[Tensor]], Tensor], values: list[Tensor], grad_rows: Tensor
-) -> tuple[Tensor, ...]:
-    """``sum_i grad_i d formula_i`` in each of the values."""
-    leaves = [value.requires_grad_() for value in values]
+    formula: Callable[..., Tensor], scale: float | Tensor, values: list[Tensor], grad_rows: Tensor
+) -> list[Tensor | None]:
+    """``sum_i grad_i d formula_i`` in each of the values, and in the scale if it is a tensor."""
+    leaves = [leaf.requires_grad_() for leaf in (*values, scale) if isinstance(leaf, Tensor)]
     # Within a registered operator autograd is off, whatever its mode says: PyTorch takes it out of the dispatcher
     # around the call of a kernel. This puts it in again.
     excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
-        losses = formula(leaves)
-        if not losses.requires_grad:  # a formula that detaches all terms
-            return tuple(torch.zeros_like(leaf) for leaf in leaves)
-        return torch.autograd.grad(losses, leaves, grad_rows.to(losses.dtype), materialize_grads=True)
+        losses = formula(scale, values)
+        gradients = torch.autograd.grad(losses, leaves, grad_rows.to(losses.dtype), materialize_grads=True)
+    return [*gradients, None][: len(values) + 1]
 
 
 def objective_of(loss: PairLoss) -> type[Declared]:

@@ -27,7 +27,7 @@ from .counters import count_workspace
 from .plan import Plan, TileShape, balanced_block, visited_pairs
 from .problem import Inputs, Problem
 from .ring import Tour, travel
-from .schedules import Config, on_device_of
+from .schedules import Config, on_device_of, with_own_scale_gradient
 from .shards import Layout, Shard
 from .sweeps import Gradients, Tables, fold_statistics, sums_over_columns, sweep_gradients
 from .world import World
@@ -193,6 +193,7 @@ class _Run:
         features, *scalars = self.runner.finish(
             self.shard, gradients, (factor,), self.config.needs_grad, needs_scale, weight_sum
         )
+        scalars[0] = with_own_scale_gradient(scalars[0], self.objective, (factor,))
         scalars = scalars[: 1 + len(needs_bias)]
         world = self.layout.world
         scalars = [None if scalar is None else world.sum(scalar) / world.size for scalar in scalars]

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
@@ -191,6 +192,7 @@ class _Run(NamedTuple):
         features, *scalars = self.runner.finish(
             self.problem, gradients, factors, needs_grad, needs_scale, weight_sum, dtype
         )
+        scalars[0] = with_own_scale_gradient(scalars[0], self.objective, factors)
         results = (*features, *scalars[: 1 + has_bias])
         return [self.problem.query.new_empty(0) if tensor is None else tensor for tensor in results]
 
@@ -283,6 +285,13 @@ def _row_chunks(run: _Run) -> tuple[Tensor, list[Tensor]]:
 def _share_of(count: int | Tensor) -> float | Tensor:
     """A row's, in the mean over so many."""
     return 1 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+
+
+def with_own_scale_gradient(gradient: Tensor | None, objective, factors) -> Tensor | None:
+    """The scale's gradient, of the logits, with that of losses which read the scale themselves."""
+    if gradient is None or objective.own_scale_gradient is None:
+        return gradient
+    return gradient + objective.own_scale_gradient * math.prod(factors)
 
 
 def _row_weights(grad_loss: Tensor, run: _Run) -> tuple[Tensor, Tensor]:

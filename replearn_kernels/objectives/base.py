@@ -52,6 +52,8 @@ class Objective(ABC):
     """What the native passes and the epilogue want to know beyond the pairs."""
     prepares = False
     """Tables hold what only the data can tell, and are longer than the new ones: see :meth:`prepared`."""
+    own_scale_gradient: Tensor | None = None
+    """The losses' gradient in the scale beyond that through the logits, as :meth:`coefficients` found it: 0-d, fp64."""
     epilogue = None
     """The Triton epilogue of a loss whose kernels are printed; None: that of its name, or its family's."""
     one_tile_parameters: tuple | None = None

@@ -66,10 +66,11 @@ def circle_loss(
     Args:
         embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
         labels: integers ``[N]``; any values: -1 is a label as any other, and none is ignored.
-        margin: a cosine; the paper's m, with 0.25 for faces and 0.4 for retrieval. Default 0.4.
-        gamma: the scale, positive; the paper's 256 for faces and 80 for retrieval. Default 80.
+        margin: the paper's m, in units of cosine: 0.25 for faces, 0.4 for retrieval. A number, which does not learn.
+            Default 0.4.
+        gamma: the scale, a positive number: the paper's 256 for faces, 80 for retrieval. Default 80.
         reduction: "mean" over the rows that have a positive and a negative, "sum", or "none": ``[N]``, 0 for others.
-        normalize: L2-normalise the embeddings first. False: they are normalised. Default True.
+        normalize: L2-normalise the embeddings first. False: they have unit length already. Default True.
         backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of similarities that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
         group, strategy: as in :func:`~replearn_kernels.info_nce_loss`; the rows are those of all ranks.

@@ -86,8 +86,8 @@ def hard_negative_loss(
         tau_plus: in [0, 1): the probability that a negative is a positive unknown. Default 0.
         target: int64 ``[N]``, the row of ``key`` that is each query's positive, in ``[0, M)``. Default: query i belongs
             to key i, which needs M >= N.
-        logit_scale: the inverse temperature; a float, or a tensor of one element, 0-d or ``[1]``, which gets a gradient
-            (but for the bound that it sets to g).
+        logit_scale: the inverse temperature; a float, or a tensor of one element, 0-d or ``[1]``, which gets a
+            gradient.
         reduction: "mean" over the queries, "sum", or "none": ``[N]``.
         normalize: L2-normalise query and key first. Default False.
         backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula.

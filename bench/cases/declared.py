@@ -1,0 +1,103 @@
+"""Losses that are declared: circle, multi-similarity, InfoNCE with hard negatives."""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from bench.cases.batch import bare_products, without_self
+from bench.cases.inputs import paired_features
+from bench.cases.metric import class_members, labelled_embeddings
+from bench.harness import Case
+from replearn_kernels import circle_loss, hard_negative_loss, multi_similarity_loss
+
+BACKENDS = ("auto", "triton", "torch", "eager")
+MARGIN, GAMMA = 0.4, 80.0
+ALPHA, BETA, BASE = 2.0, 50.0, 0.5
+HARDNESS = 1.0
+
+
+def log_sums(near, far, embeddings, labels):
+    """Of every row's positives and negatives, on whole matrices; near, far: functions of cosines of unit rows."""
+    s, same = embeddings @ embeddings.T, labels[:, None] == labels
+    positives = torch.where(without_self(same, False), near(s), -math.inf).logsumexp(1)
+    return positives, torch.where(same, -math.inf, far(s)).logsumexp(1)
+
+
+def log_sums_gathered(near, far, embeddings, labels):
+    """The same, with whole matrices for the negatives only; the positives are gathered, class by class."""
+    members, positive = class_members(labels)
+    of_class = (embeddings[:, None] * embeddings[members]).sum(2)
+    negatives = torch.where(labels[:, None] == labels, -math.inf, far(embeddings @ embeddings.T))
+    return torch.where(positive, near(of_class), -math.inf).logsumexp(1), negatives.logsumexp(1)
+
+
+def near_in_circle(s):
+    return GAMMA * (1 + MARGIN - s.detach()).relu() * (1 - MARGIN - s)
+
+
+def far_in_circle(s):
+    return GAMMA * (s.detach() + MARGIN).relu() * (s - MARGIN)
+
+
+def circle_dense(sums, embeddings, labels):
+    positives, negatives = sums(near_in_circle, far_in_circle, embeddings, labels)
+    return -F.logsigmoid(-(positives + negatives)).mean()
+
+
+def multi_similarity_dense(sums, embeddings, labels):
+    positives, negatives = sums(lambda s: -ALPHA * (s - BASE), lambda s: BETA * (s - BASE), embeddings, labels)
+    return (-F.logsigmoid(-positives) / ALPHA - F.logsigmoid(-negatives) / BETA).mean()
+
+
+def hard_negatives_by_exponentials(query, key, logit_scale):
+    """The formula of the paper's code, right at small scales."""
+    n = len(query)
+    s = (logit_scale * query @ key.T).exp()
+    positive, negative = s.diagonal(), without_self(s, 0.0)
+    importance = without_self(s**HARDNESS, 0.0)
+    g = (importance * negative).sum(1) / (importance.sum(1) / (n - 1))
+    return -(positive / (positive + g)).log().mean()
+
+
+def hard_negatives_by_logarithms(query, key, logit_scale):
+    logits = logit_scale * query @ key.T
+    positive, negatives = logits.diagonal(), without_self(logits, -math.inf)
+    weighted = ((1 + HARDNESS) * negatives).logsumexp(1) - (HARDNESS * negatives).logsumexp(1)
+    return -F.logsigmoid(positive - weighted - math.log(len(query) - 1)).mean()
+
+
+circle = partial(circle_loss, margin=MARGIN, gamma=GAMMA, normalize=False)
+multi_similarity = partial(multi_similarity_loss, alpha=ALPHA, beta=BETA, base=BASE, normalize=False)
+hard_negatives = partial(hard_negative_loss, beta=HARDNESS)
+
+CIRCLE = Case(
+    name="circle",
+    title="Circle loss",
+    make_inputs=labelled_embeddings,
+    ours={"ours": circle, "ours_budget_0": partial(circle, memory_budget=0)},
+    dense={"where": partial(circle_dense, log_sums), "gathered": partial(circle_dense, log_sums_gathered)},
+    products={"products_2": bare_products},
+    backends=BACKENDS,
+)
+MULTI_SIMILARITY = Case(
+    name="multi_similarity",
+    title="Multi-similarity loss",
+    make_inputs=labelled_embeddings,
+    ours={"ours": multi_similarity, "ours_budget_0": partial(multi_similarity, memory_budget=0)},
+    dense={
+        "where": partial(multi_similarity_dense, log_sums),
+        "gathered": partial(multi_similarity_dense, log_sums_gathered),
+    },
+    products={"products_2": bare_products},
+    backends=BACKENDS,
+)
+HARD_NEGATIVES = Case(
+    name="hard_negatives",
+    title="InfoNCE with hard negatives",
+    make_inputs=partial(paired_features, ("query", "key")),
+    ours={"ours": hard_negatives, "ours_budget_0": partial(hard_negatives, memory_budget=0)},
+    dense={"exponentials": hard_negatives_by_exponentials, "logarithms": hard_negatives_by_logarithms},
+    backends=BACKENDS,
+)
