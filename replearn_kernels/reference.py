@@ -274,5 +274,5 @@ def reduce(losses: Tensor, reduction: str, count: int | Tensor | None = None) ->
     if reduction == "sum":
         return losses.sum()
     if isinstance(count, Tensor):
-        return losses.sum() / count.clamp(min=1)
+        return losses.sum() / (count + (count == 0))
     return losses.sum() / max(losses.numel(), 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from .expressions import ATOMS, Expr, number, sigmoid, where
 
 
@@ -54,6 +56,7 @@ def _slope(e: Expr, x: Expr, found: dict[Expr, Expr]) -> Expr:
     raise AssertionError(f"no rule for {e.op}")
 
 
+@lru_cache(maxsize=4096)
 def factored(e: Expr) -> tuple[Expr, Expr]:
     """(factor, rest) with ``e = factor * rest``, where the factor is a number that all pairs share."""
     if not e.of_pair:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .algebra import affine, factored, slope
-from .expressions import Expr, mask, number
+from .expressions import Expr, mask, number, walk
 
+_RESERVED = ("batch", "scaled", "symmetric", "similarity", "terms", "loss", "counted")
+_OPTIONS = {"bool": bool, "int": int, "str": str}
 SIMILARITIES = ("product", "cosine", "distance", "squared_distance")
 
 
@@ -77,8 +79,9 @@ class PairLoss:
         raise AssertionError("a loss that is the sum of its terms has no formula of its own")
 
     def counted(self, row) -> Tensor:
-        """What the mean divides by, ``[N]``, true or false or a number: it is ``sum(loss) / max(1, sum(counted))``.
-        A row that is not counted should have the loss 0. Default: the number of rows."""
+        """What the mean divides by, ``[N]``, true or false or a number: it is ``sum(loss) / sum(counted)``, and
+        ``sum(loss)`` where nothing is counted. A row that is not counted should have the loss 0; the count has no
+        gradient. Default: the number of rows."""
         raise AssertionError("a mean over all rows has no formula of its own")
 
 
@@ -234,7 +237,7 @@ class Definition:
         """What the author sees of the rows."""
         values = dict(zip((term.name for term in self.terms), of_rows))
         if self.cls.scaled:
-            values["logit_scale"] = logit_scale
+            values["logit_scale"] = torch.as_tensor(logit_scale, dtype=torch.float64)
         return Values(values)
 
 
@@ -276,21 +279,48 @@ def definition_of(cls: type[PairLoss], options: tuple[bool | int | str, ...]) ->
         TypeError, ValueError, AttributeError: the loss cannot be declared so; the message says what to write instead.
     """
     parameters, names = fields_of(cls)
-    symbolic = object.__new__(cls)
-    for name, value in zip((*names, *parameters), (*options, *(Expr("parameter", name) for name in parameters))):
-        object.__setattr__(symbolic, name, value)
+    try:
+        return _defined(cls, tuple(zip(names, options)), parameters)
+    except RecursionError:
+        raise ValueError(f"{cls.__name__}.terms nests some hundred operations: that is too deep") from None
+
+
+def _defined(cls: type[PairLoss], options: tuple, parameters: tuple[str, ...]) -> Definition:
+    symbolic = instance_of(cls, dict(options) | {name: Expr("parameter", name) for name in parameters})
     variable = Expr("logit" if cls.scaled else "s")
     # The engine's similarities are larger the nearer two rows are: distances come negative.
     reductions = symbolic.terms(-variable if "distance" in cls.similarity else variable, Facts())
     _check_reductions(cls, reductions)
     terms = tuple(Term.of(name, reduction, variable) for name, reduction in reductions.items())
-    facts = frozenset().union(*(_facts_of(e) for r in reductions.values() for e in (r.of, r.over)))
+    roots = [e for r in reductions.values() for e in (r.of, r.over)]
+    facts = frozenset(e.args[0] for e in walk(roots) if e.op == "fact")
     if cls.batch and "target" in facts:
         raise TypeError(f"{cls.__name__}: rows of a batch have no target; use pair.same and pair.other")
     settings = cls.batch, cls.scaled, cls.symmetric, cls.similarity
-    structure = repr((cls.__qualname__, settings, options, parameters, terms))
-    structure += "".join(_text_of(vars(cls).get(name)) for name in ("loss", "counted"))
-    return _known(structure, cls, tuple(zip(names, options)), parameters, terms, facts)
+    structure = repr((cls.__qualname__, settings, options, parameters)) + _listing(terms)
+    if not cls.__module__.startswith(__package__.rpartition(".")[0]):  # of ours the name says enough
+        structure += "".join(_text_of(vars(cls).get(name)) for name in ("loss", "counted"))
+    return _known(structure, cls, options, parameters, terms, facts)
+
+
+def instance_of(cls: type[PairLoss], values: dict) -> PairLoss:
+    """The author's object with these fields, which have been checked when it was made first."""
+    instance = object.__new__(cls)
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)
+    return instance
+
+
+def _listing(terms: tuple[Term, ...]) -> str:
+    """All that the terms are, every expression once."""
+    roots = [e for t in terms for e in (t.factor, t.rest, t.offset, t.over)]
+    numbers: dict[Expr, int] = {}
+    lines = [repr([(term.name, term.kind) for term in terms])]
+    for e in walk(roots):
+        arguments = [numbers[a] if isinstance(a, Expr) else a for a in e.args]
+        numbers[e] = len(numbers)
+        lines.append(f"{e.op} {arguments}")
+    return "\n".join([*lines, repr([numbers[e] for e in roots])])
 
 
 _definitions: dict[tuple[str, type], Definition] = {}
@@ -313,7 +343,8 @@ def _text_of(function) -> str:
     while codes:
         code = codes.pop()
         inner = [constant for constant in code.co_consts if hasattr(constant, "co_code")]
-        found += [code.co_code, code.co_names, [c for c in code.co_consts if c not in inner]]
+        constants = (sorted(map(repr, c)) if isinstance(c, frozenset) else c for c in code.co_consts if c not in inner)
+        found += [code.co_code, code.co_names, list(constants)]
         codes += inner
     return repr(found)
 
@@ -323,9 +354,13 @@ def _check_class(cls: type[PairLoss]) -> None:
         raise TypeError(f"a declared loss is a PairLoss, got {cls.__name__}")
     if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):
         raise TypeError(f"{cls.__name__} must be a frozen dataclass: write @dataclass(frozen=True) above it")
-    known = ("batch", "scaled", "symmetric", "similarity", "terms", "loss", "counted")
-    for name in vars(cls).keys() - set(known):
-        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+    if not (cls.__name__.isidentifier() and cls.__name__.isascii()):
+        raise TypeError(f"the name of a declared loss must be an ASCII identifier, got {cls.__name__!r}")
+    for field in fields(cls):
+        if field.name in _RESERVED:
+            raise TypeError(f"{cls.__name__}.{field.name} cannot be a field: write {field.name} = ... without a type")
+    for name in vars(cls).keys() - set(_RESERVED):
+        if near := difflib.get_close_matches(name, _RESERVED, n=1, cutoff=0.8):
             raise TypeError(f"{cls.__name__}.{name} is nothing that PairLoss knows: did you mean {near[0]}?")
     for name in ("batch", "scaled", "symmetric"):
         if not isinstance(getattr(cls, name), bool):
@@ -346,18 +381,13 @@ def _check_reductions(cls: type[PairLoss], reductions) -> None:
     if not isinstance(reductions, dict) or not reductions:
         raise TypeError(f"{cls.__name__}.terms must return a dict of terms by name, got {reductions!r}")
     for name, reduction in reductions.items():
-        if not (isinstance(name, str) and name.isidentifier() and not name.startswith("_")) or name == "logit_scale":
-            raise TypeError(f"{cls.__name__}.terms: a term needs a name of its own, an identifier, got {name!r}")
+        is_name = isinstance(name, str) and name.isidentifier() and name.isascii() and not name.startswith("_")
+        if not is_name or name == "logit_scale":
+            raise TypeError(f"{cls.__name__}.terms: a term needs a name of its own, an ASCII identifier, got {name!r}")
         if not isinstance(reduction, Reduction):
             raise TypeError(
                 f"{cls.__name__}.terms: {name} must be total(...) or logsumexp(...) of an expression, got {reduction!r}"
             )
-
-
-def _facts_of(e: Expr) -> frozenset[str]:
-    if e.op == "fact":
-        return frozenset(e.args)
-    return frozenset().union(*(_facts_of(a) for a in e.args if isinstance(a, Expr)))
 
 
 def check_formulas(loss: PairLoss) -> None:
@@ -372,7 +402,13 @@ def check_formulas(loss: PairLoss) -> None:
         number(getattr(loss, name), f"{cls.__name__}.{name}")
         if not math.isfinite(getattr(loss, name)):
             raise ValueError(f"{cls.__name__}.{name} must be finite, got {getattr(loss, name)}")
+    kinds = {field.name: field.type if isinstance(field.type, str) else field.type.__name__ for field in fields(cls)}
+    for name in options:
+        value, kind = getattr(loss, name), kinds[name]
+        if type(value) is not _OPTIONS[kind]:
+            raise TypeError(f"{cls.__name__}.{name} must be {kind}, got {value!r}")
     definition = definition_of(cls, tuple(getattr(loss, name) for name in options))
+    loss = instance_of(cls, {name: getattr(loss, name) for name in (*parameters, *options)})
     if cls.counted is not PairLoss.counted:
         counted = loss.counted(definition.values_of_rows(_made_up(definition), _leaf(1.3)))
         _check_shape(f"{cls.__name__}.counted", counted)
@@ -405,22 +441,22 @@ def _check_losses(loss: PairLoss, definition: Definition) -> None:
             f"{name} reads a tensor that requires a gradient and is none of its terms, which would get none: "
             "a declared loss learns no parameters but logit_scale"
         )
-    for i in range(3):  # a row's terms moved, the other rows stay
+    for i in range(3):
         with torch.no_grad():
-            moved = [leaf + torch.eye(3, dtype=leaf.dtype)[i] / 8 for leaf in leaves]
-            change = definition.row_losses(loss, moved[: len(row)], moved[len(row) :], scale) - losses
-        if change[torch.arange(3) != i].nan_to_num().any():
-            raise ValueError(f"{name} mixes rows: the loss of a row may depend on that row's terms alone")
+            alone = [leaf[i : i + 1] for leaf in leaves]
+            of_row = definition.row_losses(loss, alone[: len(row)], alone[len(row) :], scale)
+        if of_row.shape != (1,) or not torch.allclose(of_row, losses[i : i + 1].to(of_row.dtype), equal_nan=True):
+            raise ValueError(f"{name} mixes rows or is random: a row's loss may depend on that row's terms alone")
 
 
 def _made_up(definition: Definition) -> list[Tensor]:
     """Values of the terms of three rows."""
-    start = torch.linspace(0.2, 0.9, 3, dtype=torch.float64)
+    start = torch.tensor([0.6, 0.9, 0.2], dtype=torch.float64, device="cpu")
     return [_leaf(start + place / 8) for place in range(len(definition.terms))]
 
 
 def _leaf(value: float | Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64).clone().requires_grad_()
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu").clone().requires_grad_()
 
 
 def _check_shape(name: str, values: Tensor) -> None:

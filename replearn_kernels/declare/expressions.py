@@ -6,10 +6,11 @@ returns is a graph of :class:`Expr`, in which equal expressions are one object. 
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Real
 from weakref import WeakValueDictionary
 
@@ -161,8 +162,11 @@ class Expr:
                 number(tensor, name)
         # What torch's own functions fill in: relu(x, inplace=False), softplus(x, beta=1, threshold=20).
         kwargs = {name: value for name, value in (kwargs or {}).items() if (name, value) != ("inplace", False)}
-        if ours is None or (kwargs and ours is not clamp):
-            raise TypeError(f"terms() cannot take torch's {name}{' with keywords' if ours else ''}: use {FUNCTIONS}")
+        try:
+            inspect.signature(ours).bind(*args, **kwargs)
+        except (TypeError, ValueError):
+            how = " with these arguments" if ours else ""
+            raise TypeError(f"terms() cannot take torch's {name}{how}: use {FUNCTIONS}") from None
         return ours(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -170,9 +174,7 @@ class Expr:
             return self.op
         if self.op in ATOMS:
             return f"{self.args[0]:g}" if self.op == "constant" else str(self.args[0])
-        if self.op in _SIGNS:
-            return f"({self.args[0]!r} {_SIGNS[self.op]} {self.args[1]!r})"
-        return f"{self.op}({', '.join(map(repr, self.args))})"
+        return _shown(self, 8)
 
 
 def _identity(argument):
@@ -180,6 +182,32 @@ def _identity(argument):
     if isinstance(argument, Expr):
         return id(argument)
     return struct.pack("d", argument) if isinstance(argument, float) else argument
+
+
+def _shown(e: Expr, depth: int) -> str:
+    """As one would write it, to a depth."""
+    if e.op in ATOMS:
+        return repr(e)
+    if depth == 0:
+        return "..."
+    arguments = [_shown(a, depth - 1) for a in e.args]
+    if e.op in _SIGNS:
+        return f"({arguments[0]} {_SIGNS[e.op]} {arguments[1]})"
+    return f"{e.op}({', '.join(arguments)})"
+
+
+def walk(roots: list[Expr]) -> Iterator[Expr]:
+    """Every expression that there is in ``roots``, once, and after its arguments."""
+    seen: set[Expr] = set()
+    left = [(root, False) for root in reversed(roots)]
+    while left:
+        e, is_ready = left.pop()
+        if is_ready:
+            yield e
+        elif e not in seen:
+            seen.add(e)
+            left.append((e, True))
+            left += [(a, False) for a in reversed(e.args) if isinstance(a, Expr) and a not in seen]
 
 
 _SIGNS = {
@@ -203,11 +231,14 @@ def number(value, where: str) -> Expr:
             f"{where} got a tensor of shape {tuple(value.shape)}: a declared loss cannot hold tensors. A number that "
             "all pairs share is a float field of the loss"
         )
-    if hasattr(value, "_refuse"):  # a sum over pairs
+    if hasattr(type(value), "_refuse"):  # a sum over pairs
         value._refuse()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{where} takes expressions and numbers, got {type(value).__name__}")
-    return Expr("constant", float(value))
+    try:
+        return Expr("constant", float(value))
+    except OverflowError:
+        raise ValueError(f"{where} got a number beyond any float") from None
 
 
 def mask(value, where: str) -> Expr:
@@ -296,8 +327,9 @@ def power(a, exponent) -> Expr:
     """A power with a whole exponent, or 0.5."""
     if exponent == 0.5:
         return sqrt(a)
-    if isinstance(exponent, bool) or not isinstance(exponent, Real) or exponent != int(exponent) or exponent < 1:
-        raise TypeError(f"** takes the exponents 1, 2, 3, ... and 0.5, got {exponent!r}: write exp(exponent * log(x))")
+    whole = isinstance(exponent, Real) and not isinstance(exponent, bool) and exponent in range(1, 65)
+    if not whole:
+        raise TypeError(f"** takes the exponents 1, 2, ... 64 and 0.5, got {exponent!r}: write exp(exponent * log(x))")
     a = number(a, "**")
     if exponent == 1:
         return a
@@ -308,7 +340,12 @@ def power(a, exponent) -> Expr:
 def _function(name: str, of_constant: Callable[[float], float]) -> Callable:
     def function(x):
         x = number(x, name)
-        return Expr(name, x) if x.constant is None else Expr("constant", float(of_constant(x.constant)))
+        if x.constant is None:
+            return Expr(name, x)
+        try:
+            return Expr("constant", float(of_constant(x.constant)))
+        except (OverflowError, ValueError):
+            raise ValueError(f"{name}({x}) is not finite") from None
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"``{name}`` of every pair's value, as torch's."

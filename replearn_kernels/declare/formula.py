@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..engine.problem import Inputs, statistics_dtype
 from .definition import PairLoss
-from .objective import Declared
+from .objective import Declared, check_rows
 from .on_tensors import Facts, terms_of_tile
 
 
@@ -16,19 +16,23 @@ def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: s
     """What ``backend="eager"`` runs, in the dtype of the statistics."""
     definition, scale = objective.definition, inputs.logit_scale
     similarities, target = _similarities(inputs, objective), _targets(inputs)
-    facts = _facts(inputs, similarities, target)
+    facts = _facts(inputs, similarities, target if objective.uses_target else None)
     terms = terms_of_tile(definition.terms, objective.functions, similarities, scale, objective.values, facts)
     offsets = dict(zip(terms, objective.functions.offsets(None, scale, *objective.values)))
 
     def of(name: str, dim: int) -> Tensor:
         term = terms[name]
-        return term.total(dim) * term.factor if term.term.kind == "total" else term.logsumexp(dim, offsets[name])
+        value = term.total(dim) * term.factor if term.term.kind == "total" else term.logsumexp(dim, offsets[name])
+        return value.double()
 
     of_rows = [of(term.name, 1) for term in definition.terms]
     of_columns = [of(term.name, 0)[target] for term in definition.terms] if definition.cls.symmetric else []
-    losses, count = definition.row_losses(loss, of_rows, of_columns, scale), None
+    losses, count = definition.row_losses(loss, of_rows, of_columns, scale).to(similarities.dtype), None
+    check_rows(f"{definition.cls.__name__}.loss", losses, len(similarities))
     if definition.cls.counted is not PairLoss.counted:
-        count = loss.counted(definition.values_of_rows(of_rows, scale)).sum()
+        count = loss.counted(definition.values_of_rows([value.detach() for value in of_rows], scale.detach()))
+        check_rows(f"{definition.cls.__name__}.counted", count, len(similarities))
+        count = count.double().sum().to(losses.dtype)
     if objective.by_distance:
         losses = losses + reference.nan_of_rows(inputs)
     return reference.reduce(losses, reduction, count)
@@ -49,12 +53,12 @@ def _targets(inputs: Inputs) -> Tensor:
     return torch.arange(len(inputs.query), device=inputs.query.device)
 
 
-def _facts(inputs: Inputs, similarities: Tensor, target: Tensor) -> Facts:
+def _facts(inputs: Inputs, similarities: Tensor, target: Tensor | None) -> Facts:
     every, nothing = torch.ones_like(similarities, dtype=torch.bool), torch.zeros_like(similarities, dtype=torch.bool)
     if inputs.is_batch:
         every = every.fill_diagonal_(False)
         same = nothing if inputs.row_group is None else every & (inputs.row_group.unsqueeze(1) == inputs.row_group)
         return every, nothing, same, every & ~same
-    is_target = nothing.scatter(1, target.unsqueeze(1), True)
+    is_target = nothing if target is None else nothing.scatter(1, target.unsqueeze(1), True)
     same = is_target if inputs.row_group is None else inputs.row_group.unsqueeze(1) == inputs.column_group
     return every, is_target, same, ~same

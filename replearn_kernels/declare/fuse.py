@@ -35,7 +35,7 @@ def fuse(
 
     Args:
         loss: an instance of a :class:`PairLoss`. Other values of its float fields need no new kernels.
-        reduction: "mean" over the rows (or ``sum(loss) / max(1, sum(counted))``), "sum", or "none": ``[N]``.
+        reduction: "mean" over the rows (or ``sum(loss) / sum(counted)``), "sum", or "none": ``[N]``.
         normalize: L2-normalise the features first. Default: True for ``similarity = "cosine"``, else False.
         backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula on the full matrix, which
             can be differentiated twice. "auto" takes triton on a GPU (except for fp64) and torch elsewhere.
@@ -86,6 +86,7 @@ class _FusedLoss(_Loss):
             strategy=strategy,
         )
         check_formulas(loss)
+        objective_of(loss)  # its name has to be there when a graph is traced
         self.loss = loss
 
     def source(self, backend: str) -> str:

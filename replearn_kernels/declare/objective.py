@@ -32,7 +32,7 @@ from ..engine.problem import Pairs, Problem
 from ..objectives import OBJECTIVES
 from ..objectives.base import Objective, steepness
 from ..objectives.softmax import fold_sum_exp, logarithms, merge_sum_exp
-from .definition import Definition, PairLoss, Term, definition_of, fields_of, places
+from .definition import Definition, PairLoss, Term, definition_of, fields_of, instance_of, places
 from .on_tensors import TermOfTile, facts_of_tile, terms_of_tile
 from .torch_source import functions_of
 from .triton_source import epilogue_of
@@ -62,7 +62,7 @@ class Declared(Objective):
     def loss(self) -> PairLoss:
         """The author's object."""
         parameters = zip(self.definition.parameters, self.values)
-        return self.definition.cls(**dict(self.definition.options), **dict(parameters))
+        return instance_of(self.definition.cls, dict(self.definition.options) | dict(parameters))
 
     @property
     def epilogue(self):
@@ -112,11 +112,7 @@ class Declared(Objective):
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
         losses = self._formula(problem.scale, self._values(problem, row_table, column_table)).to(row_table.dtype)
-        if losses.shape != (problem.rows,):
-            raise ValueError(
-                f"{self.definition.cls.__name__}.loss must return one value for every row, [N], got shape "
-                f"{tuple(losses.shape)} for N = {problem.rows}"
-            )
+        check_rows(f"{self.definition.cls.__name__}.loss", losses, problem.rows)
         return losses + problem.squares * 0 if self.by_distance else losses  # a NaN shows, whatever its row counts for
 
     def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> int | Tensor:
@@ -124,7 +120,9 @@ class Declared(Objective):
             return problem.rows
         values = self._values_of(row_table, problem.scale)
         row = self.definition.values_of_rows(values, problem.scale)
-        return self.loss.counted(row).double().sum().to(problem.statistics_dtype)
+        counted = self.loss.counted(row)
+        check_rows(f"{self.definition.cls.__name__}.counted", counted, problem.rows)
+        return counted.double().sum().to(problem.statistics_dtype)
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, Tensor | None]:
         if not self.needs_statistics:
@@ -221,6 +219,11 @@ class Declared(Objective):
         return dict(zip(names, self.functions.factors(None, scale, *self.values)))
 
 
+def check_rows(name: str, values: Tensor, rows: int) -> None:
+    if values.shape != (rows,):
+        raise ValueError(f"{name} must return one value for every row, [N], got {tuple(values.shape)} for N = {rows}")
+
+
 def _fold(tile: dict[str, TermOfTile], terms: tuple[Term, ...], dim: int, table: Tensor) -> None:
     """Add the terms of a tile to statistics."""
     for term, place in places(terms, "statistics"):
@@ -275,6 +278,11 @@ def objective_of(loss: PairLoss) -> type[Declared]:
 
 def _options_of(cls: type[PairLoss]) -> tuple[str, ...]:
     return fields_of(cls)[1]
+
+
+def register(cls: type[PairLoss], *options: bool | int | str) -> None:
+    """Make a loss known to the operators by its name, as an exported program needs it."""
+    _registered(cls, options)
 
 
 def _registered(cls: type[PairLoss], options: tuple[bool | int | str, ...]) -> str:

@@ -18,6 +18,9 @@ INFIX = {
 """What all notations share."""
 
 
+_LONG = 160  # characters: what is longer gets a variable, and nothing nests too deep for Python's parser
+
+
 class Writer:
     """The body of a function: a variable for every value that is used more than once.
 
@@ -58,7 +61,7 @@ class Writer:
         if e in self._names:
             return self._names[e]
         text = self.notation[e.op].format(*map(self.text, e.args))
-        if self._uses[e] > 1 and e.op != "detach":
+        if self._uses[e] > 1 or len(text) > _LONG:
             self._names[e] = f"x{len(self._names)}"
             self.let(self._names[e], text)
             return self._names[e]

@@ -132,7 +132,7 @@ def where(condition: Tensor | bool, a: Number, b: Number, s: Tensor | None) -> N
 
 
 def _of_number(of_tensor, x: float) -> float:
-    return of_tensor(torch.tensor(x, dtype=torch.float64)).item()
+    return of_tensor(torch.tensor(x, dtype=torch.float64, device="cpu")).item()
 
 
 def _tensors(a: Number, b: Number) -> tuple[Tensor, Tensor]:

@@ -129,7 +129,7 @@ class _Run:
             return 1.0
         counted = torch.as_tensor(self.objective.rows_counted(self.shard, row_table), device=row_table.device)
         total = self.layout.world.sum(counted.to(self.shard.statistics_dtype))
-        return self.layout.world.size / total.clamp(min=1)
+        return self.layout.world.size / (total + (total == 0))
 
     def new_tables(self) -> Tables:
         """Statistics of nothing, for the own rows and columns."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..objectives import OBJECTIVES
+from ..objectives import objective_class
 from . import schedules
 from .problem import Inputs
 from .schedules import Config
@@ -66,7 +66,7 @@ def checked_rows(inputs: Inputs, objective) -> Tensor:
 def _checked_rows(*arguments) -> Tensor:
     *inputs, objective = arguments
     inputs = Inputs(*inputs)
-    check_values(inputs, OBJECTIVES[objective])
+    check_values(inputs, objective_class(objective))
     return inputs.query.clone()
 
 

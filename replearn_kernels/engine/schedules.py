@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives import OBJECTIVES
+from ..objectives import objective_class
 from .backends import backend_class, make_backend
 from .backends.base import KeptTiles
 from .columns import blocks
@@ -40,13 +40,13 @@ class Config(NamedTuple):
     any_size: bool = False  # a call of a graph whose shapes are symbols: the plan may not depend on where they lie
 
     def make_objective(self):
-        return OBJECTIVES[self.objective].from_parameters(self.parameters)
+        return objective_class(self.objective).from_parameters(self.parameters)
 
 
 def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor], bool]:
     """The loss, the tensors that :func:`backward` needs (none if no input needs a gradient), and whether those are
     gradients already, which it only scales."""
-    check_values(inputs, OBJECTIVES[config.objective])
+    check_values(inputs, objective_class(config.objective))
     with on_device_of(inputs.query):
         run = _Run.of(inputs, config)
         if run.plan.schedule == "row_chunks":
@@ -283,8 +283,8 @@ def _row_chunks(run: _Run) -> tuple[Tensor, list[Tensor]]:
 
 
 def _share_of(count: int | Tensor) -> float | Tensor:
-    """A row's, in the mean over so many."""
-    return 1 / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+    """A row's, in the mean over so many; 1 of none."""
+    return 1 / (count + (count == 0) if isinstance(count, Tensor) else count or 1)
 
 
 def with_own_scale_gradient(gradient: Tensor | None, objective, factors) -> Tensor | None:
@@ -329,7 +329,7 @@ def _make_plan(
     rows, widths, d, dtype, device, is_batch, objective, parameters, one_gradient, backend, memory_budget, needs_grad,
     has_target, any_size,
 ) -> Plan:
-    kind, objective = backend_class(backend), OBJECTIVES[objective].from_parameters(parameters)
+    kind, objective = backend_class(backend), objective_class(objective).from_parameters(parameters)
     known_rows = rows if isinstance(rows, int) else None
     return make_plan(
         rows, widths, d,

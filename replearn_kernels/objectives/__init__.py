@@ -17,3 +17,18 @@ OBJECTIVES: dict[str, type[Objective]] = {
         Softmax, SupCon, Sigmoid, MarginSoftmax, MarginContrastive, Lifted, HardLifted, BatchHard, SemiHard, BatchAll,
     )
 }
+"""Declared losses are added when they are first made."""
+
+
+def objective_class(name: str) -> type[Objective]:
+    """By the name that an operator was called with.
+
+    Raises:
+        RuntimeError: it is that of a declared loss, of a program that another process has traced or exported.
+    """
+    if name not in OBJECTIVES:
+        raise RuntimeError(
+            f"this program calls the declared loss {name!r}, which is not known here: fuse it first, by the same "
+            "declaration and under the same version of Python"
+        )
+    return OBJECTIVES[name]

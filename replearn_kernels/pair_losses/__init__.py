@@ -7,11 +7,15 @@
     multi_similarity.py  multi-similarity loss
 """
 
-from .circle import CircleLoss, circle_loss
-from .decoupled import DecoupledContrastiveLoss, decoupled_contrastive_loss
-from .hard_negatives import HardNegativeLoss, hard_negative_loss
-from .multi_positive import MultiPositiveClipLoss, multi_positive_clip_loss
-from .multi_similarity import MultiSimilarityLoss, multi_similarity_loss
+from ..declare.objective import register
+from .circle import Circle, CircleLoss, circle_loss
+from .decoupled import Decoupled, DecoupledContrastiveLoss, decoupled_contrastive_loss
+from .hard_negatives import HardNegativeLoss, HardNegatives, hard_negative_loss
+from .multi_positive import MultiPositiveClip, MultiPositiveClipLoss, multi_positive_clip_loss
+from .multi_similarity import MultiSimilarity, MultiSimilarityLoss, multi_similarity_loss
+
+for _loss in (Circle, Decoupled, HardNegatives, MultiPositiveClip, MultiSimilarity):
+    register(_loss)
 
 __all__ = [
     "CircleLoss", "DecoupledContrastiveLoss", "HardNegativeLoss", "MultiPositiveClipLoss", "MultiSimilarityLoss",
