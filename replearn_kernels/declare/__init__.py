@@ -2,7 +2,8 @@
 
     expressions.py    what an author's functions are made of
     algebra.py        their derivatives, and what all pairs share taken out of them
-    definition.py     PairLoss: what is declared, and checked
+    definition.py     PairLoss: what is declared, and its structure
+    checks.py         its formulas, tried out
     fuse.py           the module that a declared loss becomes
     compute.py        a call of it
     objective.py      the engine's view: statistics, losses, coefficients, W

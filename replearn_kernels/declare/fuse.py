@@ -11,8 +11,9 @@ from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..functional.call import in_group, takes_logit_scale
 from ..losses import _Loss
 from . import torch_source, triton_source
+from .checks import check_formulas
 from .compute import batch_loss, pair_loss
-from .definition import PairLoss, check_formulas
+from .definition import PairLoss
 from .objective import objective_of
 
 

@@ -23,6 +23,7 @@ Where the loss is the sum of totals, W needs no statistics, and one sweep does a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -142,11 +143,9 @@ class Declared(Objective):
         return self.definition.row_losses(self.loss, values[:of_rows], values[of_rows:], scale)
 
     def _gradients(self, problem: Problem, values: list[Tensor], grad_rows: Tensor) -> Sequence[Tensor]:
-        """``sum_i grad_i dL_i`` in each of the values; that in the scale, if the formula reads it, is kept."""
-        scale = problem.scale
-        if self.definition.cls.scaled:
-            scale = torch.as_tensor(scale, dtype=torch.float64).clone()
-        *gradients, of_scale = _gradients(self._formula, scale, values, grad_rows)
+        """``sum_i grad_i dL_i`` in each of the values; that in the scale, which a formula can read, is kept."""
+        scale = torch.as_tensor(problem.scale, dtype=torch.float64).clone()
+        *gradients, of_scale = _gradients(partial(self._formula, scale), [*values, scale], values, grad_rows)
         if self.definition.cls.scaled:  # of chunk after chunk
             known = self.own_scale_gradient
             self.own_scale_gradient = of_scale if known is None else known + of_scale
@@ -253,17 +252,17 @@ def _empty(terms: tuple[Term, ...], count: int, like: Tensor) -> Tensor:
 
 
 def _gradients(
-    formula: Callable[..., Tensor], scale: float | Tensor, values: list[Tensor], grad_rows: Tensor
-) -> list[Tensor | None]:
-    """``sum_i grad_i d formula_i`` in each of the values, and in the scale if it is a tensor."""
-    leaves = [leaf.requires_grad_() for leaf in (*values, scale) if isinstance(leaf, Tensor)]
+    formula: Callable[[list[Tensor]], Tensor], leaves: list[Tensor], values: list[Tensor], grad_rows: Tensor
+) -> Sequence[Tensor]:
+    """``sum_i grad_i d formula(values)_i`` in each of the leaves, which are the values and what else it reads."""
+    for leaf in leaves:
+        leaf.requires_grad_()
     # Within a registered operator autograd is off, whatever its mode says: PyTorch takes it out of the dispatcher
     # around the call of a kernel. This puts it in again.
     excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
     with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
-        losses = formula(scale, values)
-        gradients = torch.autograd.grad(losses, leaves, grad_rows.to(losses.dtype), materialize_grads=True)
-    return [*gradients, None][: len(values) + 1]
+        losses = formula(values)
+        return torch.autograd.grad(losses, leaves, grad_rows.to(losses.dtype), materialize_grads=True)
 
 
 def objective_of(loss: PairLoss) -> type[Declared]:
