@@ -21,7 +21,7 @@ import replearn_kernels as rk
 from replearn_kernels.engine.backends import why_no_triton
 
 SCALE = 14.3
-NONE_FOR_Y = ("sup_con", "lifted", "contrastive", "batch_", "semi_hard")
+NONE_FOR_Y = ("sup_con", "lifted", "contrastive", "batch_", "semi_hard", "circle", "multi_similarity")
 ON_A_GPU = ((257, 48), (600, 130), (300, 512))
 """N, d: rows that fit on chip, rows that need padding, rows that do neither; no N that blocks divide."""
 

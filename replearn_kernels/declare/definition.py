@@ -122,13 +122,13 @@ class Reduction:
         next(a for a in args if isinstance(a, Reduction))._refuse()
 
 
-def total(of, where: Expr = Facts.every) -> Reduction:
-    """The sum of ``of`` over the row's pairs for which the condition ``where`` holds; 0 over none."""
+def total(of, where: Expr | None = None) -> Reduction:
+    """The sum of ``of`` over the row's pairs for which the condition ``where`` holds; 0 over none. Default: all."""
     return _reduction("total", of, where)
 
 
-def logsumexp(of, where: Expr = Facts.every) -> Reduction:
-    """``log(sum(exp(of)))`` over the row's pairs for which the condition ``where`` holds; -inf over none.
+def logsumexp(of, where: Expr | None = None) -> Reduction:
+    """``log(sum(exp(of)))`` over the row's pairs for which the condition ``where`` holds; -inf over none. Default: all.
 
     Nothing overflows, and numbers that all pairs share are taken out of ``of``, so that no logit is rounded before the
     largest is subtracted from it.
@@ -137,7 +137,7 @@ def logsumexp(of, where: Expr = Facts.every) -> Reduction:
 
 
 def _reduction(kind: str, of, where) -> Reduction:
-    over = mask(where, f"{kind}(where=...)")
+    over = Facts.every if where is None else mask(where, f"{kind}(where=...)")
     if over.op == "always" and not over.args[0]:
         raise ValueError(f"{kind}(where=...): the condition holds for no pair")
     return Reduction(kind, number(of, kind), _of_pairs(over))
