@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from declared_cases import Clip, Contrastive, Everything, inputs_of
+from declared_cases import Clip, Contrastive, Everything, Margin, inputs_of
 from metric_cases import LABELS
 
 import replearn_kernels as rk
@@ -263,8 +263,23 @@ def test_two_new_losses_in_one_graph():
     torch.testing.assert_close(step(x, y), 5 * (x @ y.t()).sum() / len(x))
 
 
-def test_a_default_device_is_nobody_s_concern():
-    x, _, labels, _ = rows()
+def test_a_module_from_elsewhere_in_one_graph(tmp_path):
+    """What is unpickled in a process that has not fused it is known before a graph is traced."""
+    torch.save(fuse(Everything()), tmp_path / "module.pt")
+    code = f"import torch\nfused = torch.load({str(tmp_path / 'module.pt')!r}, weights_only=False)\n"
+    code += "step = torch.compile(lambda x, y: fused(x, y, 2.0), fullgraph=True, backend='aot_eager')\n"
+    code += "x = torch.linspace(-1, 1, 12).view(4, 3)\nprint((step(x, x) == fused(x, x, 2.0)).item())"
+    assert python(code) == "True\n"
+
+
+@pytest.mark.parametrize("loss", [Contrastive(), Margin()], ids=str)
+def test_a_default_device_is_nobody_s_concern(loss):
+    x, y, labels, _ = rows()
+    inputs = (x, labels) if loss.batch else (x, y, 2.0)
+    leaf = x.requires_grad_()
     with torch.device("meta"):
-        loss = fuse(Contrastive())(x, labels)
-    assert torch.equal(loss, fuse(Contrastive())(x, labels))
+        fused = fuse(loss)
+        value = fused(*inputs)
+        (gradient,) = torch.autograd.grad(value, leaf)
+    assert torch.equal(value, fused(*inputs))
+    assert torch.equal(gradient, torch.autograd.grad(fused(*inputs), leaf)[0])

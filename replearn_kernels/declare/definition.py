@@ -234,8 +234,13 @@ class Definition:
         """What the author sees of the rows."""
         values = dict(zip((term.name for term in self.terms), of_rows))
         if self.cls.scaled:
-            values["logit_scale"] = torch.as_tensor(logit_scale, dtype=torch.float64)
+            values["logit_scale"] = scalar(logit_scale)
         return Values(values)
+
+
+def scalar(number: float | Tensor) -> Tensor:
+    """0-d, in fp64."""
+    return number.double() if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
 class Values:

@@ -90,6 +90,10 @@ class _FusedLoss(_Loss):
         objective_of(loss)  # its name has to be there when a graph is traced
         self.loss = loss
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        objective_of(self.loss)
+
     def source(self, backend: str) -> str:
         """The text that is derived for a backend, "triton" or "torch"."""
         validation.check_choice("backend", backend, ("triton", "torch"))

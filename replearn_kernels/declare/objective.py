@@ -33,7 +33,7 @@ from ..engine.problem import Pairs, Problem
 from ..objectives import OBJECTIVES
 from ..objectives.base import Objective, steepness
 from ..objectives.softmax import fold_sum_exp, logarithms, merge_sum_exp
-from .definition import Definition, PairLoss, Term, definition_of, fields_of, instance_of, places
+from .definition import Definition, PairLoss, Term, definition_of, fields_of, instance_of, places, scalar
 from .on_tensors import TermOfTile, facts_of_tile, terms_of_tile
 from .torch_source import functions_of
 from .triton_source import epilogue_of
@@ -144,7 +144,7 @@ class Declared(Objective):
 
     def _gradients(self, problem: Problem, values: list[Tensor], grad_rows: Tensor) -> Sequence[Tensor]:
         """``sum_i grad_i dL_i`` in each of the values; that in the scale, which a formula can read, is kept."""
-        scale = torch.as_tensor(problem.scale, dtype=torch.float64).clone()
+        scale = scalar(problem.scale).clone()
         *gradients, of_scale = _gradients(partial(self._formula, scale), [*values, scale], values, grad_rows)
         if self.definition.cls.scaled:  # of chunk after chunk
             known = self.own_scale_gradient
