@@ -11,6 +11,7 @@ import torch
 
 from replearn_kernels.declare import PairLoss
 from replearn_kernels.declare.objective import objective_of
+from replearn_kernels.declare.triton_source import epilogue_of
 from replearn_kernels.pair_losses.circle import Circle
 from replearn_kernels.pair_losses.decoupled import Decoupled
 from replearn_kernels.pair_losses.hard_negatives import HardNegatives
@@ -72,7 +73,7 @@ class Variant:
 
     @property
     def functions(self) -> Epilogue:
-        return EPILOGUES[self.epilogue] if self.loss is None else objective_of(self.loss).printed()
+        return EPILOGUES[self.epilogue] if self.loss is None else epilogue_of(objective_of(self.loss).definition)
 
     @property
     def roles(self) -> tuple[float, ...]:

@@ -22,8 +22,9 @@ from replearn_kernels.declare import (
     total,
     where,
 )
-from replearn_kernels.declare.definition import Facts, definition_of
+from replearn_kernels.declare.definition import definition_of
 from replearn_kernels.declare.objective import objective_of
+from replearn_kernels.declare.pair_loss import Facts
 from replearn_kernels.declare.torch_source import functions_of
 
 EIGHTS = LABELS["eights"]

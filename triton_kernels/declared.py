@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from .sigmoid import log1p, reciprocal
-from .softmax import LOG2_E
+from .softmax import rate_of as rate_of
+from .softmax import signed as signed
 from .tiles import HIGHEST, LOWEST, inside_tile, is_target, load_vector, same_group
 
 every_pairs = inside_tile
@@ -62,18 +63,6 @@ def minimum(a, b):
 def maximum(a, b):
     """NaN if either is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def rate_of(factor):
-    """``|factor| log2(e)``: what is never 0, as in ``softmax_rate``."""
-    return tl.maximum(tl.abs(factor), 1.2e-38) * LOG2_E
-
-
-@triton.jit
-def signed(factor, x):
-    """``sign(factor) x``."""
-    return tl.where(factor < 0, -x, x)
 
 
 @triton.jit

@@ -13,17 +13,28 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def softmax_rate(inputs):
-    """``|scale| log2(e)``. Never 0, at which a masked -inf would become NaN: 1.2e-38, the smallest normal number,
+def rate_of(factor):
+    """``|factor| log2(e)``. Never 0, at which a masked -inf would become NaN: 1.2e-38, the smallest normal number,
     changes no logit of similarities up to 1e30. (A factor of 0 for all of them costs registers that some kernels lack.)
     """
-    return tl.maximum(tl.abs(tl.load(inputs.scale).to(tl.float32)), 1.2e-38) * LOG2_E
+    return tl.maximum(tl.abs(factor), 1.2e-38) * LOG2_E
+
+
+@triton.jit
+def signed(factor, x):
+    """``x`` if the factor is positive, else ``-x``: of which a larger one is a larger product with the factor."""
+    return tl.where(factor < 0, -x, x)
+
+
+@triton.jit
+def softmax_rate(inputs):
+    return rate_of(tl.load(inputs.scale).to(tl.float32))
 
 
 @triton.jit
 def softmax_signed(s, inputs):
     """``v``: similarities of which a larger one is a larger logit."""
-    return tl.where(tl.load(inputs.scale) < 0, -s, s)
+    return signed(tl.load(inputs.scale), s)
 
 
 @triton.jit

@@ -2,17 +2,19 @@
 
     expressions.py    what an author's functions are made of
     algebra.py        their derivatives, and what all pairs share taken out of them
-    definition.py     PairLoss: what is declared, and its structure
+    pair_loss.py      PairLoss, total, logsumexp, and the facts of a pair: the rest of what an author writes
+    definition.py     the structure of a declared loss
     checks.py         its formulas, tried out
     fuse.py           the module that a declared loss becomes
     compute.py        a call of it
     objective.py      the engine's view: statistics, losses, coefficients, W
-    on_tensors.py     expressions computed by PyTorch
-    triton_source.py  expressions printed as a Triton epilogue
+    printing.py       expressions as text
+    torch_source.py   the same for PyTorch, and what that text calls
+    triton_source.py  the same as a Triton epilogue
+    on_tensors.py     the terms of a tile, computed by PyTorch
     formula.py        the specification, on the full matrix
 """
 
-from .definition import Facts, PairLoss, Reduction, logsumexp, total
 from .expressions import (
     Expr,
     absolute,
@@ -28,6 +30,7 @@ from .expressions import (
     where,
 )
 from .fuse import FusedBatchLoss, FusedPairLoss, fuse
+from .pair_loss import Facts, PairLoss, Reduction, logsumexp, total
 
 __all__ = [
     "Expr", "Facts", "FusedBatchLoss", "FusedPairLoss", "PairLoss", "Reduction", "absolute", "clamp", "exp", "fuse",

@@ -1,10 +1,25 @@
-"""What is done with expressions: their derivative, and what all pairs share taken out of them."""
+"""What is done with expressions: a walk over them, their derivative, and what all pairs share taken out of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 from .expressions import ATOMS, Expr, number, sigmoid, where
+
+
+def walk(roots: list[Expr]) -> Iterator[Expr]:
+    """Every expression that there is in ``roots``, once, and after its arguments."""
+    seen: set[Expr] = set()
+    left = [(root, False) for root in reversed(roots)]
+    while left:
+        e, is_ready = left.pop()
+        if is_ready:
+            yield e
+        elif e not in seen:
+            seen.add(e)
+            left.append((e, True))
+            left += [(a, False) for a in reversed(e.args) if isinstance(a, Expr) and a not in seen]
 
 
 def slope(e: Expr, x: Expr, found: dict[Expr, Expr] | None = None) -> Expr:

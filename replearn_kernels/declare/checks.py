@@ -10,8 +10,9 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from .definition import Definition, PairLoss, definition_of, fields_of, instance_of
+from .definition import Definition, check_rows, definition_of, fields_of, instance_of, kind_of
 from .expressions import number
+from .pair_loss import PairLoss
 
 _OPTIONS = {"bool": bool, "int": int, "str": str}
 
@@ -28,16 +29,14 @@ def check_formulas(loss: PairLoss) -> None:
         number(getattr(loss, name), f"{cls.__name__}.{name}")
         if not math.isfinite(getattr(loss, name)):
             raise ValueError(f"{cls.__name__}.{name} must be finite, got {getattr(loss, name)}")
-    kinds = {field.name: field.type if isinstance(field.type, str) else field.type.__name__ for field in fields(cls)}
+    kinds = {field.name: kind_of(field) for field in fields(cls)}
     for name in options:
         value, kind = getattr(loss, name), kinds[name]
         if type(value) is not _OPTIONS[kind]:
             raise TypeError(f"{cls.__name__}.{name} must be {kind}, got {value!r}")
     definition = definition_of(cls, tuple(getattr(loss, name) for name in options))
     loss = instance_of(cls, {name: getattr(loss, name) for name in (*parameters, *options)})
-    if cls.counted is not PairLoss.counted:
-        counted = loss.counted(definition.values_of_rows(_made_up(definition), _leaf(1.3)))
-        _check_shape(f"{cls.__name__}.counted", counted)
+    definition.count(loss, _made_up(definition), _leaf(1.3))
     if cls.loss is not PairLoss.loss:
         _check_signature(cls)
         _check_losses(loss, definition)
@@ -57,7 +56,7 @@ def _check_losses(loss: PairLoss, definition: Definition) -> None:
     leaves, scale = [*row, *column], _leaf(1.3)
     with torch.enable_grad():
         losses = definition.row_losses(loss, row, column, scale)
-    _check_shape(name, losses)
+    check_rows(name, losses, 3)
     if not losses.dtype.is_floating_point:
         raise TypeError(f"{name} must return floating-point losses, got {losses.dtype}")
     if not losses.requires_grad:
@@ -83,16 +82,6 @@ def _made_up(definition: Definition) -> list[Tensor]:
 
 def _leaf(value: float | Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device="cpu").clone().requires_grad_()
-
-
-def _check_shape(name: str, values: Tensor) -> None:
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must return a tensor, one value for every row, got {type(values).__name__}")
-    if values.shape != (3,):
-        raise ValueError(
-            f"{name} must return one value for every row, [N], got shape {tuple(values.shape)} for N = 3: "
-            "the mean or sum over the rows is the caller's, by reduction="
-        )
 
 
 def _leaves_of(result: Tensor) -> Iterator[Tensor]:

@@ -8,12 +8,12 @@ from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..engine.world import World
-from ..functional.call import Options, check_pair, run
+from ..functional.call import Options, check_groups, check_pair, run
 from ..functional.metric import labelled_batch
 from ..functional.rows import unit_rows
-from .definition import PairLoss
 from .formula import dense_loss
-from .objective import objective_of
+from .objective import Declared, objective_of
+from .pair_loss import PairLoss
 
 
 def batch_loss(
@@ -30,12 +30,13 @@ def batch_loss(
     strategy: str = "auto",
 ) -> Tensor:
     """The rows of one batch with each other; see :class:`~replearn_kernels.declare.FusedBatchLoss`."""
+    objective = _objective(loss, labels is not None)
     inputs, options = labelled_batch(
         embeddings, labels, reduction, normalize, backend, memory_budget, group, strategy,
-        needs_labels=objective_of(loss).reads_groups, native=False,
+        needs_labels=objective.reads_groups, native=False,
     )  # fmt: skip
     inputs = inputs._replace(logit_scale=validation.check_scale("logit_scale", logit_scale, inputs.query))
-    return _run(loss, inputs, options)
+    return _run(loss, objective, inputs, options)
 
 
 def pair_loss(
@@ -58,22 +59,24 @@ def pair_loss(
     """Queries with keys; see :class:`~replearn_kernels.declare.FusedPairLoss`. ``names``: the caller's, of tensors."""
     query_name, key_name, query_group_name, key_group_name = names
     query, key = check_pair({query_name: query, key_name: key})
-    if (query_group is None) != (key_group is None):
-        raise ValueError(f"{query_group_name} and {key_group_name} must be given together, got only one of them")
-    if query_group is not None:
-        query_group = validation.check_labels(query_group_name, query_group, query.shape[0], query)
-        key_group = validation.check_labels(key_group_name, key_group, key.shape[0], query)
-    if objective_of(loss)(query_group is not None, []).uses_target or target is not None:
+    groups = {query_group_name: query_group, key_group_name: key_group}
+    query_group, key_group = check_groups(groups, query, key)
+    objective = _objective(loss, query_group is not None)
+    if objective.uses_target or target is not None:
         validation.check_target(target, query.shape[0], key.shape[0], query)
     logit_scale = validation.check_scale("logit_scale", logit_scale, query)
     options = Options.of(reduction, backend, memory_budget, query, group, strategy, native=False)
     if validation.check_flag("normalize", normalize):
         query, key = unit_rows(query), unit_rows(key)
-    return _run(loss, Inputs(query, [key], None, target, query_group, key_group, logit_scale, None), options)
+    inputs = Inputs(query, [key], None, target, query_group, key_group, logit_scale, None)
+    return _run(loss, objective, inputs, options)
 
 
-def _run(loss: PairLoss, inputs: Inputs, options: Options) -> Tensor:
+def _objective(loss: PairLoss, by_group: bool) -> Declared:
+    """``by_group``: groups of rows and columns are given."""
     of_loss = objective_of(loss)
-    values = [float(getattr(loss, name)) for name in of_loss.definition.parameters]
-    objective = of_loss(inputs.row_group is not None, values)
+    return of_loss(by_group, [float(getattr(loss, name)) for name in of_loss.definition.parameters])
+
+
+def _run(loss: PairLoss, objective: Declared, inputs: Inputs, options: Options) -> Tensor:
     return run(inputs, objective, options, lambda inputs: dense_loss(inputs, objective, loss, options.reduction))

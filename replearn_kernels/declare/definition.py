@@ -1,157 +1,22 @@
-"""What an author declares, and what is found out about it, once for every structure of a loss."""
+"""The structure of a loss: what is found out about a declaration, whatever the values of its parameters."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .algebra import affine, factored, slope
-from .expressions import Expr, mask, number, walk
+from .algebra import affine, factored, slope, walk
+from .expressions import Expr, number
+from .pair_loss import Facts, PairLoss, Reduction
 
 _RESERVED = ("batch", "scaled", "symmetric", "similarity", "terms", "loss", "counted")
 SIMILARITIES = ("product", "cosine", "distance", "squared_distance")
-
-
-class PairLoss:
-    """A loss over the pairs of rows and columns, by functions of one pair.
-
-    Subclass it as a frozen dataclass. Float fields are the loss's parameters: what they are changes nothing but
-    numbers. Bool, int and str fields are options, which may steer the Python of :meth:`terms`. Then give it to
-    :func:`~replearn_kernels.declare.fuse`, which derives the rest: gradients, kernels, and the batch of many ranks.
-
-    Class attributes, with their defaults:
-
-    ``batch = False``: rows are compared with the rows of other features, and row i's target is column i unless another
-        is given. True: the rows of one batch are compared with each other, by labels; no row with itself.
-    ``scaled = False``: True: calls take ``logit_scale``, which gets a gradient, and ``terms`` sees the logits
-        ``logit_scale * similarity`` in place of similarities.
-    ``symmetric = False``: True: ``loss(row, column)`` gets the terms of every row and those of its target's column.
-        Not with ``batch``, whose rows are the columns.
-    ``similarity = "product"``: or "cosine" (rows are L2-normalised first), and for a batch "distance" (Euclidean) and
-        "squared_distance".
-
-    Example, the circle loss of Sun et al. 2020::
-
-        @dataclass(frozen=True)
-        class Circle(PairLoss):
-            margin: float = 0.4
-            gamma: float = 80.0
-            batch, similarity = True, "cosine"
-
-            def terms(self, s, pair):
-                m = self.margin
-                near, far = relu(1 + m - s).detach() * (1 - m - s), relu(s + m).detach() * (s - m)
-                return {
-                    "positives": logsumexp(self.gamma * near, where=pair.same),
-                    "negatives": logsumexp(self.gamma * far, where=pair.other),
-                }
-
-            def loss(self, row):
-                return softplus(row.positives + row.negatives)
-    """
-
-    batch = False
-    scaled = False
-    symmetric = False
-    similarity = "product"
-
-    def terms(self, s: Expr, pair: Facts) -> dict[str, Reduction]:
-        """What is summed over the pairs of every row, by name: :func:`total` and :func:`logsumexp` of expressions of
-        the similarity ``s``, and of ``pair.target``, ``pair.same``, ``pair.other`` and ``pair.every``."""
-        raise NotImplementedError(f"{type(self).__name__} must define terms(self, s, pair)")
-
-    def loss(self, row, column=None) -> Tensor:
-        """The loss of every row, ``[N]``, of the terms of its own pairs: ``row.name``, ``[N]`` in fp64. Plain torch.
-
-        A scaled loss finds the scale in ``row.logit_scale``.
-
-        Default: the sum of the terms. Then, and if all are totals, one sweep over the pairs yields loss and gradients.
-        """
-        raise AssertionError("a loss that is the sum of its terms has no formula of its own")
-
-    def counted(self, row) -> Tensor:
-        """What the mean divides by, ``[N]``, true or false or a number: it is ``sum(loss) / sum(counted)``, and
-        ``sum(loss)`` where nothing is counted. A row that is not counted should have the loss 0; the count has no
-        gradient. Default: the number of rows."""
-        raise AssertionError("a mean over all rows has no formula of its own")
-
-
-class Facts:
-    """What is known of a pair, as conditions.
-
-    ``every``: all pairs. ``target``: the row's own column. ``same``: of one group (label, or id); where there are no
-    groups, the target. ``other``: those that are not ``same``. In a batch no row is in a pair with itself.
-    """
-
-    every, target, same, other = (Expr("fact", name) for name in ("every", "target", "same", "other"))
-
-    def __getattr__(self, name: str):
-        raise AttributeError(f"pair has no {name!r}: there are pair.every, pair.target, pair.same and pair.other")
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """A sum of a row's pairs, or the logarithm of a sum of exponentials."""
-
-    kind: str  # "total" or "logsumexp"
-    of: Expr
-    over: Expr  # a condition
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._refuse()
-
-    def _refuse(self, *others):
-        raise TypeError(
-            f"a {self.kind} is a sum over a row's pairs, with which terms() cannot compute: return it as a term, and "
-            "compute with its value, row.name, in loss()"
-        )
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
-    __pow__ = __neg__ = __abs__ = __gt__ = __ge__ = __lt__ = __le__ = __bool__ = __float__ = _refuse
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        next(a for a in args if isinstance(a, Reduction))._refuse()
-
-
-def total(of, where: Expr | None = None) -> Reduction:
-    """The sum of ``of`` over the row's pairs for which the condition ``where`` holds; 0 over none. Default: all."""
-    return _reduction("total", of, where)
-
-
-def logsumexp(of, where: Expr | None = None) -> Reduction:
-    """``log(sum(exp(of)))`` over the row's pairs for which the condition ``where`` holds; -inf over none. Default: all.
-
-    Nothing overflows, and numbers that all pairs share are taken out of ``of``, so that no logit is rounded before the
-    largest is subtracted from it.
-    """
-    return _reduction("logsumexp", of, where)
-
-
-def _reduction(kind: str, of, where) -> Reduction:
-    over = Facts.every if where is None else mask(where, f"{kind}(where=...)")
-    if over.op == "always" and not over.args[0]:
-        raise ValueError(f"{kind}(where=...): the condition holds for no pair")
-    return Reduction(kind, number(of, kind), _of_pairs(over))
-
-
-def _of_pairs(condition: Expr) -> Expr:
-    """What holds beyond a tile's edge, and of a row with itself, is no pair."""
-    return condition if _is_of_pairs(condition) else Facts.every & condition
-
-
-def _is_of_pairs(condition: Expr) -> bool:
-    if condition.op == "and":
-        return any(map(_is_of_pairs, condition.args))
-    return condition.op == "fact" or (condition.op == "or" and all(map(_is_of_pairs, condition.args)))
 
 
 @dataclass(frozen=True)
@@ -230,12 +95,32 @@ class Definition:
             return loss.loss(row)
         return loss.loss(row, Values(dict(zip((term.name for term in self.terms), of_columns))))
 
+    def count(self, loss: PairLoss, of_rows: Iterable[Tensor], logit_scale: float | Tensor) -> Tensor | None:
+        """What the mean divides by, 0-d in fp64; None: the number of rows."""
+        if self.cls.counted is PairLoss.counted:
+            return None
+        of_rows = list(of_rows)
+        counted = loss.counted(self.values_of_rows(of_rows, logit_scale))
+        check_rows(f"{self.cls.__name__}.counted", counted, len(of_rows[0]))
+        return counted.double().sum()
+
     def values_of_rows(self, of_rows: Iterable[Tensor], logit_scale: float | Tensor) -> Values:
         """What the author sees of the rows."""
         values = dict(zip((term.name for term in self.terms), of_rows))
         if self.cls.scaled:
             values["logit_scale"] = scalar(logit_scale)
         return Values(values)
+
+
+def check_rows(name: str, values: Tensor, rows: int) -> None:
+    """Raise TypeError or ValueError if a formula of the author's did not return one value for each of the rows."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must return a tensor, one value for every row, got {type(values).__name__}")
+    if values.shape != (rows,):
+        raise ValueError(
+            f"{name} must return one value for every row, [N], got {tuple(values.shape)} for N = {rows}: "
+            "the mean or sum over the rows is the caller's, by reduction="
+        )
 
 
 def scalar(number: float | Tensor) -> Tensor:
@@ -266,11 +151,16 @@ def fields_of(cls: type[PairLoss]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     _check_class(cls)
     parameters, options = [], []
     for field in fields(cls):
-        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+        kind = kind_of(field)
         if kind not in ("float", "bool", "int", "str"):
             raise TypeError(f"{cls.__name__}.{field.name} must be annotated float, bool, int or str, got {kind}")
         (parameters if kind == "float" else options).append(field.name)
     return tuple(parameters), tuple(options)
+
+
+def kind_of(field: Field) -> str:
+    """What a field is annotated with, by name."""
+    return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
 
 
 @cache

@@ -10,7 +10,7 @@ import inspect
 import math
 import operator
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from numbers import Real
 from weakref import WeakValueDictionary
 
@@ -194,20 +194,6 @@ def _shown(e: Expr, depth: int) -> str:
     if e.op in _SIGNS:
         return f"({arguments[0]} {_SIGNS[e.op]} {arguments[1]})"
     return f"{e.op}({', '.join(arguments)})"
-
-
-def walk(roots: list[Expr]) -> Iterator[Expr]:
-    """Every expression that there is in ``roots``, once, and after its arguments."""
-    seen: set[Expr] = set()
-    left = [(root, False) for root in reversed(roots)]
-    while left:
-        e, is_ready = left.pop()
-        if is_ready:
-            yield e
-        elif e not in seen:
-            seen.add(e)
-            left.append((e, True))
-            left += [(a, False) for a in reversed(e.args) if isinstance(a, Expr) and a not in seen]
 
 
 _SIGNS = {

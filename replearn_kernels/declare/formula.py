@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .. import reference
 from ..engine.problem import Inputs, statistics_dtype
-from .definition import PairLoss
-from .objective import Declared, check_rows
+from .definition import check_rows
+from .objective import Declared
 from .on_tensors import Facts, terms_of_tile
+from .pair_loss import PairLoss
 
 
 def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: str) -> Tensor:
@@ -27,15 +28,12 @@ def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: s
 
     of_rows = [of(term.name, 1) for term in definition.terms]
     of_columns = [of(term.name, 0)[target] for term in definition.terms] if definition.cls.symmetric else []
-    losses, count = definition.row_losses(loss, of_rows, of_columns, scale).to(similarities.dtype), None
+    losses = definition.row_losses(loss, of_rows, of_columns, scale).to(similarities.dtype)
     check_rows(f"{definition.cls.__name__}.loss", losses, len(similarities))
-    if definition.cls.counted is not PairLoss.counted:
-        count = loss.counted(definition.values_of_rows([value.detach() for value in of_rows], scale.detach()))
-        check_rows(f"{definition.cls.__name__}.counted", count, len(similarities))
-        count = count.double().sum().to(losses.dtype)
+    count = definition.count(loss, [value.detach() for value in of_rows], scale.detach())
     if objective.by_distance:
         losses = losses + reference.nan_of_rows(inputs)
-    return reference.reduce(losses, reduction, count)
+    return reference.reduce(losses, reduction, None if count is None else count.to(losses.dtype))
 
 
 def _similarities(inputs: Inputs, objective: Declared) -> Tensor:

@@ -13,8 +13,8 @@ from ..losses import _Loss
 from . import torch_source, triton_source
 from .checks import check_formulas
 from .compute import batch_loss, pair_loss
-from .definition import PairLoss
 from .objective import objective_of
+from .pair_loss import PairLoss
 
 
 def fuse(

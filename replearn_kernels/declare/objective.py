@@ -33,8 +33,9 @@ from ..engine.problem import Pairs, Problem
 from ..objectives import OBJECTIVES
 from ..objectives.base import Objective, steepness
 from ..objectives.softmax import fold_sum_exp, logarithms, merge_sum_exp
-from .definition import Definition, PairLoss, Term, definition_of, fields_of, instance_of, places, scalar
+from .definition import Definition, Term, check_rows, definition_of, fields_of, instance_of, places, scalar
 from .on_tensors import TermOfTile, facts_of_tile, terms_of_tile
+from .pair_loss import PairLoss
 from .torch_source import functions_of
 from .triton_source import epilogue_of
 
@@ -67,12 +68,7 @@ class Declared(Objective):
 
     @property
     def epilogue(self):
-        return self.printed()
-
-    @classmethod
-    def printed(cls):
-        """The Triton epilogue."""
-        return epilogue_of(cls.definition)
+        return epilogue_of(self.definition)
 
     @property
     def roles(self) -> tuple[float, ...]:
@@ -117,13 +113,10 @@ class Declared(Objective):
         return losses + problem.squares * 0 if self.by_distance else losses  # a NaN shows, whatever its row counts for
 
     def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> int | Tensor:
-        if self.definition.cls.counted is PairLoss.counted:
+        if self.definition.cls.counted is PairLoss.counted:  # nor is there a table before the first sweep
             return problem.rows
-        values = self._values_of(row_table, problem.scale)
-        row = self.definition.values_of_rows(values, problem.scale)
-        counted = self.loss.counted(row)
-        check_rows(f"{self.definition.cls.__name__}.counted", counted, problem.rows)
-        return counted.double().sum().to(problem.statistics_dtype)
+        count = self.definition.count(self.loss, self._values_of(row_table, problem.scale), problem.scale)
+        return count.to(problem.statistics_dtype)
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, Tensor | None]:
         if not self.needs_statistics:
@@ -218,11 +211,6 @@ class Declared(Objective):
         return dict(zip(names, self.functions.factors(None, scale, *self.values)))
 
 
-def check_rows(name: str, values: Tensor, rows: int) -> None:
-    if values.shape != (rows,):
-        raise ValueError(f"{name} must return one value for every row, [N], got {tuple(values.shape)} for N = {rows}")
-
-
 def _fold(tile: dict[str, TermOfTile], terms: tuple[Term, ...], dim: int, table: Tensor) -> None:
     """Add the terms of a tile to statistics."""
     for term, place in places(terms, "statistics"):
@@ -272,20 +260,15 @@ def objective_of(loss: PairLoss) -> type[Declared]:
         TypeError, ValueError, AttributeError: the loss cannot be declared so.
     """
     cls = type(loss)
-    return OBJECTIVES[_registered(cls, tuple(getattr(loss, name) for name in _options_of(cls)))]
+    return OBJECTIVES[register(cls, tuple(getattr(loss, name) for name in _options_of(cls)))]
 
 
 def _options_of(cls: type[PairLoss]) -> tuple[str, ...]:
     return fields_of(cls)[1]
 
 
-def register(cls: type[PairLoss], *options: bool | int | str) -> None:
-    """Make a loss known to the operators by its name, as an exported program needs it."""
-    _registered(cls, options)
-
-
-def _registered(cls: type[PairLoss], options: tuple[bool | int | str, ...]) -> str:
-    """The name of the class, once it is there."""
+def register(cls: type[PairLoss], options: tuple[bool | int | str, ...]) -> str:
+    """The name by which operators and exported programs call the loss, once they can find it."""
     definition = definition_of(cls, options)
     if definition.name not in OBJECTIVES:
         OBJECTIVES[definition.name] = _class_of(definition)
@@ -293,7 +276,7 @@ def _registered(cls: type[PairLoss], options: tuple[bool | int | str, ...]) -> s
 
 
 # The mark that torch.compiler.assume_constant_result leaves, which itself imports all of dynamo: 1.3 s.
-_options_of._dynamo_marked_constant = _registered._dynamo_marked_constant = True
+_options_of._dynamo_marked_constant = register._dynamo_marked_constant = True
 
 
 def _class_of(definition: Definition) -> type[Declared]:

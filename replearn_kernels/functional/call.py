@@ -170,3 +170,14 @@ def check_pair(features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     query, key = autocast(query, key)
     validation.check_alike(other_name, key, name, query)
     return query, key
+
+
+def check_groups(groups: dict[str, Tensor | None], query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Groups of queries and keys, given under the caller's names: both or neither."""
+    (name, of_queries), (other_name, of_keys) = groups.items()
+    if (of_queries is None) != (of_keys is None):
+        raise ValueError(f"{name} and {other_name} must be given together, got only one of them")
+    if of_queries is None:
+        return None, None
+    of_queries = validation.check_labels(name, of_queries, query.shape[0], query)
+    return of_queries, validation.check_labels(other_name, of_keys, key.shape[0], query)

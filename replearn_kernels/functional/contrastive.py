@@ -11,7 +11,7 @@ from ..engine.operators import needs_dispatcher
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs
 from ..objectives import Sigmoid, Softmax
-from .call import Options, autocast, check_pair, in_group, run, takes_logit_scale
+from .call import Options, autocast, check_groups, check_pair, in_group, run, takes_logit_scale
 from .gathered import loss_of_every_rank
 from .rows import unit_rows
 
@@ -243,13 +243,9 @@ def siglip_loss(
         RuntimeError: the backend asked for is not available here.
     """
     image, text = check_pair({"image_features": image_features, "text_features": text_features})
-    if (query_group is None) != (key_group is None):
-        raise ValueError("query_group and key_group must be given together, got only one of them")
+    query_group, key_group = check_groups({"query_group": query_group, "key_group": key_group}, image, text)
     if query_group is None:
         validation.check_same_rows("image_features", image, "text_features", text)
-    else:
-        query_group = validation.check_labels("query_group", query_group, image.shape[0], image)
-        key_group = validation.check_labels("key_group", key_group, text.shape[0], image)
     logit_scale = validation.check_scale("logit_scale", logit_scale, image)
     if logit_bias is not None:
         logit_bias = validation.check_scale("logit_bias", logit_bias, image)

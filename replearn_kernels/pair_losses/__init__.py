@@ -15,7 +15,7 @@ from .multi_positive import MultiPositiveClip, MultiPositiveClipLoss, multi_posi
 from .multi_similarity import MultiSimilarity, MultiSimilarityLoss, multi_similarity_loss
 
 for _loss in (Circle, Decoupled, HardNegatives, MultiPositiveClip, MultiSimilarity):
-    register(_loss)
+    register(_loss, ())
 
 __all__ = [
     "CircleLoss", "DecoupledContrastiveLoss", "HardNegativeLoss", "MultiPositiveClipLoss", "MultiSimilarityLoss",

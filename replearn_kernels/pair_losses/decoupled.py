@@ -10,9 +10,9 @@ from ..declare import PairLoss, logsumexp, total
 from ..declare.compute import batch_loss
 from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
-from ..functional.call import check_pair, in_group
+from ..functional.call import in_group
 from ..functional.rows import stacked
-from ..functional.supervised import own_samples
+from ..functional.supervised import check_views
 from ..losses import _Loss
 
 
@@ -76,12 +76,10 @@ def decoupled_contrastive_loss(
 
         decoupled_contrastive_loss(encoder(view_1), encoder(view_2)).backward()
     """
-    z_i, z_j = check_pair({"z_i": z_i, "z_j": z_j})
-    validation.check_same_rows("z_i", z_i, "z_j", z_j)
-    sample = own_samples(z_i.shape[0], z_i, group).repeat(2)
-    logit_scale = validation.check_temperature("temperature", temperature, z_i)
+    views, sample = check_views(z_i, z_j, group)
+    logit_scale = validation.check_temperature("temperature", temperature, views[0])
     return batch_loss(
-        Decoupled(), stacked(z_i, z_j), sample, logit_scale=logit_scale, reduction=reduction, normalize=normalize,
+        Decoupled(), stacked(*views), sample, logit_scale=logit_scale, reduction=reduction, normalize=normalize,
         backend=backend, memory_budget=memory_budget, group=group, strategy=strategy,
     )  # fmt: skip
 
