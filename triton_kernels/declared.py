@@ -13,7 +13,7 @@ every_pairs = inside_tile
 
 @triton.jit
 def target_pairs(row, column, inputs):
-    """Which entries are a row's own."""
+    """Which entries are a row with its target."""
     pairs = inside_tile(row, column, inputs)
     if (inputs.target is not None) | (inputs.own is not None):
         return pairs & is_target(row, column, inputs)
@@ -23,7 +23,7 @@ def target_pairs(row, column, inputs):
 
 @triton.jit
 def same_pairs(row, column, inputs):
-    """Which entries are of one group; without groups, a row's own."""
+    """Which entries are pairs of one group; without groups, a row with its target."""
     if inputs.row_group is not None:
         return inside_tile(row, column, inputs) & same_group(row, column, inputs)
     else:
@@ -37,7 +37,7 @@ def other_pairs(row, column, inputs):
 
 @triton.jit
 def relu(x):
-    """NaN for NaN."""
+    """``x``, but 0 below 0; NaN for NaN."""
     return tl.where(x < 0, 0.0, x)
 
 
@@ -55,26 +55,26 @@ def sigmoid(x):
 
 @triton.jit
 def minimum(a, b):
-    """NaN if either is."""
+    """The smaller one, NaN if either is."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def maximum(a, b):
-    """NaN if either is."""
+    """The larger one, NaN if either is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def fold(v, rate, AXIS: tl.constexpr):
-    """(max, sum of exp) of a log-sum-exp; values at -inf do not count."""
+    """Return (max, sum of exp) along AXIS; values at -inf do not count."""
     top = tl.maximum(tl.max(v, AXIS), LOWEST)
     return top, tl.sum(tl.exp2((v - tl.expand_dims(top, AXIS)) * rate), AXIS)
 
 
 @triton.jit
 def merged(top, total, other_top, other_total, rate):
-    """(max, sum of exp) of two disjoint sets."""
+    """Return (max, sum of exp) of two disjoint sets, from those of each."""
     new = tl.maximum(top, other_top)
     return new, total * tl.exp2((top - new) * rate) + other_total * tl.exp2((other_top - new) * rate)
 

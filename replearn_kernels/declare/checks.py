@@ -75,7 +75,7 @@ def _check_losses(loss: PairLoss, definition: Definition) -> None:
 
 
 def _made_up(definition: Definition) -> list[Tensor]:
-    """Values of the terms of three rows."""
+    """Makes up values of all terms, ``[3]`` each, in no order."""
     start = torch.tensor([0.6, 0.9, 0.2], dtype=torch.float64, device="cpu")
     return [_leaf(start + place / 8) for place in range(len(definition.terms))]
 
@@ -85,7 +85,7 @@ def _leaf(value: float | Tensor) -> Tensor:
 
 
 def _leaves_of(result: Tensor) -> Iterator[Tensor]:
-    """The tensors that autograd would give a gradient to."""
+    """Yields the tensors that a backward call on the result would give a gradient to."""
     nodes, seen = [result.grad_fn], set()
     while nodes:
         node = nodes.pop()

@@ -73,7 +73,7 @@ def pair_loss(
 
 
 def _objective(loss: PairLoss, by_group: bool) -> Declared:
-    """``by_group``: groups of rows and columns are given."""
+    """The engine's view of a loss. ``by_group``: the call gives groups of rows and columns."""
     of_loss = objective_of(loss)
     return of_loss(by_group, [float(getattr(loss, name)) for name in of_loss.definition.parameters])
 

@@ -45,12 +45,12 @@ class Term:
 
     @property
     def statistics(self) -> int:
-        """Quantities of its table in sweep 1: the sum; or (max, sum)."""
+        """How many quantities the statistics keep of the term: its sum; of a log-sum-exp (max, sum)."""
         return 1 if self.kind == "total" else 2
 
     @property
     def coefficients(self) -> int:
-        """Quantities that W needs: a weight; or (max, log_sum, weight)."""
+        """How many quantities W reads of the term: a weight; of a log-sum-exp (max, log_sum, weight)."""
         return 0 if self.slope is None else 1 if self.kind == "total" else 3
 
 
@@ -75,12 +75,12 @@ class Definition:
 
     @property
     def has_columns(self) -> bool:
-        """Columns have the terms of rows, too."""
+        """Whether the terms are taken over columns as over rows."""
         return self.cls.batch or self.cls.symmetric
 
     @property
     def one_sweep(self) -> bool:
-        """W needs no statistics: the loss is the sum of totals."""
+        """Whether W needs no statistics, as the loss is the sum of totals."""
         overridden = self.cls.loss is not PairLoss.loss or self.cls.counted is not PairLoss.counted
         return not overridden and all(term.kind == "total" for term in self.terms)
 
@@ -105,7 +105,7 @@ class Definition:
         return counted.double().sum()
 
     def values_of_rows(self, of_rows: Iterable[Tensor], logit_scale: float | Tensor) -> Values:
-        """What the author sees of the rows."""
+        """The object that the author's formulas get for ``row``."""
         values = dict(zip((term.name for term in self.terms), of_rows))
         if self.cls.scaled:
             values["logit_scale"] = scalar(logit_scale)
@@ -124,7 +124,7 @@ def check_rows(name: str, values: Tensor, rows: int) -> None:
 
 
 def scalar(number: float | Tensor) -> Tensor:
-    """0-d, in fp64."""
+    """The number as a 0-d tensor in fp64, through which gradients go."""
     return number.double() if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
@@ -159,7 +159,7 @@ def fields_of(cls: type[PairLoss]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def kind_of(field: Field) -> str:
-    """What a field is annotated with, by name."""
+    """The name of the type that a field is annotated with."""
     return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
 
 
@@ -204,7 +204,7 @@ def instance_of(cls: type[PairLoss], values: dict) -> PairLoss:
 
 
 def _listing(terms: tuple[Term, ...]) -> str:
-    """All that the terms are, every expression once."""
+    """A text that tells the terms from any others. It lists every expression once, however often it is used."""
     roots = [e for t in terms for e in (t.factor, t.rest, t.offset, t.over)]
     numbers: dict[Expr, int] = {}
     lines = [repr([(term.name, term.kind) for term in terms])]
@@ -230,7 +230,7 @@ def _known(structure: str, cls: type[PairLoss], *others) -> Definition:
 
 
 def _text_of(function) -> str:
-    """What a function does, as far as it is the same in every process."""
+    """A text that tells a function from any that does something else, and is the same in every process."""
     codes, found = [function.__code__], []
     while codes:
         code = codes.pop()

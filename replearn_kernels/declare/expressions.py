@@ -50,7 +50,7 @@ class Expr:
 
     @property
     def constant(self) -> float | None:
-        """The value, where it is known already."""
+        """The value of a constant; None of all other expressions."""
         return self.args[0] if self.op == "constant" else None
 
     def detach(self) -> Expr:
@@ -185,7 +185,7 @@ def _identity(argument):
 
 
 def _shown(e: Expr, depth: int) -> str:
-    """As one would write it, to a depth."""
+    """The expression as one would write it; deeper than ``depth`` it is cut off."""
     if e.op in ATOMS:
         return repr(e)
     if depth == 0:
@@ -207,7 +207,7 @@ FUNCTIONS = (
 
 
 def number(value, where: str) -> Expr:
-    """An expression with a value, of an expression or a Python number."""
+    """Return the value as an expression that is no condition. ``where``: what asked for it, for the error."""
     if isinstance(value, Expr):
         if value.is_mask:
             raise TypeError(f"{where} takes numbers, got the condition {value}: write where({value}, 1, 0)")
@@ -228,7 +228,7 @@ def number(value, where: str) -> Expr:
 
 
 def mask(value, where: str) -> Expr:
-    """A condition."""
+    """Return the value if it is a condition. ``where``: what asked for it, for the error."""
     if isinstance(value, Expr) and value.is_mask:
         return value
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
@@ -249,7 +249,7 @@ def _compare(op: str, a, b) -> Expr:
 
 
 def _joined(op: str, a: Expr, b: Expr) -> Expr:
-    """``a & b`` or ``a | b``."""
+    """Return ``a & b`` (``op`` "and") or ``a | b`` ("or"), in its simplest form."""
     for one, other in ((a, b), (b, a)):
         if one.op == "always":
             return other if one.args[0] == (op == "and") else one

@@ -64,7 +64,7 @@ def fuse(
 
 
 class _FusedLoss(_Loss):
-    """``loss``: the declared loss."""
+    """Holds a declared loss, ``loss``, and the options of its calls."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class _FusedLoss(_Loss):
         return notation.source_of(objective_of(self.loss).definition)
 
     def _call(self, function, *tensors: Tensor | None, **keywords) -> Tensor:
-        """In a group, under the name of the loss."""
+        """Calls the function with the options; in a group, ranks know the call by the name of the loss."""
         if self.options["group"] is None:
             return function(self.loss, *tensors, **keywords, **self.options)
 

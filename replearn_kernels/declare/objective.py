@@ -62,7 +62,7 @@ class Declared(Objective):
 
     @property
     def loss(self) -> PairLoss:
-        """The author's object."""
+        """The author's object, with the values of this call."""
         parameters = zip(self.definition.parameters, self.values)
         return instance_of(self.definition.cls, dict(self.definition.options) | dict(parameters))
 
@@ -145,14 +145,14 @@ class Declared(Objective):
         return gradients
 
     def _values(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> list[Tensor]:
-        """What :meth:`_formula` takes."""
+        """The values of the terms that :meth:`_formula` takes: of the rows, then of their targets' columns."""
         values = self._values_of(row_table, problem.scale)
         if column_table is not None:
             values += self._values_of(problem.at_targets(column_table), problem.scale)
         return values
 
     def _values_of(self, table: Tensor, scale: float | Tensor) -> list[Tensor]:
-        """Of every term, ``[N]`` in fp64."""
+        """The values of all terms, ``[N]`` each in fp64, from a table of statistics."""
         values, factors = [], self._factors(scale)
         offsets = dict(zip(factors, self.functions.offsets(None, scale, *self.values)))
         for term, place in places(self.definition.terms, "statistics"):
@@ -206,7 +206,7 @@ class Declared(Objective):
         return terms_of_tile(self.definition.terms, self.functions, s, pairs.scale, self.values, facts, with_slopes)
 
     def _factors(self, scale: float | Tensor) -> dict[str, float | Tensor]:
-        """By the terms' names."""
+        """The terms' factors, by name."""
         names = (term.name for term in self.definition.terms)
         return dict(zip(names, self.functions.factors(None, scale, *self.values)))
 
@@ -231,7 +231,7 @@ def _share(term: TermOfTile, coefficients: Tensor) -> Tensor:
 
 
 def _empty(terms: tuple[Term, ...], count: int, like: Tensor) -> Tensor:
-    """Statistics of nothing."""
+    """A new table of statistics, of no pairs."""
     table = like.new_zeros((sum(term.statistics for term in terms), count))
     for term, place in places(terms, "statistics"):
         if term.kind == "logsumexp":

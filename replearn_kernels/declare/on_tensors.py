@@ -34,12 +34,12 @@ class TermOfTile:
         return self._within(self.rest * sign(self.factor), -torch.inf), steepness(self.factor)
 
     def logsumexp(self, dim: int, offset: float | Tensor) -> Tensor:
-        """The value of the term, by the plain formula."""
+        """The log-sum-exp along ``dim`` by the plain formula, with factor and offset."""
         return self._within(self.rest * self.factor + offset, -torch.inf).logsumexp(dim)
 
     @property
     def slope(self) -> Tensor:
-        """0 of pairs that are not in the term."""
+        """The term's derivative in every pair's logit, ``[R, C]``; 0 for pairs that are not in the term."""
         return self._within(self._slope, 0.0)
 
     def _within(self, values: Tensor | float, other: float) -> Tensor:

@@ -135,7 +135,7 @@ def _reduction(kind: str, of, where) -> Reduction:
 
 
 def _of_pairs(condition: Expr) -> Expr:
-    """What holds beyond a tile's edge, and of a row with itself, is no pair."""
+    """The condition, restricted to what is a pair: no row with itself, nothing beyond a tile's edge."""
     return condition if _is_of_pairs(condition) else Facts.every & condition
 
 

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from types import ModuleType
 
+from .algebra import walk
 from .definition import Definition
 from .expressions import Expr
 
@@ -34,16 +35,9 @@ class Writer:
         self.parameters, self.notation, self.parameter = definition.parameters, notation, parameter
         self.lines: list[str] = []
         self._names: dict[Expr, str] = {}
-        self._uses: Counter[Expr] = Counter()
-        for root in roots:
-            self._count(root)
-
-    def _count(self, e: Expr) -> None:
-        self._uses[e] += 1
-        if self._uses[e] == 1:
-            for argument in e.args:
-                if isinstance(argument, Expr):
-                    self._count(argument)
+        self._uses = Counter(roots)
+        for e in walk(roots):
+            self._uses.update(a for a in e.args if isinstance(a, Expr))
 
     def text(self, e: Expr) -> str:
         """An expression of the variables that have been written, and those that it needs beyond them."""
@@ -72,12 +66,12 @@ class Writer:
 
 
 def function(signature: str, lines: list[str], decorator: str = "") -> str:
-    """A definition of a function, to be read."""
+    """The text of a function with this body."""
     return "\n".join([*filter(None, [decorator]), f"def {signature}:", *indented(lines)]) + "\n"
 
 
 def indented(lines: list[str], head: str = "") -> list[str]:
-    """A block under a line, if there is anything in it."""
+    """The lines as a block under a head, or nothing if there are none."""
     return [*filter(None, [head]), *(f"    {line}" for line in lines)] if lines else []
 
 
@@ -86,7 +80,7 @@ def tuple_of(parts: list[str]) -> str:
 
 
 def parameters_text(definition: Definition) -> str:
-    """Which number a parameter has."""
+    """A line that says which parameter is ``role_0``, ``role_1``, ..."""
     return ", ".join(f"role_{k}: {name}" for k, name in enumerate(definition.parameters)) or "no parameters"
 
 

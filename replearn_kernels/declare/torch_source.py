@@ -88,7 +88,7 @@ def relu(x: Number) -> Number:
 
 
 def softplus(x: Number) -> Number:
-    """F.softplus is x from 20 on."""
+    """``log(1 + exp(x))`` for any x; F.softplus returns x from 20 on."""
     return -F.logsigmoid(-x) if isinstance(x, Tensor) else -_of_number(F.logsigmoid, -x)
 
 
@@ -101,17 +101,17 @@ def detach(x: Number) -> Number:
 
 
 def minimum(a: Number, b: Number) -> Number:
-    """NaN if either is."""
+    """The smaller one, NaN if either is."""
     return torch.minimum(*_tensors(a, b)) if isinstance(a, Tensor) or isinstance(b, Tensor) else min(a, b)
 
 
 def maximum(a: Number, b: Number) -> Number:
-    """NaN if either is."""
+    """The larger one, NaN if either is."""
     return torch.maximum(*_tensors(a, b)) if isinstance(a, Tensor) or isinstance(b, Tensor) else max(a, b)
 
 
 def divide(a: Number, b: Number) -> Number:
-    """A number by 0 is infinite."""
+    """``a / b``; of two numbers too a division by 0 is infinite, or NaN."""
     if isinstance(a, Tensor) or isinstance(b, Tensor) or b != 0:
         return a / b
     return math.nan if a == 0 or a != a else math.copysign(math.inf, a) * math.copysign(1, b)
@@ -122,7 +122,7 @@ def invert(condition: Tensor | bool) -> Tensor | bool:
 
 
 def where(condition: Tensor | bool, a: Number, b: Number, s: Tensor | None) -> Number:
-    """``s``: whose dtype numbers take; torch.where would make two of them fp32."""
+    """``a`` where the condition holds, else ``b``. Numbers take the dtype of ``s``: torch.where would make two fp32."""
     if not isinstance(condition, Tensor):
         return a if condition else b
     if isinstance(a, Tensor) or isinstance(b, Tensor):

@@ -70,7 +70,7 @@ def _rate(writer: Writer, term: Term) -> str:
 
 
 def _signed(writer: Writer, term: Term) -> str:
-    """v of a log-sum-exp, -inf of pairs that are not in it."""
+    """The text of a log-sum-exp's v, which is -inf for pairs that are not in it."""
     rest, factor = writer.text(term.rest), term.factor.constant
     if factor is None:
         rest = f"signed({writer.text(term.factor)}, {rest})"
@@ -155,19 +155,19 @@ def _quantity(side: str, place: int) -> str:
 
 
 def _share(v: str, rate: str, side: str, place: int) -> str:
-    """A log-sum-exp's."""
+    """The text of what a log-sum-exp's slope is multiplied by, of rows or of columns (``side``)."""
     table = f"inputs.{side}_table + {place} * inputs.{side}_stride, inputs.{side}_stride"
     return f"share({v}, {rate}, {table}, {side}, inputs.{side}s)"
 
 
 def _facts(definition: Definition) -> list[str]:
-    """What a tile's functions know of its pairs."""
+    """The lines that form the facts of a tile's pairs, as far as the loss reads them."""
     facts = [name for name in ("every", "target", "same", "other") if name in definition.facts]
     return [f"{name} = {name}_pairs(row, column, inputs)" for name in facts]
 
 
 def _weight(definition: Definition) -> list[str]:
-    """The quantity that the tables of one sweep have beyond the totals."""
+    """The part of a statistic that stands for the weight, which tables of one sweep keep after the totals."""
     return ["zero"] if definition.one_sweep else []
 
 
