@@ -29,12 +29,24 @@ from replearn_kernels.triton_kernels import (
     TileInputs,
     accumulate_gradient,
     begin_sums,
+    form_shares,
     form_weights,
+    group_ranges,
+    launch_gradient,
+    launch_weights,
     shared_reference,
     update_by_sums,
     update_statistics,
 )
-from replearn_kernels.triton_kernels.configs import Config, architecture, default, product_kind, use_config
+from replearn_kernels.triton_kernels.configs import (
+    Config,
+    Ring,
+    architecture,
+    default,
+    product_kind,
+    ring_of,
+    use_config,
+)
 
 MACHINE = ("gpu", "torch", "triton")
 COLUMNS = ("kernel", "config", "shipped", "n", "d", "dtype", "ms_median", "tflops", "error", "device", *MACHINE)
@@ -49,22 +61,31 @@ class Kernel:
     kernel: str
     epilogue: str
     prepare: Callable[[Kernel, int, int, torch.dtype, str], Step]
-    others: tuple[Config, ...]
+    others: tuple[Config | Ring, ...]
     columns: bool = False  # has tables of columns, too
     products: int = 1  # of n x n x d
+    in_gluon: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.epilogue}{' symmetric' * (self.columns and self.epilogue == 'softmax')} {self.kernel}"
+        symmetric = " symmetric" * (self.columns and self.epilogue == "softmax")
+        return f"{self.epilogue}{symmetric} {self.kernel}{' in Gluon' * self.in_gluon}"
 
-    def choices(self) -> list[Config]:
-        """The shipped one first; none where the GPU has no such kernel."""
-        shipped = default(self.kernel, self.epilogue, product_kind(torch.bfloat16), architecture())
-        return [] if shipped is None else list(dict.fromkeys((shipped, *self.others)))
+    def choices(self, d: int) -> list[Config | Ring]:
+        """The shipped one first; none where the GPU has no such kernel for features of this width."""
+        if self.in_gluon:
+            shipped = ring_of(self.kernel, self.epilogue, torch.bfloat16, d)
+        else:
+            shipped = default(self.kernel, self.epilogue, product_kind(torch.bfloat16), architecture())
+        if shipped is None or (self.kernel == "gradient" and d > FUSED_D):
+            return []
+        return list(dict.fromkeys((shipped, *self.others)))
 
 
-def described(config: Config) -> str:
+def described(config: Config | Ring) -> str:
     """What is not as usual is named."""
+    if isinstance(config, Ring):
+        return f"{config.own} own rows, {config.other} others, {config.stages} stages"
     usual = Config(0, 0, 0, 0, 0)
     names = {"column_blocks": "column blocks", "parts": "parts", "programs": "programs", "registers": "registers"}
     others = [f"{getattr(config, f)} {name}" for f, name in names.items() if getattr(config, f) != getattr(usual, f)]
@@ -76,7 +97,8 @@ def described(config: Config) -> str:
 
 
 def operands(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, TileInputs]:
-    """Unit rows, and tables of sums that lie near each other, as a softmax's do. A class has four rows."""
+    """Unit rows, and tables of sums that lie near each other, as a softmax's do. A class has four rows, one after
+    another."""
     query, key = (torch.nn.functional.normalize(torch.randn(n, d, device=device)).to(dtype) for _ in range(2))
     rows, columns = (torch.rand(5, n, device=device) for _ in range(2))
     sigmoid, grouped = kernel.epilogue == "sigmoid", kernel.epilogue == "sup_con"
@@ -88,6 +110,12 @@ def operands(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) ->
         None if grouped or by_number else numbers, *groups, own=0 if by_number else None,
         row_table=rows[:3] if sigmoid else rows, column_table=columns if kernel.columns else None,
     )  # fmt: skip
+
+
+def ranges_of_groups(inputs: TileInputs) -> tuple[Tensor | None, Tensor | None]:
+    if inputs.row_group is None:
+        return None, None
+    return group_ranges(inputs.row_group), group_ranges(inputs.column_group)
 
 
 def statistics_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> Step:
@@ -106,6 +134,34 @@ def sums_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -
         tables = tables[0], torch.zeros(2, n, device=device)
     largest = begin_sums(EPILOGUES[kernel.epilogue], query, key)
     return lambda: update_by_sums(EPILOGUES[kernel.epilogue], query, key, inputs, largest, 0, *tables)
+
+
+def gluon_weights_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> Step:
+    """The same tile of a softmax."""
+    query, key, inputs = operands(kernel, n, d, dtype, device)
+    inputs, w = inputs._replace(reference=shared_reference(inputs)), torch.empty(n, n, dtype=dtype, device=device)
+    shares = form_shares(inputs)
+    ranges = ranges_of_groups(inputs)
+
+    def step() -> None:
+        ring = ring_of(kernel.kernel, kernel.epilogue, dtype, d)
+        launch_weights(query, key, inputs, ranges, shares, True, 0, w, ring)
+
+    return step
+
+
+def gluon_gradient_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> Step:
+    """Of the rows: a batch's only launch, one of two where there are keys."""
+    query, key, inputs = operands(kernel, n, d, dtype, device)
+    inputs, sums = inputs._replace(reference=shared_reference(inputs)), torch.zeros(query.shape, device=device)
+    shares = form_shares(inputs)
+    ranges = ranges_of_groups(inputs)
+
+    def step() -> None:
+        ring = ring_of(kernel.kernel, kernel.epilogue, dtype, d)
+        launch_gradient(query, key, inputs, ranges, shares, True, 0, sums, ring, transposed=False)
+
+    return step
 
 
 def weights_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> Step:
@@ -153,6 +209,8 @@ GRADIENT = (
     Config(128, 64, 0, warps=8, stages=3),
     Config(64, 64, 0, warps=4, stages=3),
 )
+RINGS = tuple(Ring(*sizes) for sizes in ((128, 64, 6), (128, 64, 8), (128, 64, 9), (128, 128, 3), (128, 128, 4)))
+GRADIENT_RINGS = tuple(Ring(*sizes) for sizes in ((128, 64, 4), (128, 64, 8), (128, 128, 3), (128, 128, 4)))
 KERNELS = {
     kernel.name: kernel
     for kernel in (
@@ -166,6 +224,13 @@ KERNELS = {
         Kernel("statistics", "softmax", statistics_step, BY_POINTERS, columns=True),
         Kernel("statistics", "sup_con", statistics_step, BY_POINTERS, columns=True),
         Kernel("gradient", "softmax", gradient_step, GRADIENT, columns=True, products=2),
+        Kernel("sums", "softmax", sums_step, RINGS, columns=True, in_gluon=True),
+        Kernel("sums", "sup_con", sums_step, RINGS, in_gluon=True),
+        Kernel("weights", "softmax", gluon_weights_step, RINGS, columns=True, in_gluon=True),
+        Kernel("weights", "softmax", gluon_weights_step, RINGS, in_gluon=True),
+        Kernel("weights", "sup_con", gluon_weights_step, RINGS, columns=True, in_gluon=True),
+        Kernel("gradient", "softmax", gluon_gradient_step, GRADIENT_RINGS, columns=True, products=2, in_gluon=True),
+        Kernel("gradient", "sup_con", gluon_gradient_step, GRADIENT_RINGS, columns=True, products=2, in_gluon=True),
     )
 }
 
@@ -175,7 +240,7 @@ KERNELS = {
 
 def compile_choice(name: str, index: int, n: int, d: int, dtype: str, device: str) -> None:
     kernel = KERNELS[name]
-    with use_config(kernel.choices()[index], kernel.kernel):
+    with use_config(kernel.choices(d)[index], kernel.kernel):
         kernel.prepare(kernel, n, d, DTYPES[dtype], device)()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -237,6 +302,7 @@ def time_kernel(table: Table, kernel: Kernel, d: int, choices: list[Config], giv
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernel", action="append", help="only those with this in their name; may be repeated")
     parser.add_argument("--n", type=int, default=16384, help="rows, and columns")
     parser.add_argument("--d", type=int, action="append", help="may be repeated; 512, 768 and 128")
     parser.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
@@ -251,11 +317,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     given = parse_arguments()
     count_loops_with_new_numpy()
-    choices = {name: kernel.choices()[: given.most] for name, kernel in KERNELS.items()}
+    kernels = {name: kernel for name, kernel in KERNELS.items() if any(part in name for part in given.kernel or [""])}
     widths = given.d or [512, 768, 128]
-    if given.device == "cuda":  # kernels are compiled for any width, but the gradient's, which it holds
-        size = (min(given.n, 4096), min(widths), given.dtype, given.device)
-        jobs = [(name, index, *size) for name, of in choices.items() for index in range(len(of))]
+    choices = {d: {name: kernel.choices(d)[: given.most] for name, kernel in kernels.items()} for d in widths}
+    if given.device == "cuda":  # most kernels are compiled for any width: for each but the first they are found
+        jobs = [
+            (name, index, min(given.n, 4096), d, given.dtype, given.device)
+            for d in widths
+            for name, of in choices[d].items()
+            for index in range(len(of))
+            if d == min(widths) or kernels[name].in_gluon
+        ]
         side_by_side(compile_choice, jobs, given.processes)
     table, ran = Table(given.output, given), []
     for d in widths:
@@ -263,9 +335,9 @@ def main() -> None:
             step = product_step(rows, d, DTYPES[given.dtype], given.device)
             name = f"W Y, [{rows}, {rows}] x [{rows}, {d}]"
             table.time(step, 2.0 * rows**2 * d, kernel=name, config="cuBLAS", n=rows, d=d)
-        for name, kernel in KERNELS.items():
-            if choices[name] and (kernel.kernel != "gradient" or d <= FUSED_D):
-                ran.append(time_kernel(table, kernel, d, choices[name], given))
+        for name, kernel in kernels.items():
+            if choices[d][name]:
+                ran.append(time_kernel(table, kernel, d, choices[d][name], given))
     sys.exit(not all(ran))
 
 

@@ -139,7 +139,7 @@ def measure(case: Case) -> Row:
             launch(VARIANTS.get(case.variant), case.kernel, dtype)
     finally:
         torch.set_float32_matmul_precision(before)
-    kernel, options = compiled[case.kernel.removesuffix(" ragged") == "finish"]
+    kernel, options = compiled["finish" in case.kernel]
     read = _read_amdgcn if case.target == PORTABILITY else _read_cubin
     registers, spills, matrix = read(kernel, MATRIX_INSTRUCTION[case.target])
     return Row(
@@ -152,7 +152,9 @@ def measure(case: Case) -> Row:
 def _describe(options: dict) -> str:
     blocks = "x".join(str(options[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in options)
     text = f"{blocks + ', ' if blocks else ''}{options['num_warps']} warps"
-    for name, option in (("stages", "num_stages"), ("parts", "PARTS"), ("registers at most", "maxnreg")):
+    for name, option in (
+        ("stages", "num_stages"), ("stages", "STAGES"), ("parts", "PARTS"), ("registers at most", "maxnreg")
+    ):  # fmt: skip
         text += f", {options[option]} {name}" if option in options else ""
     return text
 

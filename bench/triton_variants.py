@@ -28,12 +28,17 @@ from replearn_kernels.triton_kernels import (
     combine_losses,
     combine_statistics,
     finish_gradients,
+    form_shares,
     form_weights,
+    group_ranges,
+    launch_gradient,
+    launch_weights,
     shared_reference,
     update_by_sums,
     update_statistics,
 )
-from replearn_kernels.triton_kernels.configs import default
+from replearn_kernels.triton_kernels.configs import default, ring_of
+from replearn_kernels.triton_kernels.groups import STEP
 from replearn_kernels.triton_kernels.statistics import merge
 
 # name: (dtype, torch.set_float32_matmul_precision)
@@ -49,7 +54,7 @@ KIND = {"fp16": "half", "bf16": "half", "tf32": "tf32", "fp32": "ieee"}  # in co
 ARCHITECTURE = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": 80}
 
 # Kernels of tables alone: the same for every kind of product. And those that form no products.
-OF_TABLES = ("merge", "add", "combine", "total", "reference")
+OF_TABLES = ("merge", "add", "combine", "total", "reference", "shares", "ranges")
 NO_PRODUCTS = (*OF_TABLES, "begin", "outputs")
 
 
@@ -93,7 +98,15 @@ class Variant:
         names += ["weights apart"] * (weights.parts > 0)
         if sums is None or not self.functions.by_sums:
             return names
-        return [*names, *["begin"] * self.first, "sums", "finish", *["reference"] * self.first]
+        names += [*["begin"] * self.first, "sums", "finish", *["reference"] * self.first]
+        return names + self._in_gluon() * (target == "sm_90" and KIND[product] == "half")
+
+    def _in_gluon(self) -> list[str]:
+        """Of sm_90. The diagonal and positives are no constants there: some variants are one to them."""
+        if not (self.groups or self.target) or self.diagonal:
+            return []
+        names = ["gluon sums", "gluon finish", "gluon weights", "gluon gradient", "gluon gradient transposed"]
+        return names + ["shares"] * self.first + ["ranges"] * (self.first and self.groups)
 
     def _of_tables(self) -> list[str]:
         epilogue = self.functions
@@ -157,21 +170,26 @@ EVEN, RAGGED = (2048, 4096), (2047, 4095)
 
 
 def launch(variant: Variant | None, kernel: str, dtype: torch.dtype, d: int | None = None) -> None:
-    """Without ``d``, gradients at 128, the widest that the fused kernel is used for, and all else at 512.
+    """Without ``d``, gradients at 128, the widest that the fused kernels are used for, and all else at 512, but sums by
+    TMA beyond the features for which they are in Gluon.
 
     The launch that the kernel is named for is the first, but that its sums come before what finishes them. Outputs are
     of no variant.
     """
     sizes = RAGGED if kernel.endswith(" ragged") else EVEN
     kernel = kernel.removesuffix(" ragged")
-    d = d or (128 if kernel.startswith("gradient") else 512)
+    d = d or (128 if "gradient" in kernel else 768 if kernel in ("sums", "finish") else 512)
     query, key = (torch.empty(size, d, dtype=dtype) for size in sizes)
     if kernel in ("statistics", "merge rows", "merge columns", "add rows"):
         _launch_statistics(variant, kernel, query, key)
-    elif kernel in ("begin", "sums", "finish", "combine", "total"):
+    elif kernel.removeprefix("gluon ") in ("begin", "sums", "finish", "combine", "total"):
         _launch_sums(variant, kernel, query, key)
     elif kernel in OUTPUTS:
         _launch_outputs(kernel, query, key)
+    elif kernel == "ranges":
+        group_ranges(torch.empty(len(query), dtype=torch.int32))
+    elif kernel.startswith("gluon"):
+        _launch_in_gluon(variant, kernel, query, key)
     else:
         _launch_gradients(variant, kernel, query, key)
 
@@ -228,6 +246,8 @@ def _launch_gradients(variant: Variant, kernel: str, query, key) -> None:
     inputs = _inputs(variant, query, key, row_table, column_table, group_dtype)
     if kernel == "reference":
         shared_reference(inputs)
+    elif kernel == "shares":
+        form_shares(inputs._replace(reference=torch.empty(2)))
     elif kernel in ("weights", "weights apart"):
         folded = row_table if variant.one_sweep else None
         of_columns = column_table if epilogue.folds_columns and not variant.diagonal else None
@@ -241,6 +261,24 @@ def _launch_gradients(variant: Variant, kernel: str, query, key) -> None:
         transposed = kernel == "gradient transposed"
         own, other = (key, query) if transposed else (query, key)
         accumulate_gradient(epilogue, own, other, inputs, torch.empty(own.shape), transposed=transposed)
+
+
+def _launch_in_gluon(variant: Variant, kernel: str, query, key) -> None:
+    epilogue, (rows, columns), ranges = variant.functions, (len(query), len(key)), (None, None)
+    column_table = torch.empty(5, columns) if variant.columns else None
+    inputs = _inputs(variant, query, key, torch.empty(5, rows), column_table, torch.int32)
+    inputs = inputs._replace(reference=torch.empty(2))
+    if variant.groups:
+        ranges = tuple(torch.empty(-(-size // STEP), 2, dtype=torch.int32) for size in (rows, columns))
+    of_tile = inputs, ranges, (torch.empty(1, rows), None if column_table is None else torch.empty(1, columns)), True, 0
+    ring = ring_of(kernel.split()[1], epilogue.name, query.dtype, query.shape[1])
+    if kernel == "gluon weights":
+        out = torch.empty(rows, -(-columns // 16) * 16, dtype=query.dtype)[:, :columns]
+        launch_weights(query, key, *of_tile, out, ring)
+    else:
+        transposed = kernel == "gluon gradient transposed"
+        own, other = (key, query) if transposed else (query, key)
+        launch_gradient(own, other, *of_tile, torch.empty(own.shape), ring, transposed=transposed)
 
 
 def _inputs(variant: Variant, query, key, row_table=None, column_table=None, group_dtype=torch.int64) -> TileInputs:

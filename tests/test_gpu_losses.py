@@ -36,26 +36,26 @@ def sample(n: int, d: int, dtype: torch.dtype, device: str) -> tuple:
     return x.to(device, dtype), y.to(device, dtype), labels.to(device)
 
 
-def check_against_fp64(name: str, n: int, d: int, dtype: torch.dtype, device: str) -> None:
+def check_against_fp64(name: str, n: int, d: int, dtype: torch.dtype, device: str, **options) -> None:
     if name.startswith("batch_all"):
         n = min(n, 150)  # its formula has N^3 triplets, and other tests run beside this one
     if name.startswith("semi_hard"):
         n = min(n, 100)  # no negative as near as a positive, as far as fp32 can tell: those are not taken (README)
-    truth = compare_with_fp64(name, *sample(n, d, dtype, device), SCALE)
+    truth = compare_with_fp64(name, *sample(n, d, dtype, device), SCALE, **options)
     assert truth[1].any() and (truth[2].any() or name.startswith(NONE_FOR_Y))
 
 
-def compare_with_fp64(name: str, x, y, labels, scale: float) -> list[torch.Tensor]:
+def compare_with_fp64(name: str, x, y, labels, scale: float, **options) -> list[torch.Tensor]:
     """The error is at most the plain formula's in the same dtype, plus triton_harness.tolerance (where the positive
     takes nearly all of a softmax, in a similarity's last bits: of a gradient of order 1, as 1 - p loses them), plus
     MOVED times what the result moves by where every feature moves by half of fp32's unit in the last place.
 
     Returns the truth."""
     dtype, wide = x.dtype, (x.double(), y.double())
-    truth = value_and_gradients(name, *wide, labels, scale, backend="eager")
-    nearby = value_and_gradients(name, *(moved(t, 2**-24) for t in wide), labels, scale, backend="eager")
-    eager = value_and_gradients(name, x, y, labels, scale, backend="eager")
-    ours = value_and_gradients(name, x, y, labels, scale, backend="triton")
+    truth = value_and_gradients(name, *wide, labels, scale, backend="eager", **options)
+    nearby = value_and_gradients(name, *(moved(t, 2**-24) for t in wide), labels, scale, backend="eager", **options)
+    eager = value_and_gradients(name, x, y, labels, scale, backend="eager", **options)
+    ours = value_and_gradients(name, x, y, labels, scale, backend="triton", **options)
     for i, what in enumerate(("loss", "gradient of x", "gradient of y")):
         of_ours, of_eager, of_nearby = ((results[i] - truth[i]).norm().item() for results in (ours, eager, nearby))
         size = truth[i].norm().item()

@@ -62,7 +62,11 @@ def variants_at(case: str, n: int, d: int) -> set:
     found = set()
 
     def record(self, *args, grid, warmup, **options):
-        found.add((self.fn.__name__, *map(specialised, args), *sorted((k, str(v)) for k, v in options.items())))
+        seen = [
+            "int" if number in self.do_not_specialize or name in self.do_not_specialize else specialised(value)
+            for number, (name, value) in enumerate(zip(self.arg_names, args))
+        ]
+        found.add((self.fn.__name__, *seen, *sorted((k, str(v)) for k, v in options.items())))
 
     [implementation] = implementations(CASES[case], ["triton"], ["ours[triton]"])
     with (
@@ -77,11 +81,9 @@ def variants_at(case: str, n: int, d: int) -> set:
 
 def specialised(value):
     """As Triton's compiler sees an argument."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     if isinstance(value, tuple):
         return tuple(map(specialised, value))
-    if isinstance(value, TensorDescriptor):
+    if hasattr(value, "block_shape"):  # a descriptor, of Triton or of Gluon
         return value.base.dtype, *value.block_shape
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0

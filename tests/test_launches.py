@@ -23,18 +23,19 @@ pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="counts l
 # Those that a CUDA graph can capture (README), and those that read from the GPU how many pairs there are.
 WAITS = [name for name in CASES if name.startswith(("lifted", "semi_hard", "batch_all"))]
 
-# CLIP's eight, at one tile: begin, sums, finish, combine; W, two products, outputs.
+# CLIP's eight, at one tile: begin, sums, finish, combine; W, two products, outputs. Above 2,048 rows W is formed in
+# Gluon, and before it what that reads of the coefficients.
 BOUNDS = {
     ("clip", 1024, 512): 8,
-    ("clip", 8192, 512): 8,
+    ("clip", 8192, 512): 9,
     ("clip", 65536, 512): 110,
     ("info_nce", 1024, 512): 8,
     ("siglip", 1024, 512): 8,
     ("siglip", 8192, 512): 8,
     ("siglip", 65536, 512): 135,
     ("nt_xent", 1024, 512): 12,  # with labels, and both views in one matrix
-    ("nt_xent", 65536, 128): 85,
-    ("sup_con", 8192, 512): 15,  # with labels sorted, once
+    ("nt_xent", 65536, 128): 20,
+    ("sup_con", 8192, 512): 16,  # with labels sorted, once
     ("moco", 256, 128): 70,
     ("arcface", 256, 512): 400,  # 31 tiles of classes, normalised on the way, in either sweep
 }
@@ -54,14 +55,14 @@ def test_few(point):
 def test_one_tile_of_clip_is_one_launch_of_each():
     forward, backward = launches.count(lambda: launches.clip(8192, 512))
     assert forward == dict.fromkeys(("begin_kernel", "sums_kernel", "finish_kernel", "combine_kernel"), 1)
-    assert backward == {"resident_weights_kernel": 1, "product by cuBLAS": 2, "outputs_kernel": 1}
+    assert backward == {"shares_kernel": 1, "weights_kernel": 1, "product by cuBLAS": 2, "outputs_kernel": 1}
 
 
 def test_a_tile_more_is_few_launches_more():
     """Of W and its two products for each tile, and of two for each tile of sums: nothing else grows."""
     forward, backward = launches.count(lambda: launches.clip(65536, 512))
-    assert backward["product by cuBLAS"] == 2 * backward["resident_weights_kernel"]
-    assert backward.total() - 3 * backward["resident_weights_kernel"] <= 4
+    assert backward["product by cuBLAS"] == 2 * backward["weights_kernel"]
+    assert backward.total() - 3 * backward["weights_kernel"] <= 5
     assert forward["sums_kernel"] == forward["finish_kernel"] and forward.total() - 2 * forward["sums_kernel"] <= 2
 
 

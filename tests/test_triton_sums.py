@@ -85,7 +85,8 @@ def check_tables(x, y, scale: float, diagonal: int = 0) -> tuple[torch.Tensor, t
 
 
 def formed_again(table: torch.Tensor) -> torch.Tensor:
-    """Against its own maximum a sum of many is more than 1; the sums leave one of 1, to a rounding."""
+    """Against its own maximum a sum of many is more than 1; the sums leave one of 1, to a rounding, where no positive
+    is near."""
     return (table[1] - 1).abs() > 1e-3
 
 
@@ -93,7 +94,8 @@ def formed_again(table: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("n, m, d", [(33, 65, 48)])
 def test_scales(scale, n, m, d):
     """Up to 69 nothing can underflow; beyond 152 the sums are not tried."""
-    rows, columns = check_tables(unit_rows(n, d), unit_rows(m, d, 1), scale)
+    check_tables(unit_rows(n, d), unit_rows(m, d, 1), scale)
+    rows, columns = check_tables(unit_rows(n, d), unit_rows(m, d, 1), scale, NOWHERE)
     if 0 < abs(scale) <= 69:  # a sum's maximum at a scale of 0 is any
         assert not formed_again(rows).any() and not formed_again(columns).any()
     if abs(scale) > LARGEST_BOUND:
@@ -104,6 +106,19 @@ def test_scales(scale, n, m, d):
 @pytest.mark.parametrize("n, m, d", [(1, 1, 1), (1, 40, 3), (2, 2, 16), (32, 32, 16), (31, 97, 100)])
 def test_sizes(n, m, d):
     check_tables(unit_rows(n, d), unit_rows(m, d, 1), 14.3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0, -100.0])
+def test_a_row_that_knows_its_positive_loses_no_digits(scale):
+    """Its loss is the difference of two near numbers, which each are right to some 2^-24 of the largest logit only."""
+    x = unit_rows(40, 48)
+    y = x if scale > 0 else -x
+    rows, columns = check_tables(x, y, scale)
+    logits = logits_of(x, y, scale)
+    exact = (logits - logits.diagonal().unsqueeze(1)).logsumexp(1)
+    for table in (rows, columns):
+        loss = (table[0].double() - rows[2].double()) * abs(scale) + table[1].double().log()
+        assert (loss - exact).abs().max() <= 2**-22 * max(exact.max(), 1)
 
 
 def test_a_queue_has_no_positives():
@@ -125,11 +140,11 @@ def test_only_blocks_that_need_it_are_formed_again(far_row, far_column):
     """A row far from every column but one that is far too: its sum is that one's, and needs no other."""
     x, y = far_apart(70, far_row), far_apart(70, 0)
     y[0] = y[1]  # none is near the far row
-    rows, columns = check_tables(x, y, 110.0)
+    rows, columns = check_tables(x, y, 110.0, NOWHERE)
     block = torch.arange(70) // BLOCK
     assert torch.equal(formed_again(rows), block == far_row // BLOCK)
     assert not formed_again(columns).any()
-    rows, columns = check_tables(y, far_apart(70, far_column), 110.0)
+    rows, columns = check_tables(y, far_apart(70, far_column), 110.0, NOWHERE)
     assert not formed_again(rows).any()
     assert torch.equal(formed_again(columns), block == far_column // BLOCK)
 
@@ -141,12 +156,12 @@ def test_formed_again_where_digits_may_be_lost(cosine, again):
     x[40], y[0] = 0, y[1]
     x[40, 0], x[40, 15] = cosine, (1 - cosine**2) ** 0.5
     y[:, 15] = 0
-    rows, _ = check_tables(x, F.normalize(y, dim=1), 110.0)
+    rows, _ = check_tables(x, F.normalize(y, dim=1), 110.0, NOWHERE)
     assert formed_again(rows)[40] == again
 
 
 def test_no_row_is_formed_again_for_a_far_one_that_has_a_near_column():
-    rows, columns = check_tables(far_apart(70, 40), far_apart(70, 3), 110.0)
+    rows, columns = check_tables(far_apart(70, 40), far_apart(70, 3), 110.0, NOWHERE)
     assert not formed_again(rows).any() and not formed_again(columns).any()
 
 

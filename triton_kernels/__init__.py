@@ -14,6 +14,8 @@
     margin_contrastive.py, hardest.py, semi_hard.py, batch_all.py    those of losses over distances, but for the
                     lifted softmax
     declared.py     what the epilogues of declared losses call, which are printed (replearn_kernels/declare)
+    groups.py       where pairs of one group can be
+    hopper/         kernels in Gluon, for a softmax on sm_90: sweep 1, and W or its products
     configs.py      block sizes per architecture, and the search for better ones
 
 A skeleton walks tiles and knows no loss. A loss is an :class:`~.tiles.Epilogue`: a few ``@triton.jit`` functions
@@ -23,10 +25,12 @@ of a tile of similarities that has not left the registers.
 from .batch_all import BATCH_ALL
 from .combine import COEFFICIENTS, STATE, combine_losses, combine_statistics
 from .gradients import accumulate_gradient, form_weights
+from .groups import group_ranges, ranges_of
 from .hardest import HARDEST
+from .hopper.launch import launch_gradient, launch_weights
 from .margin_contrastive import MARGIN_CONTRASTIVE
 from .outputs import Side, finish_gradients
-from .reference import shared_reference
+from .reference import form_shares, shared_reference
 from .semi_hard import SEMI_HARD
 from .sigmoid import SIGMOID
 from .softmax import LIFTED, MARGIN_SOFTMAX, SOFTMAX, SUP_CON
@@ -44,6 +48,7 @@ EPILOGUES: dict[str, Epilogue] = {
 
 __all__ = [
     "COEFFICIENTS", "EPILOGUES", "STATE", "Epilogue", "Points", "Side", "TileInputs", "accumulate_gradient",
-    "begin_sums", "combine_losses", "combine_statistics", "finish_gradients", "form_weights", "shared_reference",
-    "update_by_sums", "update_statistics",
+    "begin_sums", "combine_losses", "combine_statistics", "finish_gradients", "form_shares", "form_weights",
+    "group_ranges", "launch_gradient", "launch_weights", "ranges_of", "shared_reference", "update_by_sums",
+    "update_statistics",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
+from typing import ClassVar
 
 import torch
 import triton
@@ -35,6 +36,17 @@ class Config:
     parts: int = 0
     programs: int = 1
     registers: int | None = None
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Blocks of a program in Gluon (hopper/): ``own`` rows of one matrix that it keeps in shared memory, and ``other``
+    rows of the other that pass through ``stages``. Its consumers take all registers of a multiprocessor."""
+
+    own: int
+    other: int
+    stages: int
+    programs: ClassVar[int] = 1
 
 
 # The largest sizes that no variant spills at, ragged ones too: `python -m bench.triton_resources` compiles them and
@@ -110,6 +122,19 @@ DEFAULTS: dict[tuple, Config] = {
 }
 """An architecture without an entry takes sm_80's; an epilogue without one of its own takes all epilogues'."""
 
+# Kernels in Gluon, on an H200 under Triton 3.6 (2026-11-27, bench/results/gpu), TFLOP/s. Sums of CLIP, 16,384 rows at
+# d = 512: 757 with 8 stages, 722 with 6, 704 with 10, by TMA 573; 32,768 at d = 128: 464 with 128 other rows, 415 with
+# 64. Of SupCon at d = 512: 647, 613, 624, by TMA 484; at d = 128: 250 to 290 with any number of stages. W of 32,768 at
+# d = 512: CLIP's 673 with 8 stages, 589 with 6, by TMA 420; SupCon's 616, 561, by TMA 303. Gradients at d = 128: CLIP's
+# 595 with 3 stages of 128 rows, 559 with 4, 585 with 8 of 64; SupCon's 564, 552, 520.
+RINGS: dict[tuple, dict[int, Ring]] = {
+    ("sums",): {128: Ring(128, 128, 3), 512: Ring(128, 64, 8)},
+    ("sup_con", "sums"): {128: Ring(128, 64, 6), 512: Ring(128, 64, 8)},
+    ("weights",): {512: Ring(128, 64, 8)},
+    ("gradient",): {128: Ring(128, 128, 3)},
+}
+"""By the widest features that they serve. An epilogue without an entry of its own takes all epilogues'."""
+
 _NARROWER: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 64, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 64, 64, warps=8, stages=4),
@@ -147,8 +172,10 @@ CANDIDATES = [
     for stages in (2, 3, 4)
 ]
 
+_IN_GLUON = ("softmax", "sup_con")  # epilogues that the kernels of hopper/ form
+
 _found: dict[tuple, Config] = {}  # by the search, in this process
-_override: dict[str, Config] = {}  # by the kernel's name; "": every kernel
+_override: dict[str, Config | Ring] = {}  # by the kernel's name; "": every kernel
 
 
 def cdiv(a: int, b: int) -> int:
@@ -162,8 +189,11 @@ def next_power_of_2(n: int) -> int:
 
 
 @contextmanager
-def use_config(config: Config, kernel: str = "") -> Iterator[None]:
-    """Run every kernel, or the one of this name, with ``config``: for tests and measurements."""
+def use_config(config: Config | Ring, kernel: str = "") -> Iterator[None]:
+    """Run every kernel, or the one of this name, with ``config``: for tests and measurements.
+
+    A ring is for the kernel in Gluon that takes this one's place, if there is one; a config for the kernel itself.
+    """
     global _override
     previous, _override = _override, {kernel: config}
     try:
@@ -184,8 +214,9 @@ def pick(kernel: str, epilogue: str, features: Tensor, trial: Callable[[Config],
     return default(kernel, epilogue, product_kind(features.dtype), architecture())
 
 
-def _given(kernel: str) -> Config | None:
-    return _override.get(kernel, _override.get(""))
+def _given(kernel: str, kind: type = Config) -> Config | Ring | None:
+    given = _override.get(kernel, _override.get(""))
+    return given if isinstance(given, kind) else None
 
 
 @cache
@@ -199,6 +230,15 @@ def by_tma(kernel: str, epilogue: str, dtype: torch.dtype) -> bool:
     """Whether TMA moves what the kernel reads, of features of this dtype, on the current GPU."""
     config = _given(kernel) or default(kernel, epilogue, product_kind(dtype), architecture())
     return config is not None and config.parts > 0
+
+
+def ring_of(kernel: str, epilogue: str, dtype: torch.dtype, d: int) -> Ring | None:
+    """Of the kernel in Gluon that takes this one's place on the current GPU. None: there is none, or a config is given.
+    """
+    if epilogue not in _IN_GLUON or dtype.itemsize != 2 or architecture() != 90 or _given(kernel) is not None:
+        return None
+    rings = RINGS.get((epilogue, kernel), RINGS[kernel,])
+    return _given(kernel, Ring) or next((ring for width, ring in rings.items() if d <= width), None)
 
 
 def product_kind(dtype: torch.dtype) -> str:
@@ -271,3 +311,20 @@ def _milliseconds(launch: Callable[[], object]) -> float:
         return triton.testing.do_bench(launch, warmup=5, rep=20, return_mode="median")
     except triton.runtime.errors.OutOfResources:
         return math.inf
+
+
+@lru_cache(maxsize=1024)
+def even_regions(column_blocks: int, row_blocks: int, programs: int) -> int:
+    """The fewest regions with which the GPU, that holds ``programs``, idles for 5 % of the time at most.
+
+    If there are none, those of the first 64 with which it idles least.
+    """
+    best, least = 1, float("inf")
+    for regions in range(1, min(row_blocks, 64) + 1):
+        waves = cdiv(column_blocks * regions, programs)
+        time = waves * cdiv(row_blocks, regions) * programs / (column_blocks * row_blocks)
+        if time < least:
+            best, least = regions, time
+        if time <= 1.05:
+            break
+    return best

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import cdiv
 from .softmax import LOG2_E, softmax_rate
 from .tiles import TileInputs, load_quantities
 
@@ -21,6 +22,8 @@ _LARGEST_LOGARITHM = tl.constexpr(4096.0)
 """Of a sum: known to 2^-12 then. A GPU takes an exact product less the reference, which has to be as exact."""
 _NONE = tl.constexpr(1e30)
 """More than any logarithm."""
+_SHARES = 512
+"""Of a program."""
 
 
 @triton.jit
@@ -67,6 +70,38 @@ def reference_kernel(reference, inputs, BLOCK: tl.constexpr):
         low, high = table_range(inputs.column_table, inputs.column_stride, inputs.columns, inputs, BLOCK)
         least, largest = tl.minimum(least, low), tl.maximum(largest, high)
     store_reference(reference, least, largest)
+
+
+@triton.jit
+def shares_kernel(row_shares, column_shares, inputs, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) == 0:
+        store_shares(row_shares, inputs.row_table, inputs.row_stride, index, inputs.rows, inputs)
+    elif inputs.column_table is not None:
+        store_shares(column_shares, inputs.column_table, inputs.column_stride, index, inputs.columns, inputs)
+
+
+@triton.jit
+def store_shares(shares, table, stride, index, count, inputs):
+    inside = index < count
+    top, logarithm, weight = load_quantities(table, stride, index, inside, 3)
+    shared = tl.load(inputs.reference + 1) != 0
+    exponent = logarithm * LOG2_E
+    if shared:
+        exponent += top * softmax_rate(inputs) - tl.load(inputs.reference)
+    tl.store(shares + index, weight * tl.exp2(-exponent), mask=inside)
+
+
+def form_shares(inputs: TileInputs) -> tuple[Tensor, Tensor | None]:
+    """``weight / sum``, ``[1, rows]`` and ``[1, columns]``, of a problem's coefficients: of sums that are taken against
+    the shared reference, or where there is none against the maxima."""
+    row_shares = inputs.row_table.new_empty(1, inputs.rows)
+    column_shares = None if inputs.column_table is None else row_shares.new_empty(1, inputs.columns)
+    blocks = cdiv(max(inputs.rows, inputs.columns), _SHARES)
+    shares_kernel[(blocks, 1 if column_shares is None else 2)](
+        row_shares, column_shares, inputs, BLOCK=_SHARES, num_warps=4, enable_fp_fusion=True
+    )
+    return row_shares, column_shares
 
 
 def shared_reference(inputs: TileInputs) -> Tensor:

@@ -14,14 +14,13 @@ Sweep 2. W of a block without positives takes one exponential, too: reference.py
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import Config, cdiv, launch_options, next_power_of_2, pick
+from .configs import Config, cdiv, even_regions, launch_options, next_power_of_2, pick, ring_of
+from .hopper.launch import launch_sums
 from .softmax import LOG2_E, softmax_rate
 from .tiles import Epilogue, TileInputs, aligned, load_quantities, load_vector, partial_sums, store_quantities
 from .tma import described_rows, described_tile, resident_programs
@@ -160,6 +159,19 @@ def against_itself(shift, total, rate):
 
 
 @triton.jit
+def against_positive(shift, total, rate, v, top, found):
+    """The same against ``v``, that of a row's positive, where its exponential is no small part of the sum;
+    0: there is none.
+
+    Of a row that knows its positive the loss is the logarithm of ``found``, near 1: what rounding did to the positive's
+    logit cancels, as it does against the maximum, which then is this logit.
+    """
+    e = tl.exp2(v * rate - shift)
+    near = (tl.abs(v * rate) > 1e-30) & (e >= total * 5.9604645e-08) & (e <= total * 16777216.0)  # 2^-24, 2^24
+    return tl.where(near, v, top), tl.where(near, tl.div_rn(total, tl.where(near, e, 1.0)), found)
+
+
+@triton.jit
 def enough(total, others):
     """Whether a sum over ``others`` entries is right to 2^-24: those below 2^-126 were taken for 0."""
     return total >= others.to(tl.float32) * 1.9721523e-31  # 2^-102
@@ -169,6 +181,7 @@ def enough(total, others):
 def finish_kernel(
     query, key,  # descriptors of [R, d], [C, d]
     largest,  # [2, PROGRAMS]
+    used_shift,  # [1], or None: as shift_of has it
     row_sums, row_count,  # [row_count, R]
     column_sums, column_count,  # [column_count, C], or None
     positives,  # of the rows, as sums_kernel left them
@@ -184,12 +197,13 @@ def finish_kernel(
     program, row_blocks = tl.program_id(0), tl.cdiv(inputs.rows, BLOCK_M)
     if program < row_blocks:
         finish_block(
-            query, key, largest, row_sums, row_count, positives, row_table, row_stride, program, diagonal, d, inputs,
+            query, key, largest, used_shift, row_sums, row_count, positives, row_table, row_stride, program, diagonal,
+            d, inputs,
             REDUCE, MERGE, QUANTITIES, 1, GROUPED, PROGRAMS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
     elif column_table is not None:
         finish_block(
-            query, key, largest, column_sums, column_count, positives, column_table, column_stride,
+            query, key, largest, used_shift, column_sums, column_count, positives, column_table, column_stride,
             program - row_blocks, diagonal, d, inputs,
             REDUCE, MERGE, 2, 0, GROUPED, PROGRAMS, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
@@ -197,7 +211,7 @@ def finish_kernel(
 
 @triton.jit
 def finish_block(
-    query, key, largest, sums, count, positives, table, table_stride, number, diagonal, d, inputs,
+    query, key, largest, used_shift, sums, count, positives, table, table_stride, number, diagonal, d, inputs,
     REDUCE: tl.constexpr, MERGE: tl.constexpr, QUANTITIES: tl.constexpr, AXIS: tl.constexpr,
     GROUPED: tl.constexpr, PROGRAMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -210,19 +224,27 @@ def finish_block(
     start = number * block
     index = start + tl.arange(0, block)
     inside = index < size
-    shift = shift_of(largest, inputs, PROGRAMS)
+    if used_shift is None:
+        shift = shift_of(largest, inputs, PROGRAMS)
+    else:
+        shift = tl.load(used_shift)
     tried = index < tl.where(shift <= _LARGEST_SHIFT, size, 0)  # else there are no sums
     total = tl.where(inside, partial_sums(sums, size, count, index, tried), 1.0)
     known = load_quantities(table, table_stride, index, inside, QUANTITIES)
     if tl.min(enough(total, others).to(tl.int32), 0) == 1:
-        top, total = against_itself(shift, total, softmax_rate(inputs))
-        found = (top, total)
-        if GROUPED:
-            found = found + (partial_sums(positives, size, count, index, inside),)
-        elif QUANTITIES == 3:
+        rate = softmax_rate(inputs)
+        if GROUPED:  # of several positives their sum, which is none's
+            v = partial_sums(positives, size, count, index, inside)
+        elif AXIS == 1:
             own = index + diagonal
-            has = inside & (own >= 0) & (own < inputs.columns)
-            found = found + (tl.load(positives + index, mask=has, other=0.0),)
+            v = tl.load(positives + index, mask=inside & (own >= 0) & (own < inputs.columns), other=0.0)
+        else:
+            own = index - diagonal
+            v = tl.load(positives + own, mask=inside & (own >= 0) & (own < inputs.rows), other=0.0)
+        top, found = against_itself(shift, total, rate)
+        found = against_positive(shift, total, rate, v, top, found)
+        if QUANTITIES == 3:
+            found = found + (v,)
         store_quantities(table, table_stride, index, inside, MERGE(known, found, inputs))
     else:
         for other in range(0, others, BLOCK_N if AXIS == 1 else BLOCK_M):
@@ -274,6 +296,7 @@ def update_by_sums(
     """
     query, key = aligned(query), aligned(key)
     rows, columns, d, grouped = query.shape[0], key.shape[0], query.shape[1], inputs.row_group is not None
+    used_shift = None
 
     described: dict[tuple[int, int, int], tuple] = {}  # the same for both kernels, where their blocks are
 
@@ -297,33 +320,21 @@ def update_by_sums(
         )  # fmt: skip
         return of_rows, of_columns, positives
 
-    of_rows, of_columns, positives = launch(pick("sums", epilogue.name, query, launch))
+    if ring := ring_of("sums", epilogue.name, query.dtype, d):
+        of_rows, of_columns, positives, used_shift = launch_sums(
+            query, key, inputs, largest, diagonal, column_table is not None, ring, _HEADROOM.value, _LARGEST_SHIFT.value
+        )
+    else:
+        of_rows, of_columns, positives = launch(pick("sums", epilogue.name, query, launch))
     config = pick("finish", epilogue.name, query, launch)
     blocks, column_count, column_stride = cdiv(rows, config.block_m), 0, 0
     if column_table is not None:
         blocks += cdiv(columns, config.block_n)
         column_count, column_stride = len(of_columns), column_table.stride(0)
     finish_kernel[(blocks,)](
-        *rows_for(config), largest, of_rows, len(of_rows), of_columns, column_count, positives,
+        *rows_for(config), largest, used_shift, of_rows, len(of_rows), of_columns, column_count, positives,
         row_table, row_table.stride(0), column_table, column_stride, diagonal, d,
         inputs, epilogue.reduce, epilogue.merge, row_table.shape[0],
         GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, **launch_options(config, query),
     )  # fmt: skip
     return (of_rows, positives) if of_columns is None else (of_rows, positives, of_columns)
-
-
-@lru_cache(maxsize=1024)
-def even_regions(column_blocks: int, row_blocks: int, programs: int) -> int:
-    """The fewest regions with which the GPU, that holds ``programs``, idles for 5 % of the time at most.
-
-    If there are none, those of the first 64 with which it idles least.
-    """
-    best, least = 1, float("inf")
-    for regions in range(1, min(row_blocks, 64) + 1):
-        waves = cdiv(column_blocks * regions, programs)
-        time = waves * cdiv(row_blocks, regions) * programs / (column_blocks * row_blocks)
-        if time < least:
-            best, least = regions, time
-        if time <= 1.05:
-            break
-    return best

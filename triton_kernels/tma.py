@@ -30,11 +30,11 @@ def described_rows(query: Tensor, key: Tensor, config: Config) -> tuple[TensorDe
 
 def resident_programs(config: Config, device: torch.device) -> int:
     """As many as the GPU holds at once."""
-    return config.programs * _multiprocessors(device)
+    return config.programs * multiprocessors(device)
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     """Of a GPU; in the interpreter, and where nothing is launched, 3."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 

@@ -19,12 +19,17 @@ from ...triton_kernels import (
     combine_losses,
     combine_statistics,
     finish_gradients,
+    form_shares,
     form_weights,
+    group_ranges,
+    launch_gradient,
+    launch_weights,
+    ranges_of,
     shared_reference,
     update_by_sums,
     update_statistics,
 )
-from ...triton_kernels.configs import by_tma
+from ...triton_kernels.configs import Ring, by_tma, ring_of
 from .. import products
 from ..columns import BatchColumns, OwnColumns, Source, Step, Tile, run
 from ..counters import count_product
@@ -39,6 +44,8 @@ from .dense import TorchBackend
 # at d = 128 1.1 ps and 0.4 ps, at d = 512 1.5 ps for the product (modelled: 5.5 TB/s of L2, 700 TFLOP/s on an H100).
 # Beyond 128 the fused kernel's rows no longer fit on chip.
 FUSED_WIDTH = 128
+# Kernels in Gluon need another launch, of what they read of the coefficients: 2048 rows take as long without them.
+_FEW_ROWS = 2048
 
 # The bytes of W: the memory budget, within these bounds. On an H200 the products with W of a tile of 4096 x 4096 reach
 # 581 TFLOP/s at d = 512, of 8192 x 8192 744, of 16,384 x 16,384 787 (measured 2026-11-26, bench/results/gpu), and every
@@ -66,11 +73,14 @@ class TritonBackend(Backend):
         self._partials: tuple[Tensor, ...] = ()
         self._largest: tuple[Problem, int, Tensor] | None = None
         self._reference: tuple[Tensor, Tensor | None, Tensor] | None = None
+        self._shares: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
         self._counter: Tensor | None = None
+        self._uniform = False  # rows of a group have the same positive weight
+        self._ranges: tuple[Tensor, Tensor] | None = None
 
     @staticmethod
     def tile_shape(sweep, rows, d, dtype, device, objective, is_batch, memory_budget) -> tuple[int, int]:
-        if sweep == "gradients" and _fused(d, dtype, objective, is_batch):
+        if sweep == "gradients" and _fused(rows, d, dtype, objective, is_batch):
             return 65536, 65536  # no buffer: as many rows as fill any GPU
         # High enough to fill a GPU and, in a batch, low enough that little is on the diagonal.
         if sweep == "gradients":
@@ -138,6 +148,28 @@ class TritonBackend(Backend):
             self._reference = known = row_table, column_table, shared_reference(tables)
         return known[2]
 
+    def _shares_of(
+        self, problem: Problem, tile: Tile, coefficients, reference: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tile's, as the kernels in Gluon read them: formed once for all tiles of a sweep."""
+        if self._shares is None or self._shares[0] is not reference:
+            row_table, column_table = coefficients
+            shape = row_table.shape[1], 0 if column_table is None else column_table.shape[1]
+            tables = TileInputs.of(
+                shape, problem.scale, row_table=row_table, column_table=column_table, reference=reference
+            )
+            self._shares = reference, form_shares(tables)
+        return coefficients_of(tile, *self._shares[1])
+
+    def _ranges_of(self, problem: Problem, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        """Of the tile's groups, as the kernels in Gluon read them: formed once for all tiles of a sweep."""
+        if not isinstance(tile.source, BatchColumns):
+            return None, None
+        groups = problem.group_numbers
+        if self._ranges is None or self._ranges[0] is not groups:
+            self._ranges = groups, group_ranges(groups)
+        return ranges_of(self._ranges[1], tile.rows), ranges_of(self._ranges[1], tile.columns)
+
     def _largest_squares(self, problem: Problem, tile: Tile) -> Tensor:
         """Of the rows and of the tile's source, read once."""
         if self._largest is None or self._largest[0] is not problem or self._largest[1] != tile.position:
@@ -200,7 +232,7 @@ class TritonBackend(Backend):
             problem.know_group_numbers(*others)
         elif others:
             [columns] = others
-        self._reference = rows, columns, state
+        self._reference, self._uniform = (rows, columns, state), True
         return (rows, columns), self.share_of(state)
 
     def share_of(self, state: Tensor) -> Tensor:
@@ -209,7 +241,7 @@ class TritonBackend(Backend):
 
     def _weights_of(
         self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None,
-        reference: Tensor | None = None,
+        reference: Tensor | None = None, shares: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:  # fmt: skip
         out = self._weights_buffer(tile)
         count_product(tile.query, tile.shape[1])
@@ -221,6 +253,11 @@ class TritonBackend(Backend):
         diagonal = None
         if self._epilogue.off_diagonal is not None and not (self._epilogue.by_reference and reference is None):
             inputs, diagonal = inputs._replace(reference=reference), _diagonal(tile, inputs)
+        if shares is not None and diagonal is not None:
+            key, ring = tile.source.block(tile), self._ring("weights", tile)
+            ranges = self._ranges_of(problem, tile)
+            launch_weights(tile.query, key, inputs, ranges, shares, self._uniform, diagonal, out, ring)
+            return out
         form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, *points, out, *folded, diagonal)
         return out
 
@@ -243,21 +280,44 @@ class TritonBackend(Backend):
             return run(self._own.gradient_steps(problem, tile, None, coefficients, d_query, d_source))
         if self.objective.by_distance:
             return self._accumulate_over_distances(problem, tile, coefficients, d_query)
-        if not _fused(tile.query.shape[1], tile.query.dtype, self.objective, problem.is_batch):
-            reference = None
-            if by_tma("weights", self._epilogue.name, tile.query.dtype):
-                reference = self._shared_reference(problem, *coefficients)
-            w = self._weights_of(problem, tile, *statistics_of(tile, *coefficients), reference)
-            product = self.mm_ if self.overwrites else self.addmm_
-            return run(tile.source.output_products(tile, w, product, d_query, d_source))
+        if _fused(problem.rows, tile.query.shape[1], tile.query.dtype, self.objective, problem.is_batch):
+            return self._accumulate_fused(problem, tile, coefficients, d_query, d_source)
+        reference = shares = None
+        if by_tma("weights", self._epilogue.name, tile.query.dtype):
+            reference = self._shared_reference(problem, *coefficients)
+        if reference is not None and self._ring("weights", tile) and tile.shape[0] * tile.shape[1] > _FEW_ROWS**2:
+            shares = self._shares_of(problem, tile, coefficients, reference)
+        w = self._weights_of(problem, tile, *statistics_of(tile, *coefficients), reference, shares)
+        product = self.mm_ if self.overwrites else self.addmm_
+        run(tile.source.output_products(tile, w, product, d_query, d_source))
+
+    def _accumulate_fused(self, problem: Problem, tile: Tile, coefficients, d_query, d_source) -> None:
+        """Products with W that stays in registers, formed for either gradient."""
         inputs = self._inputs(problem, tile, *coefficients_of(tile, *coefficients))
-        query, key = tile.query, tile.source.block(tile)
-        if d_query is not None:
+        query, key, ring = tile.query, tile.source.block(tile), self._ring("gradient", tile)
+        diagonal = None if ring is None else _diagonal(tile, inputs)
+        if diagonal is not None:
+            reference = self._shared_reference(problem, *coefficients)
+            shares = self._shares_of(problem, tile, coefficients, reference)
+            inputs, ranges = inputs._replace(reference=reference), self._ranges_of(problem, tile)
+        if isinstance(tile.source, BatchColumns):
+            d_source = d_query if tile.mirrored else None
+        for own, other, sums, part, transposed in (
+            (query, key, d_query, tile.rows, False), (key, query, d_source, tile.columns, True)
+        ):  # fmt: skip
+            if sums is None:
+                continue
             count_product(query, 2 * len(key))
-            accumulate_gradient(self._epilogue, query, key, inputs, d_query[tile.rows], transposed=False)
-        if d_source is not None:
-            count_product(query, 2 * len(key))
-            accumulate_gradient(self._epilogue, key, query, inputs, d_source[tile.columns], transposed=True)
+            sums = sums[part]
+            if diagonal is None:
+                accumulate_gradient(self._epilogue, own, other, inputs, sums, transposed=transposed)
+                continue
+            launch_gradient(
+                own, other, inputs, ranges, shares, self._uniform, diagonal, sums, ring, transposed=transposed
+            )
+
+    def _ring(self, kernel: str, tile: Tile) -> Ring | None:
+        return ring_of(kernel, self._epilogue.name, tile.query.dtype, tile.query.shape[1])
 
     def _accumulate_over_distances(self, problem: Problem, tile: Tile, coefficients, d_query: Tensor) -> None:
         """``d_query[i] += sum_j w_ij (x_j - x_i)``, by the sums of the w that the products took, as they were rounded.
@@ -300,7 +360,7 @@ class TritonBackend(Backend):
         source, *others = problem.sources
         if others or isinstance(source, OwnColumns) or self.objective.by_distance:
             return False
-        if _fused(problem.query.shape[1], problem.query.dtype, self.objective, problem.is_batch):
+        if _fused(problem.rows, problem.query.shape[1], problem.query.dtype, self.objective, problem.is_batch):
             return False
         return 0 < problem.rows <= shape.rows and 0 < source.width <= shape.columns
 
@@ -358,11 +418,15 @@ def _epilogue_of(objective):
     return objective.epilogue or EPILOGUES[objective.name if objective.name in EPILOGUES else objective.family]
 
 
-def _fused(d: int, dtype: torch.dtype, objective, is_batch: bool) -> bool:
-    """Whether the products with W are taken in registers: not where W's sweep has more to do than its products, nor
-    where blocks of rows are too few to fill a GPU, nor where TMA moves W."""
-    fits = d <= FUSED_WIDTH and objective.needs_statistics and not is_batch
-    return fits and not by_tma("weights", _epilogue_of(objective).name, dtype)
+def _fused(rows: int | None, d: int, dtype: torch.dtype, objective, is_batch: bool) -> bool:
+    """Whether the products with W are taken in registers: not where W's sweep has more to do than its products, nor,
+    without a kernel in Gluon for it, where TMA moves W, or blocks of a batch's rows are too few to fill a GPU."""
+    if d > FUSED_WIDTH or not objective.needs_statistics:
+        return False
+    name = _epilogue_of(objective).name
+    if ring_of("gradient", name, dtype, d):
+        return not objective.has_offsets and (rows is None or rows > _FEW_ROWS)
+    return not is_batch and not by_tma("weights", name, dtype)
 
 
 def _by_sums(objective, dtype: torch.dtype) -> bool:

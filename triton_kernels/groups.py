@@ -1,0 +1,42 @@
+"""Where pairs of one group can be: the least and the largest group number of every few rows.
+
+Positives are few, and looking for them takes as many instructions as the exponentials. Where the ranges of two blocks
+are apart none of their pairs is a positive: nearly everywhere, if rows of a group follow each other, or come in the
+same order in both views.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import cdiv
+
+STEP = 16
+"""Rows of a range: tiles begin at multiples of it."""
+_BLOCKS = 64  # ranges of a program
+
+
+@triton.jit
+def ranges_kernel(groups, ranges, count, STEP: tl.constexpr, BLOCKS: tl.constexpr):
+    number = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    row = number[:, None] * STEP + tl.arange(0, STEP)[None, :]
+    group = tl.load(groups + row, mask=row < count, other=0)
+    least, largest = tl.where(row < count, group, 2147483647), tl.where(row < count, group, -2147483648)
+    inside = number * STEP < count
+    tl.store(ranges + 2 * number, tl.min(least, 1), mask=inside)
+    tl.store(ranges + 2 * number + 1, tl.max(largest, 1), mask=inside)
+
+
+def group_ranges(groups: Tensor) -> Tensor:
+    """``[cdiv(N, STEP), 2]``: the least and the largest of every STEP of ``groups[N]``, int32."""
+    ranges = groups.new_empty(cdiv(len(groups), STEP), 2)
+    ranges_kernel[(cdiv(len(ranges), _BLOCKS),)](groups, ranges, len(groups), STEP=STEP, BLOCKS=_BLOCKS, num_warps=4)
+    return ranges
+
+
+def ranges_of(ranges: Tensor, rows: slice) -> Tensor:
+    """Of a tile's rows."""
+    assert rows.start % STEP == 0, rows
+    return ranges[rows.start // STEP :]
