@@ -11,7 +11,7 @@ LONGEST = [
     "test_native_sanitizers", "test_examples", "test_triton_distances", "test_triton_tma", "test_triton_ends",
     "test_fuzz", "test_metric_losses", "test_host_time", "test_distributed_rows", "test_batch_losses",
     "test_distributed_faults", "test_cpp_lanes", "test_pytest_outcomes", "test_typing", "test_triton_family",
-    "test_distributed_work", "test_compile",
+    "test_distributed_work", "test_compile", "test_gluon",
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from triton_harness import few_programs, gpu, interpreter
 from replearn_kernels import clip_loss
 from replearn_kernels.engine import schedules
 from replearn_kernels.engine.backends import triton as backend
-from replearn_kernels.triton_kernels import configs, sums
+from replearn_kernels.triton_kernels import configs, group_ranges, sums
 
 CASES = {
     "clip": {}, "info_nce": {}, "info_nce each": {"reduction": "none"}, "queue": {}, "nt_xent": {}, "sup_con": {},
@@ -85,6 +85,20 @@ class TestInterpreter:
         with schedule(n + d):
             check(case, n, d, torch.bfloat16, "cpu")
         assert launched == expected(case, d)
+
+
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("d", [48, 160])
+    def test_several_tiles(self, case, d, launched, hopper, small_tiles):
+        """Of a batch some are their own mirror images, and some stand for another tile too."""
+        with schedule(d):
+            check(case, 70, d, torch.bfloat16, "cpu")
+        assert launched.keys() == expected(case, d).keys() and min(launched.values()) >= 7
+
+    @pytest.mark.parametrize("n", [1, 16, 33, 1100])
+    def test_ranges_of_groups(self, n):
+        groups = torch.randint(-5, 1000, (n,), dtype=torch.int32)
+        assert group_ranges(groups).tolist() == [[min(part), max(part)] for part in map(list, groups.split(16))]
 
 
 class TestGPU:

@@ -251,8 +251,8 @@ class TestCompiled:
         assert resources.measure(resources.Case("sup_con", "weights", "bf16", "gfx942")).matrix
 
     # (rows, most instructions) of kernels that are held to 128 registers, so that a multiprocessor has room for two
-    # programs, which is faster though they spill (configs.py has the times); of kernels in Gluon, nearly all in the loop
-    # of the diagonal's blocks; and how many others spill.
+    # programs, which is faster though they spill (configs.py has the times); of kernels in Gluon, nearly all in the
+    # loop of the diagonal's blocks; and how many others spill.
     SPILLING: ClassVar = {
         "triton_resources": ({"sums": (11, 154), "weights": (36, 197), "gluon": (20, 336)}, 0),
         "triton_3_6_resources": ({"sums": (6, 32), "weights": (28, 461), "gluon": (24, 340)}, 23),

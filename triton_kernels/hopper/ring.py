@@ -18,12 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..groups import STEP
+
 # Triton 3.9 renamed both.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 BLOCK_K = gl.constexpr(64)  # features of a chunk: 128 bytes, the widest rows that shared memory swizzles
-RANGE = gl.constexpr(16)  # rows of one of ``..groups.group_ranges``
+RANGE = gl.constexpr(STEP)
 LOG2_E = gl.constexpr(1.4426950408889634)
 BEYOND = gl.constexpr(1e30)  # an exponent taken off entries that count for nothing
 HIGHEST = gl.constexpr(3.4028234663852886e38)
