@@ -1,7 +1,7 @@
 """Losses by the kernels in Gluon, forward and backward, against the plain formula in fp64: on a Hopper GPU; and in
 Triton's interpreter, where gluon_interpreter.py runs those kernels.
 
-Few rows, as for any other kernel, though with so few the engine does without some of them (``_FEW_ROWS``).
+Few rows, as for any other kernel, though with so few the engine does without some of them (``FEW_ROWS``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from triton_harness import few_programs, gpu, interpreter
 
 from replearn_kernels import clip_loss
 from replearn_kernels.engine import schedules
+from replearn_kernels.engine.backends import kernel_choice
 from replearn_kernels.engine.backends import triton as backend
 from replearn_kernels.triton_kernels import configs, group_ranges, sums
 
@@ -53,7 +54,7 @@ def launched(monkeypatch):
 
     for name in launchers:
         monkeypatch.setattr(sums if name == "launch_sums" else backend, name, counting(name))
-    monkeypatch.setattr(backend, "_FEW_ROWS", 0)
+    monkeypatch.setattr(kernel_choice, "FEW_ROWS", 0)
     schedules._make_plan.cache_clear()
     yield counts
     schedules._make_plan.cache_clear()
@@ -94,6 +95,13 @@ class TestInterpreter:
         with schedule(d):
             check(case, 70, d, torch.bfloat16, "cpu")
         assert launched.keys() == expected(case, d).keys() and min(launched.values()) >= 7
+
+    @pytest.mark.parametrize("piece", [16, 4096])
+    def test_given_targets_take_other_kernels(self, piece, launched, hopper, monkeypatch):
+        """Positives are anywhere: W goes through memory, by pieces of a tile that was planned without any."""
+        monkeypatch.setattr(kernel_choice, "PIECE", piece)
+        check_against_fp64("target", 70, 48, torch.bfloat16, "cpu")
+        assert not launched
 
     @pytest.mark.parametrize("n", [1, 16, 33, 1100])
     def test_ranges_of_groups(self, n):

@@ -310,3 +310,16 @@ def test_no_features(loss):
         results = [value_and_gradients(loss, x, x, labels, 10.0, backend=name) for name in ("eager", "triton")]
     for expected, got in zip(*results):
         assert torch.allclose(got, expected)
+
+
+def test_a_nan_hides_no_length():
+    """Of a program's rows the longest decides of the shift, though another is NaN: its sum must not overflow."""
+    x, y = unit_rows(200, 48).bfloat16(), unit_rows(200, 48, 1).bfloat16()
+    x[138] *= 40
+    expected = info_nce_loss(x, y, logit_scale=9, reduction="none", backend="eager")
+    x[10, 0] = math.nan
+    with use_config(BLOCKS):
+        loss = info_nce_loss(x, y, logit_scale=9, reduction="none", backend="triton")
+    assert loss[10].isnan()
+    others = torch.arange(200) != 10
+    assert (loss - expected)[others].abs().max() <= 9 * 40 * 2**-7

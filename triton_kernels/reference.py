@@ -2,8 +2,8 @@
 
 ``W_ij = E_ij (r_i + c_j)``, against the middle of the logarithms of all sums, where exponents are small and
 have the most digits; no entry is larger than its row's sum, so none overflows (:func:`store_reference`). Where sums
-lie too far apart for that, and in blocks that hold a positive or a row with itself, W is formed with two exponentials,
-as everywhere else (softmax.py).
+lie too far apart for that, and in blocks that hold a row's own number, its positive (CLIP) or the row itself (SupCon),
+W is formed with two exponentials, as everywhere else (softmax.py).
 """
 
 from __future__ import annotations

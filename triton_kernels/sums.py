@@ -67,12 +67,12 @@ def begin_rows(
         top = tl.maximum(top, tl.sum(block * block, 1), propagate_nan=tl.PropagateNan.ALL)
         if table is not None:
             store_quantities(table, table_stride, row, row < count, EMPTY(BLOCK_M, AXIS))
-    return tl.max(top, 0)
+    return tl.max(tl.where(top == top, top, float("inf")), 0)  # which drops a NaN, and what it hid
 
 
 @triton.jit
 def shift_of(largest, inputs, PROGRAMS: tl.constexpr):
-    """The exponent that is taken off; NaN or infinite where a feature is."""
+    """The exponent that is taken off; infinite where a feature is, or is NaN."""
     places = tl.arange(0, PROGRAMS)
     of_rows, of_columns = tl.max(tl.load(largest + places), 0), tl.max(tl.load(largest + PROGRAMS + places), 0)
     bound = softmax_rate(inputs) * tl.sqrt(of_rows) * tl.sqrt(of_columns)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...triton_kernels import (
     COEFFICIENTS,
-    EPILOGUES,
     STATE,
     Points,
     Side,
@@ -38,14 +37,7 @@ from ..plan import TileShape
 from ..problem import Inputs, Problem
 from .base import Backend, coefficients_of, statistics_of
 from .dense import TorchBackend
-
-# Up to this width the fused gradient kernel takes its 4 products in registers; above it, W is written and read.
-# In half precision W costs 3 x 2 B of L2 traffic an entry, where the fused kernel takes one more product of 2 d FLOPs:
-# at d = 128 1.1 ps and 0.4 ps, at d = 512 1.5 ps for the product (modelled: 5.5 TB/s of L2, 700 TFLOP/s on an H100).
-# Beyond 128 the fused kernel's rows no longer fit on chip.
-FUSED_WIDTH = 128
-# Kernels in Gluon need another launch, of what they read of the coefficients: 2048 rows take as long without them.
-_FEW_ROWS = 2048
+from .kernel_choice import diagonal_of, epilogue_of, is_by_sums, is_fused, is_small, pieces_of
 
 # The bytes of W: the memory budget, within these bounds. On an H200 the products with W of a tile of 4096 x 4096 reach
 # 581 TFLOP/s at d = 512, of 8192 x 8192 744, of 16,384 x 16,384 787 (measured 2026-11-26, bench/results/gpu), and every
@@ -53,7 +45,6 @@ _FEW_ROWS = 2048
 _WEIGHTS_BYTES = (32 * 2**20, 2**30)
 _WEIGHTS_ALIGNMENT = 16  # elements: rows of W start where vector loads can
 _WIDEST_OUTPUT = 16384  # features that the kernel of outputs holds in registers; of wider ones, PyTorch's take the end
-_NOWHERE = 2**30  # a diagonal that no tile has an entry of
 # Columns of a tile at most: a classifier's are copied, normalised, one tile's at a time.
 _COLUMNS, _NORMALISED_COLUMNS = 2**19, 2**15
 
@@ -66,7 +57,7 @@ class TritonBackend(Backend):
 
     def __init__(self, objective):
         super().__init__(objective)
-        self._epilogue = _epilogue_of(objective)
+        self._epilogue = epilogue_of(objective)
         self._roles = objective.roles if self._epilogue.takes_roles else ()
         self._own = TorchBackend(objective)
         self._weights: Tensor | None = None
@@ -80,14 +71,14 @@ class TritonBackend(Backend):
 
     @staticmethod
     def tile_shape(sweep, rows, d, dtype, device, objective, is_batch, memory_budget) -> tuple[int, int]:
-        if sweep == "gradients" and _fused(rows, d, dtype, objective, is_batch):
+        if sweep == "gradients" and is_fused(rows, d, dtype, objective, is_batch):
             return 65536, 65536  # no buffer: as many rows as fill any GPU
         # High enough to fill a GPU and, in a batch, low enough that little is on the diagonal.
         if sweep == "gradients":
             low, most = _WEIGHTS_BYTES
             entries = min(max(memory_budget, low), most) // dtype.itemsize
             high = 8192 if entries >= 8192 * 8192 else 4096
-        elif _by_sums(objective, dtype):
+        elif is_by_sums(objective, dtype):
             # Partial sums take 34 or 67 MB. A batch's tiles need no mirror image: their halves are no less work.
             high, entries = 32768 if is_batch else 65536, 2**30
         else:
@@ -113,8 +104,8 @@ class TritonBackend(Backend):
             count_product(tile.query, tile.shape[1])
             self._partials = ()
             inputs, points = self._inputs(problem, tile, *read), self._points(problem, tile)
-            diagonal = _diagonal(tile, inputs)
-            if diagonal is not None and _by_sums(self.objective, tile.query.dtype):
+            diagonal = diagonal_of(tile, inputs)
+            if diagonal is not None and is_by_sums(self.objective, tile.query.dtype):
                 self._update_by_sums(problem, tile, key, inputs, diagonal, *tables)
                 continue
             self._partials = update_statistics(self._epilogue, tile.query, key, inputs, *points, *tables)
@@ -179,7 +170,7 @@ class TritonBackend(Backend):
 
     def new_statistics(self, problem: Problem) -> tuple[Tensor, Tensor | None]:
         source = problem.sources[0]
-        if isinstance(source, OwnColumns) or not _by_sums(self.objective, problem.query.dtype):
+        if isinstance(source, OwnColumns) or not is_by_sums(self.objective, problem.query.dtype):
             return super().new_statistics(problem)
         row_table = problem.query.new_empty(3, problem.rows, dtype=problem.statistics_dtype)
         column_table = None
@@ -193,7 +184,7 @@ class TritonBackend(Backend):
     def combines(objective, dtype: torch.dtype, has_target: bool) -> bool:
         """Not where logits are summed for label smoothing, nor where a row's column is not that of its own number; nor
         where sums of one sweep are gradients already, scaled in place: fp32 features'."""
-        if _epilogue_of(objective).combine is None or objective.has_offsets:
+        if epilogue_of(objective).combine is None or objective.has_offsets:
             return False
         if not objective.needs_statistics:
             return dtype.itemsize < 4
@@ -241,24 +232,32 @@ class TritonBackend(Backend):
 
     def _weights_of(
         self, problem: Problem, tile: Tile, row_table: Tensor, column_table: Tensor | None,
-        reference: Tensor | None = None, shares: tuple[Tensor, Tensor | None] | None = None,
+        coefficients: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:  # fmt: skip
+        """W of the tile, whose part of the tables these are.
+
+        ``coefficients``: of the whole problem, of which what rows and columns share can be read.
+        """
         out = self._weights_buffer(tile)
         count_product(tile.query, tile.shape[1])
         folded: tuple[Tensor | None, ...] = (None, None)
         if not self.objective.needs_statistics:
             folded = row_table, column_table if self._epilogue.folds_columns else None
         inputs = self._inputs(problem, tile, *self._read_on(tile, row_table, column_table))
-        points = self._points(problem, tile)
-        diagonal = None
+        key = tile.source.block(tile)
+        reference = diagonal = None
+        if coefficients is not None and by_tma("weights", self._epilogue.name, tile.query.dtype):
+            reference = self._shared_reference(problem, *coefficients)
         if self._epilogue.off_diagonal is not None and not (self._epilogue.by_reference and reference is None):
-            inputs, diagonal = inputs._replace(reference=reference), _diagonal(tile, inputs)
-        if shares is not None and diagonal is not None:
-            key, ring = tile.source.block(tile), self._ring("weights", tile)
+            inputs, diagonal = inputs._replace(reference=reference), diagonal_of(tile, inputs)
+        ring = self._ring("weights", tile)
+        if ring and reference is not None and diagonal is not None and not is_small(tile):
             ranges = self._ranges_of(problem, tile)
+            shares = self._shares_of(problem, tile, coefficients, reference)
             launch_weights(tile.query, key, inputs, ranges, shares, self._uniform, diagonal, out, ring)
-            return out
-        form_weights(self._epilogue, tile.query, tile.source.block(tile), inputs, *points, out, *folded, diagonal)
+        else:
+            points = self._points(problem, tile)
+            form_weights(self._epilogue, tile.query, key, inputs, *points, out, *folded, diagonal)
         return out
 
     def _parts(self, row_table: Tensor, column_table: Tensor | None):
@@ -280,41 +279,40 @@ class TritonBackend(Backend):
             return run(self._own.gradient_steps(problem, tile, None, coefficients, d_query, d_source))
         if self.objective.by_distance:
             return self._accumulate_over_distances(problem, tile, coefficients, d_query)
-        if _fused(problem.rows, tile.query.shape[1], tile.query.dtype, self.objective, problem.is_batch):
-            return self._accumulate_fused(problem, tile, coefficients, d_query, d_source)
-        reference = shares = None
-        if by_tma("weights", self._epilogue.name, tile.query.dtype):
-            reference = self._shared_reference(problem, *coefficients)
-        if reference is not None and self._ring("weights", tile) and tile.shape[0] * tile.shape[1] > _FEW_ROWS**2:
-            shares = self._shares_of(problem, tile, coefficients, reference)
-        w = self._weights_of(problem, tile, *statistics_of(tile, *coefficients), reference, shares)
+        sums, pieces = (d_query, d_source), [tile]
+        if is_fused(problem.rows, tile.query.shape[1], tile.query.dtype, self.objective, problem.is_batch):
+            if self._accumulate_fused(problem, tile, coefficients, *sums):
+                return
+            pieces = pieces_of(tile)
         product = self.mm_ if self.overwrites else self.addmm_
-        run(tile.source.output_products(tile, w, product, d_query, d_source))
+        for piece in pieces:
+            w = self._weights_of(problem, piece, *statistics_of(piece, *coefficients), coefficients)
+            run(piece.source.output_products(piece, w, product, *sums))
 
-    def _accumulate_fused(self, problem: Problem, tile: Tile, coefficients, d_query, d_source) -> None:
-        """Products with W that stays in registers, formed for either gradient."""
+    def _accumulate_fused(self, problem: Problem, tile: Tile, coefficients, d_query, d_source) -> bool:
+        """Products with W that stays in registers, formed for either gradient; False if no kernel can form this W."""
         inputs = self._inputs(problem, tile, *coefficients_of(tile, *coefficients))
         query, key, ring = tile.query, tile.source.block(tile), self._ring("gradient", tile)
-        diagonal = None if ring is None else _diagonal(tile, inputs)
-        if diagonal is not None:
-            reference = self._shared_reference(problem, *coefficients)
-            shares = self._shares_of(problem, tile, coefficients, reference)
-            inputs, ranges = inputs._replace(reference=reference), self._ranges_of(problem, tile)
         if isinstance(tile.source, BatchColumns):
             d_source = d_query if tile.mirrored else None
-        for own, other, sums, part, transposed in (
+        launch = partial(accumulate_gradient, self._epilogue, inputs=inputs)
+        if ring:
+            diagonal = diagonal_of(tile, inputs)
+            if diagonal is None:
+                return False
+            reference = self._shared_reference(problem, *coefficients)
+            launch = partial(
+                launch_gradient, inputs=inputs._replace(reference=reference), ranges=self._ranges_of(problem, tile),
+                shares=self._shares_of(problem, tile, coefficients, reference), uniform=self._uniform,
+                diagonal=diagonal, ring=ring,
+            )  # fmt: skip
+        for own, other, sums, rows, transposed in (
             (query, key, d_query, tile.rows, False), (key, query, d_source, tile.columns, True)
         ):  # fmt: skip
-            if sums is None:
-                continue
-            count_product(query, 2 * len(key))
-            sums = sums[part]
-            if diagonal is None:
-                accumulate_gradient(self._epilogue, own, other, inputs, sums, transposed=transposed)
-                continue
-            launch_gradient(
-                own, other, inputs, ranges, shares, self._uniform, diagonal, sums, ring, transposed=transposed
-            )
+            if sums is not None:
+                count_product(query, 2 * len(key))
+                launch(own, other, gradient=sums[rows], transposed=transposed)
+        return True
 
     def _ring(self, kernel: str, tile: Tile) -> Ring | None:
         return ring_of(kernel, self._epilogue.name, tile.query.dtype, tile.query.shape[1])
@@ -340,7 +338,7 @@ class TritonBackend(Backend):
         numbered = self.objective.uses_target and problem.given_target is None and tile.source.has_positives
         pairs = problem.pairs(tile, self.objective.uses_target and not numbered)
         own = tile.rows.start - tile.columns.start if numbered else None
-        if isinstance(tile.source, BatchColumns) and _by_sums(self.objective, tile.query.dtype):
+        if isinstance(tile.source, BatchColumns) and is_by_sums(self.objective, tile.query.dtype):
             numbers = problem.group_numbers  # of 32 bits, of the own rows
             pairs = pairs._replace(row_group=numbers[tile.rows], column_group=numbers[tile.columns])
         return TileInputs.of(tile.shape, *pairs, row_table, column_table, self._roles, own=own)
@@ -360,7 +358,7 @@ class TritonBackend(Backend):
         source, *others = problem.sources
         if others or isinstance(source, OwnColumns) or self.objective.by_distance:
             return False
-        if _fused(problem.rows, problem.query.shape[1], problem.query.dtype, self.objective, problem.is_batch):
+        if is_fused(problem.rows, problem.query.shape[1], problem.query.dtype, self.objective, problem.is_batch):
             return False
         return 0 < problem.rows <= shape.rows and 0 < source.width <= shape.columns
 
@@ -412,40 +410,6 @@ def _side_of(sums: Tensor, result: Tensor | None, rows: Problem | Source, reads:
     if given is not None and given.stride(1) != 1:
         given = given.contiguous()
     return Side.of(sums, result, given, rows.inverse_norms)
-
-
-def _epilogue_of(objective):
-    return objective.epilogue or EPILOGUES[objective.name if objective.name in EPILOGUES else objective.family]
-
-
-def _fused(rows: int | None, d: int, dtype: torch.dtype, objective, is_batch: bool) -> bool:
-    """Whether the products with W are taken in registers: not where W's sweep has more to do than its products, nor,
-    without a kernel in Gluon for it, where TMA moves W, or blocks of a batch's rows are too few to fill a GPU."""
-    if d > FUSED_WIDTH or not objective.needs_statistics:
-        return False
-    name = _epilogue_of(objective).name
-    if ring_of("gradient", name, dtype, d):
-        return not objective.has_offsets and (rows is None or rows > _FEW_ROWS)
-    return not is_batch and not by_tma("weights", name, dtype)
-
-
-def _by_sums(objective, dtype: torch.dtype) -> bool:
-    """Whether sums of one exponential can be the statistics, of tiles without groups."""
-    epilogue = _epilogue_of(objective)
-    return epilogue.by_sums and by_tma("sums", epilogue.name, dtype)
-
-
-def _diagonal(tile: Tile, inputs: TileInputs) -> int | None:
-    """The column of the tile that has its first row's own number, and may lie outside of it; None where entries off
-    this diagonal can be positives, or not count, for all that a block of them can tell.
-
-    A batch's meeting with another rank's rows, whose numbers are theirs, has ``is_batch``, too: the source tells.
-    """
-    if isinstance(tile.source, BatchColumns):
-        return tile.rows.start - tile.columns.start
-    if inputs.own is not None and inputs.row_group is None:
-        return inputs.own
-    return _NOWHERE if inputs.row_group is None and inputs.target is None else None
 
 
 def _upcast(tile: Tile, problem: Problem) -> Tile:
