@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from gluon_harness import LAUNCHERS, interpreted_launchers
 from gluon_interpreter import schedule
+from loss_cases import value_and_gradients
 from test_gpu_losses import check_against_fp64, compare_with_fp64, sample
 from triton_harness import few_programs, gpu, interpreter
 
@@ -131,6 +132,14 @@ class TestGPU:
         """At 1000 rows and columns do not share an exponential."""
         check(case, 400, d, torch.bfloat16, "cuda", scale)
         assert launched == expected(case, d)
+
+    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("d", [128, 512])
+    def test_the_same_bits_again(self, case, d, launched):
+        inputs = *sample(2500, d, torch.bfloat16, "cuda"), 14.3
+        first, *others = (value_and_gradients(case.split()[0], *inputs, **CASES[case]) for _ in range(20))
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+        assert launched
 
     @pytest.mark.parametrize("d", [128, 512])
     def test_positives_that_take_all_have_no_gradient(self, d, launched):

@@ -123,10 +123,10 @@ DEFAULTS: dict[tuple, Config] = {
 """An architecture without an entry takes sm_80's; an epilogue without one of its own takes all epilogues'."""
 
 # Kernels in Gluon, on an H200 under Triton 3.6 (2026-11-27, bench/results/gpu), TFLOP/s. Sums of CLIP, 16,384 rows at
-# d = 512: 757 with 8 stages, 722 with 6, 704 with 10, by TMA 573; 32,768 at d = 128: 464 with 128 other rows, 415 with
-# 64. Of SupCon at d = 512: 647, 613, 624, by TMA 484; at d = 128: 250 to 290 with any number of stages. W of 32,768 at
-# d = 512: CLIP's 673 with 8 stages, 589 with 6, by TMA 420; SupCon's 616, 561, by TMA 303. Gradients at d = 128: CLIP's
-# 595 with 3 stages of 128 rows, 559 with 4, 585 with 8 of 64; SupCon's 564, 552, 520.
+# d = 512: 757 with 8 stages, 722 with 6, 704 with 10, by TMA 573; 32,768 at d = 128: 464 with 128 other rows, 415 to
+# 437 with 64. Of SupCon, 16,384 rows at d = 512: 647, 613, 624, by TMA 484; at d = 128: 250 to 290. W of 32,768 rows at
+# d = 512: CLIP's 673 with 8 stages, 589 with 6; SupCon's 616, 561; by TMA, at 16,384, 420 and 303. Gradients of 32,768
+# at d = 128: CLIP's 595 with 3 stages of 128 rows, 559 with 4, 585 with 8 of 64; SupCon's 564, 552, 520.
 RINGS: dict[tuple, dict[int, Ring]] = {
     ("sums",): {128: Ring(128, 128, 3), 512: Ring(128, 64, 8)},
     ("sup_con", "sums"): {128: Ring(128, 64, 6), 512: Ring(128, 64, 8)},
