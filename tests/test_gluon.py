@@ -23,7 +23,7 @@ from replearn_kernels.triton_kernels.configs import Ring
 LOG2_E = 1 / math.log(2)
 HEADROOM, LARGEST_SHIFT = 100.0, 120.0
 SMALL = Ring(128, 64, 3)  # so few stages that a ring goes round often
-ORDERS = 3
+ORDERS = 2
 launchers = interpreted()
 
 
