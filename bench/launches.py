@@ -68,7 +68,7 @@ def on_a_gpu_without_data() -> Iterator[Counter]:
         mock.patch.object(backends, "why_no_triton", lambda device, dtype: None),
         mock.patch.object(operators, "needs_dispatcher", lambda *tensors: False),
         mock.patch.object(configs, "architecture", lambda: 90),
-        mock.patch.object(tma, "multiprocessors", lambda device: MULTIPROCESSORS),
+        mock.patch.object(tma, "_multiprocessors", lambda device: MULTIPROCESSORS),
         _Operators(counted),
     ):
         yield counted

@@ -276,7 +276,7 @@ MUTATIONS = {
     "second visits to other blocks": (W, "ring", "second + visit - blocks)", "first + visit - blocks)"),
     "the diagonal's blocks one short": (W, "ring", "start + OWN, 0) + OTHER - 1", "start + OWN, 0)"),
     "blocks on the diagonal stored twice": (
-        W, "weights", "if (start + diagonal >= own_start + BLOCK_N) |", "if (start >= 0) |"
+        W, "weights", "if is_on_diagonal(start, own_start, diagonal, BLOCK_M, BLOCK_N) == 0:", "if start >= 0:"
     ),
     "a buffer filled before its store is over": (
         W, "weights", "    tma.store_wait(0)  # what left the buffer before\n", ""

@@ -72,10 +72,9 @@ def expected(case: str, d: int) -> dict[str, int]:
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A CPU as if it were one; one multiprocessor, so that a program has several blocks."""
+    """A CPU as if it were one."""
     few_programs(monkeypatch)
     monkeypatch.setattr(configs, "architecture", lambda: 90)
-    monkeypatch.setattr(configs.Ring, "programs", 1)
 
 
 class TestInterpreter:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv
-from .softmax import LOG2_E, softmax_rate
+from .softmax import LOG2_E, softmax_rate, softmax_share_of
 from .tiles import TileInputs, load_quantities
 
 _SPREAD = tl.constexpr(60.0)
@@ -83,18 +83,12 @@ def shares_kernel(row_shares, column_shares, inputs, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_shares(shares, table, stride, index, count, inputs):
-    inside = index < count
-    top, logarithm, weight = load_quantities(table, stride, index, inside, 3)
-    shared = tl.load(inputs.reference + 1) != 0
-    exponent = logarithm * LOG2_E
-    if shared:
-        exponent += top * softmax_rate(inputs) - tl.load(inputs.reference)
-    tl.store(shares + index, weight * tl.exp2(-exponent), mask=inside)
+    tl.store(shares + index, softmax_share_of(table, stride, index, count, inputs), mask=index < count)
 
 
 def form_shares(inputs: TileInputs) -> tuple[Tensor, Tensor | None]:
     """``weight / sum``, ``[1, rows]`` and ``[1, columns]``, of a problem's coefficients: of sums that are taken against
-    the shared reference, or where there is none against the maxima."""
+    ``inputs.reference``. Where rows and columns cannot share one, nobody may read them."""
     row_shares = inputs.row_table.new_empty(1, inputs.rows)
     column_shares = None if inputs.column_table is None else row_shares.new_empty(1, inputs.columns)
     blocks = cdiv(max(inputs.rows, inputs.columns), _SHARES)

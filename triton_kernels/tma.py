@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .configs import Config
+from .configs import Config, Ring
 from .tiles import product
 
 
@@ -28,13 +28,13 @@ def described_rows(query: Tensor, key: Tensor, config: Config) -> tuple[TensorDe
     return descriptor(query, config.block_m, config.block_k), descriptor(key, config.block_n, config.block_k)
 
 
-def resident_programs(config: Config, device: torch.device) -> int:
+def resident_programs(config: Config | Ring, device: torch.device) -> int:
     """As many as the GPU holds at once."""
-    return config.programs * multiprocessors(device)
+    return config.programs * _multiprocessors(device)
 
 
 @lru_cache
-def multiprocessors(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> int:
     """Of a GPU; in the interpreter, and where nothing is launched, 3."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 

@@ -18,6 +18,7 @@ from .ring import (
     PRODUCER_REGISTERS,
     column_of,
     group_range,
+    is_on_diagonal,
     may_meet,
     near_diagonal,
     new_ring,
@@ -44,11 +45,6 @@ def produce_rows(
         mbarrier.expect(full.index(stage), other_rows.block_type.nbytes)
         start = visited(visit, first, blocks, second) * BLOCK_N
         tma_load(other_rows, [start, 0], full.index(stage), other.index(stage))
-
-
-@gluon.jit
-def is_on_diagonal(own_start, start, diagonal, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    return (own_start + diagonal < start + BLOCK_N) & (own_start + diagonal + BLOCK_M > start)
 
 
 @gluon.jit

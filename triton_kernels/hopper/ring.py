@@ -142,6 +142,13 @@ def near_diagonal(own_start, diagonal, first, blocks, OWN: gl.constexpr, OTHER: 
 
 
 @gluon.jit
+def is_on_diagonal(row, column, diagonal, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Whether a block of BLOCK_M rows from ``row`` on has one whose number is that of a column of BLOCK_N from
+    ``column`` on; row i has that of column i + diagonal."""
+    return (row + diagonal < column + BLOCK_N) & (row + diagonal + BLOCK_M > column)
+
+
+@gluon.jit
 def similarities(
     own, other, full, empty, turn, zero, visit, CONSUMER: gl.constexpr, CHUNKS: gl.constexpr, STAGES: gl.constexpr
 ):

@@ -11,6 +11,7 @@ from .ring import (
     PRODUCER_REGISTERS,
     column_of,
     exp2,
+    is_on_diagonal,
     new_ring,
     new_turns,
     produce,
@@ -44,7 +45,7 @@ def consume_sums(
         start = (first + block) * BLOCK_M
         row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
         here = column_of(row + diagonal - own_start) == row_of(column)  # a row with its own number
-        on_diagonal = (start + diagonal < own_start + BLOCK_N) & (start + diagonal + BLOCK_M > own_start)
+        on_diagonal = is_on_diagonal(start, own_start, diagonal, BLOCK_M, BLOCK_N)
         if row_groups is not None:
             same = column_of(gl.load(row_groups + row, mask=row < rows, other=-2)) == own_groups
             positive = gl.where(same, s, 0.0)

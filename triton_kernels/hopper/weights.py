@@ -16,6 +16,7 @@ from .ring import (
     column_of,
     exp2,
     group_range,
+    is_on_diagonal,
     may_meet,
     near_diagonal,
     new_ring,
@@ -116,7 +117,7 @@ def consume_weights(
                 w = less_positives(
                     w, row_groups, column_groups, row_positives, column_positives, row, column, rows, columns
                 )
-        if (start + diagonal >= own_start + BLOCK_N) | (start + diagonal + BLOCK_M <= own_start):
+        if is_on_diagonal(start, own_start, diagonal, BLOCK_M, BLOCK_N) == 0:
             store_block(w, buffer, into, start, own_start)
     tma.store_wait(0)
     for visit in range(blocks + (blocks + CONSUMER) % 2, blocks + more, 2):
