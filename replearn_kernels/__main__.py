@@ -13,7 +13,10 @@ from . import __version__
 from .engine import native
 from .engine.backends import resolve_backend, why_no_triton
 
-_VARIABLES = ("REPLEARN_KERNELS_INSTRUCTION_SET", "REPLEARN_KERNELS_TUNE", "TRITON_INTERPRET", "OMP_NUM_THREADS")
+_VARIABLES = (
+    "REPLEARN_KERNELS_INSTRUCTION_SET", "REPLEARN_KERNELS_TUNE", "REPLEARN_KERNELS_REPLAY", "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+)  # fmt: skip
 
 
 def facts() -> Iterator[tuple[str, str]]:

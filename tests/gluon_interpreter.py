@@ -191,7 +191,7 @@ class Function:
     """What @gluon.jit makes."""
 
     def __init__(self, function):
-        self.function, self.signature = function, inspect.signature(function)
+        self.function, self.signature, self.__name__ = function, inspect.signature(function), function.__name__
         self.fixed = {n for n, p in self.signature.parameters.items() if p.annotation in (constexpr, "gl.constexpr")}
 
     def __call__(self, *args, **kwargs):

@@ -16,6 +16,7 @@
     declared.py     what the epilogues of declared losses call, which are printed (replearn_kernels/declare)
     groups.py       where pairs of one group can be
     hopper/         kernels in Gluon, for a softmax on sm_90: sweep 1, and W or its products
+    launching.py    how a kernel is launched, and launched again
     configs.py      block sizes per architecture, and the search for better ones
 
 A skeleton walks tiles and knows no loss. A loss is an :class:`~.tiles.Epilogue`: a few ``@triton.jit`` functions

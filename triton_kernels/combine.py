@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import run_kernel
 from .reference import logarithms_range, nothing_between, store_reference
 from .tiles import Epilogue, TileInputs, load_quantities, store_quantities
 
@@ -97,7 +98,8 @@ def combine_losses(epilogue: Epilogue, inputs: TileInputs, mean: bool) -> tuple[
     """After the only sweep: the loss, the state (without a reference), and the sum of W, for a bias."""
     loss, state = inputs.row_table.new_empty(()), inputs.row_table.new_empty(STATE)
     weight_sum = inputs.row_table.new_empty((), dtype=torch.float64)
-    total_kernel[(1,)](
+    run_kernel(
+        total_kernel, (1,),
         loss, weight_sum, state, inputs, epilogue.combine, mean, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True
     )
     return loss, state, weight_sum
@@ -112,7 +114,8 @@ def combine_statistics(
     rows = row_table.new_empty(COEFFICIENTS, inputs.rows)
     columns = None if column_table is None else row_table.new_empty(COEFFICIENTS, inputs.columns)
     given = isinstance(counts, Tensor)
-    combine_kernel[(1,)](
+    run_kernel(
+        combine_kernel, (1,),
         loss, state, rows, columns, counts if given else None, 0 if given else counts, inputs,
         epilogue.combine, mean, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret  # read when kernels are defined: later it has no effect
+_SEARCHES = os.environ.get("REPLEARN_KERNELS_TUNE") == "1" and not INTERPRETED  # read once: it takes 2 us
 
 
 @dataclass(frozen=True)
@@ -209,9 +210,16 @@ def pick(kernel: str, epilogue: str, features: Tensor, trial: Callable[[Config],
     """
     if (given := _given(kernel)) is not None:
         return given
-    if os.environ.get("REPLEARN_KERNELS_TUNE") == "1" and not INTERPRETED:
+    if _SEARCHES:
         return _fastest(kernel, epilogue, features, trial)
     return default(kernel, epilogue, product_kind(features.dtype), architecture())
+
+
+def kernel_settings(dtype: torch.dtype) -> Hashable | None:
+    """All that chooses kernels for features of this dtype beyond a call's arguments; None while they are searched."""
+    if _override or _SEARCHES:
+        return None
+    return product_kind(dtype)
 
 
 def _given(kernel: str, kind: type = Config) -> Config | Ring | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .configs import Config, cdiv, launch_options, pick
 from .distances import chained, negative_distances
+from .launching import run_kernel
 from .statistics import merge
 from .tiles import Epilogue, Points, TileInputs, aligned, product, similarity_tile, store_quantities
 from .tma import described_rows, described_tile, descriptor, resident_programs
@@ -218,12 +219,14 @@ def form_weights(
         if config.parts:
             off = epilogue.off_diagonal, epilogue.off_diagonal_reduce
             into = descriptor(out, config.block_m, config.block_n // config.parts)
-            resident_weights_kernel[(min(blocks, resident_programs(config, out.device)),)](
+            run_kernel(
+                resident_weights_kernel, (min(blocks, resident_programs(config, out.device)),),
                 *described_rows(query, key, config), into, of_rows, of_columns, query.shape[1],
                 inputs, points, diagonal, *functions, *off, PARTS=config.parts, **options,
             )  # fmt: skip
         else:
-            weights_kernel[(blocks,)](
+            run_kernel(
+                weights_kernel, (blocks,),
                 query, query.stride(0), key, key.stride(0), out, out.stride(0), of_rows, of_columns,
                 query.shape[1], inputs, points, *functions, **options,
             )  # fmt: skip
@@ -248,7 +251,8 @@ def accumulate_gradient(
         sums = gradient.new_zeros(own.shape)
 
     def launch(config: Config, into: Tensor) -> None:
-        gradient_kernel[(cdiv(own.shape[0], config.block_m),)](
+        run_kernel(
+            gradient_kernel, (cdiv(own.shape[0], config.block_m),),
             own, own.stride(0), other, other.stride(0), into, into.stride(0),
             own.shape[1], inputs,
             epilogue.weights, transposed, **launch_options(config, own),

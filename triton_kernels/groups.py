@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv
+from .launching import run_kernel
 
 STEP = 16
 """Rows of a range: tiles begin at multiples of it."""
@@ -32,7 +33,8 @@ def ranges_kernel(groups, ranges, count, STEP: tl.constexpr, BLOCKS: tl.constexp
 def group_ranges(groups: Tensor) -> Tensor:
     """``[cdiv(N, STEP), 2]``: the least and the largest of every STEP of ``groups[N]``, int32."""
     ranges = groups.new_empty(cdiv(len(groups), STEP), 2)
-    ranges_kernel[(cdiv(len(ranges), _BLOCKS),)](groups, ranges, len(groups), STEP=STEP, BLOCKS=_BLOCKS, num_warps=4)
+    blocks = cdiv(len(ranges), _BLOCKS)
+    run_kernel(ranges_kernel, (blocks,), groups, ranges, len(groups), STEP=STEP, BLOCKS=_BLOCKS, num_warps=4)
     return ranges
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv, next_power_of_2
+from .launching import run_kernel
 from .tiles import scalar
 
 _ELEMENTS = 4096  # of a program: 32 a thread
@@ -150,7 +151,8 @@ def finish_gradients(
     tensors = [factor for factor in factors if isinstance(factor, Tensor)]
     number = math.prod(factor for factor in factors if not isinstance(factor, Tensor))
     one, another = [*tensors, None, None][:2]
-    outputs_kernel[(sum(blocks),)](
+    run_kernel(
+        outputs_kernel, (sum(blocks),),
         first, second, third, float(number), one, another, scalar(scale), partials, counter,
         scale_gradient, weight_sum, bias_gradient, count, halves, d,
         SIDES=len(sides), WHOLE=torch.finfo(torch.float32).tiny ** -0.5, BLOCK_M=block_m, BLOCK_K=block_k,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import cdiv
+from .launching import run_kernel
 from .softmax import LOG2_E, softmax_rate, softmax_share_of
 from .tiles import TileInputs, load_quantities
 
@@ -92,7 +93,8 @@ def form_shares(inputs: TileInputs) -> tuple[Tensor, Tensor | None]:
     row_shares = inputs.row_table.new_empty(1, inputs.rows)
     column_shares = None if inputs.column_table is None else row_shares.new_empty(1, inputs.columns)
     blocks = cdiv(max(inputs.rows, inputs.columns), _SHARES)
-    shares_kernel[(blocks, 1 if column_shares is None else 2)](
+    run_kernel(
+        shares_kernel, (blocks, 1 if column_shares is None else 2),
         row_shares, column_shares, inputs, BLOCK=_SHARES, num_warps=4, enable_fp_fusion=True
     )
     return row_shares, column_shares
@@ -101,5 +103,5 @@ def form_shares(inputs: TileInputs) -> tuple[Tensor, Tensor | None]:
 def shared_reference(inputs: TileInputs) -> Tensor:
     """``inputs.reference`` for the tiles of a problem, of whose coefficients (max, log of the sum, ...) it is read."""
     reference = inputs.row_table.new_empty(2)
-    reference_kernel[(1,)](reference, inputs, BLOCK=4096, num_warps=8, enable_fp_fusion=True)
+    run_kernel(reference_kernel, (1,), reference, inputs, BLOCK=4096, num_warps=8, enable_fp_fusion=True)
     return reference

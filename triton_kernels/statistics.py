@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .configs import Config, cdiv, launch_options, pick
 from .distances import negative_distances
+from .launching import run_kernel
 from .tiles import (
     Epilogue,
     Points,
@@ -101,7 +102,8 @@ def update_statistics(
         regions = cdiv(key.shape[0], config.block_n * config.column_blocks)
         of_rows = row_table.new_empty(regions, *row_table.shape)
         of_columns = None if column_table is None else column_table.new_empty(row_blocks, *column_table.shape)
-        statistics_kernel[(row_blocks, regions)](
+        run_kernel(
+            statistics_kernel, (row_blocks, regions),
             query, query.stride(0), key, key.stride(0), of_rows, of_columns,
             query.shape[1], inputs, points,
             squared, epilogue.empty, epilogue.reduce, epilogue.merge,
@@ -138,14 +140,16 @@ def merge(epilogue: Epilogue, partials: Tensor, inputs: TileInputs, table: Tenso
     count, quantities, size = partials.shape
     blocks = cdiv(size, _MERGE_BLOCK)
     if epilogue.additive:
-        add_kernel[(blocks, quantities)](
+        run_kernel(
+            add_kernel, (blocks, quantities),
             partials, table, table.stride(0), count, size,
             quantities, _MERGE_BLOCK, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
         return
     # All that a merge reads: one kernel serves every kind of tile.
     scale = TileInputs.of((0, 0), inputs.scale, roles=inputs.roles)
-    merge_kernel[(blocks,)](
+    run_kernel(
+        merge_kernel, (blocks,),
         partials, table, table.stride(0), count, size, scale,
         epilogue.merge, quantities, _MERGE_BLOCK, num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .configs import Config, cdiv, even_regions, launch_options, next_power_of_2, pick, ring_of
 from .hopper.launch import launch_sums
+from .launching import run_kernel
 from .softmax import LOG2_E, softmax_rate
 from .tiles import Epilogue, TileInputs, aligned, load_quantities, load_vector, partial_sums, store_quantities
 from .tma import described_rows, described_tile, resident_programs
@@ -271,7 +272,8 @@ def begin_sums(
     largest = query.new_empty(2, _BOUND_PROGRAMS, dtype=torch.float32)
     width = next_power_of_2(max(query.shape[1], 1))
     row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
-    begin_kernel[(_BOUND_PROGRAMS, 2)](
+    run_kernel(
+        begin_kernel, (_BOUND_PROGRAMS, 2),
         query, query.stride(0), query.shape[0], key, key.stride(0), key.shape[0],
         row_table, row_stride, column_table, column_stride, largest, query.shape[1], epilogue.empty,
         BLOCK_M=max(4096 // width, 1), BLOCK_K=width, num_warps=4, enable_fp_fusion=True,
@@ -314,7 +316,8 @@ def update_by_sums(
         of_rows = row_table.new_empty(column_blocks, rows)
         positives = row_table.new_empty(column_blocks if grouped else 1, rows)
         of_columns = None if column_table is None else column_table.new_empty(regions, columns)
-        sums_kernel[(column_blocks, regions)](
+        run_kernel(
+            sums_kernel, (column_blocks, regions),
             *rows_for(config), largest, of_rows, of_columns, positives, diagonal, height, d,
             inputs, GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, WARPS=config.warps, **launch_options(config, query),
         )  # fmt: skip
@@ -331,7 +334,8 @@ def update_by_sums(
     if column_table is not None:
         blocks += cdiv(columns, config.block_n)
         column_count, column_stride = len(of_columns), column_table.stride(0)
-    finish_kernel[(blocks,)](
+    run_kernel(
+        finish_kernel, (blocks,),
         *rows_for(config), largest, used_shift, of_rows, len(of_rows), of_columns, column_count, positives,
         row_table, row_table.stride(0), column_table, column_stride, diagonal, d,
         inputs, epilogue.reduce, epilogue.merge, row_table.shape[0],

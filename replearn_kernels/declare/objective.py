@@ -43,6 +43,7 @@ from .triton_source import epilogue_of
 class Declared(Objective):
     """Made by :func:`objective_of`: a class for every definition."""
 
+    repeats = False
     definition: Definition
     functions: ModuleType
     """What is printed for PyTorch."""

@@ -47,6 +47,10 @@ def count_work() -> Iterator[Work]:
         _active.remove(work)
 
 
+def is_counting() -> bool:
+    return bool(_active)
+
+
 def count_product(query: Tensor, columns: int) -> None:
     """One product of a ``[R, d]`` block with ``columns`` columns was formed."""
     if _active:

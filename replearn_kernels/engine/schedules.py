@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -48,13 +49,7 @@ def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor], bool]
     gradients already, which it only scales."""
     check_values(inputs, objective_class(config.objective))
     with on_device_of(inputs.query):
-        run = _Run.of(inputs, config)
-        if run.plan.schedule == "row_chunks":
-            return *_row_chunks(run), True
-        if run.plan.schedule == "one_sweep":
-            return *_one_sweep(run), not run.plan.combined
-        loss, saved = _first_sweep(run)
-        return loss, saved if any(config.needs_grad) else [], False
+        return _taken(_forward, inputs, config)
 
 
 def backward(
@@ -65,17 +60,50 @@ def backward(
     ``in_place``: gradients that came with the forward call are scaled in place, as nobody else will need them.
     """
     with on_device_of(inputs.query):
-        plan = plan_of(inputs, config)
-        if plan.schedule == "two_sweeps":
-            results = _second_sweep(_Run.of(inputs, config), saved, grad_loss)
-        elif plan.combined:
-            results = _after_one_sweep(_Run.of(inputs, config), saved, grad_loss)
-        else:
-            results = scaled(saved, grad_loss, config, in_place)
-        return [
-            result.to(tensor.dtype) if needs else inputs.query.new_empty(0)
-            for tensor, result, needs in zip(inputs.differentiable, results, config.needs_grad)
-        ]
+        return _taken(_backward, inputs, config, grad_loss, saved, in_place)
+
+
+def _taken(call: Callable, inputs: Inputs, config: Config, *upstream) -> object:
+    """``call(inputs, config, *upstream)``, which the backend may know by heart.
+
+    ``upstream``: of a backward call, the upstream gradient, what was saved, and ``in_place``.
+    """
+    kind = backend_class(config.backend)
+    if not (kind.repeats(inputs.query) and objective_class(config.objective).repeats):
+        return call(inputs, config, *upstream)
+    objective, parameters, reduction, name, memory_budget, needs_grad, any_size = config
+    key = call, objective, (*parameters,), reduction, memory_budget, (*needs_grad,), any_size, upstream[2:]
+    query, keys, *others = inputs
+    tensors = [query, *keys, *others]
+    if upstream:
+        tensors += [upstream[0], *upstream[1]]
+    return kind.repeat(key, tensors, partial(call, inputs, config, *upstream))
+
+
+def _forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor], bool]:
+    run = _Run.of(inputs, config)
+    if run.plan.schedule == "row_chunks":
+        return *_row_chunks(run), True
+    if run.plan.schedule == "one_sweep":
+        return *_one_sweep(run), not run.plan.combined
+    loss, saved = _first_sweep(run)
+    return loss, saved if any(config.needs_grad) else [], False
+
+
+def _backward(
+    inputs: Inputs, config: Config, grad_loss: Tensor, saved: list[Tensor], in_place: bool
+) -> list[Tensor]:
+    plan = plan_of(inputs, config)
+    if plan.schedule == "two_sweeps":
+        results = _second_sweep(_Run.of(inputs, config), saved, grad_loss)
+    elif plan.combined:
+        results = _after_one_sweep(_Run.of(inputs, config), saved, grad_loss)
+    else:
+        results = scaled(saved, grad_loss, config, in_place)
+    return [
+        result.to(tensor.dtype) if needs else inputs.query.new_empty(0)
+        for tensor, result, needs in zip(inputs.differentiable, results, config.needs_grad)
+    ]
 
 
 def row_statistics(inputs: Inputs, config: Config) -> tuple[Problem, Tensor]:
@@ -118,9 +146,9 @@ def fake_forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
             query.new_empty(tensor.shape, dtype=kind) if needs else query.new_empty(0)
             for tensor, kind, needs in zip(inputs.differentiable, dtypes, config.needs_grad)
         ]
-    kept = query.new_empty(plan.kept_elements, dtype=dtype)
     if plan.combined:
-        return loss, [kept, *backend_class(config.backend).new_combined(inputs, config.make_objective())]
+        return loss, backend_class(config.backend).new_combined(inputs, config.make_objective())
+    kept = query.new_empty(plan.kept_elements, dtype=dtype)
     # Of one row and column: how many rows an objective can number is a question that would tie symbols.
     tables = config.make_objective().new_statistics(1, 1, query.new_empty((), dtype=dtype))
     counts = query.shape[0], inputs.widths[0]
@@ -202,19 +230,19 @@ def _first_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
     kept = KeptTiles(run.runner.new_kept(run.problem, run.plan.kept_elements))
     tables = sweep_statistics(run.problem, run.plan, run.runner, kept)
     if run.plan.combined:
-        loss, saved = run.runner.combine(run.problem, *tables, run.config.reduction == "mean")
-        return loss, [kept.buffer, *saved]
+        return run.runner.combine(run.problem, *tables, run.config.reduction == "mean")
     losses = run.objective.row_losses(run.problem, *tables)
     loss = losses if run.config.reduction == "none" else losses.sum() * run.share_after(tables[0])
     return loss, [kept.buffer, *(table for table in run.objective.saved(*tables) if table is not None)]
 
 
 def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Tensor]:
-    kept, *tables = saved
     if run.plan.combined:
-        coefficients, share = run.runner.combined(run.problem, tables)
+        kept = saved[0].new_empty(0)
+        coefficients, share = run.runner.combined(run.problem, saved)
         gradients, factors = run.new_gradients(sums_alone=True), (grad_loss, share)
     else:
+        kept, *tables = saved
         row_table, column_table = tables if len(tables) == 2 else (*tables, None)
         row_weights, factor = _row_weights(grad_loss, run)
         gradients = run.new_gradients()
@@ -352,11 +380,14 @@ def _make_plan(
 
 def on_device_of(query: Tensor) -> AbstractContextManager:
     """The features' GPU as the current one, and products of the dtype chosen for them, whatever autocast says."""
-    if query.is_cpu and not torch._C._is_any_autocast_enabled():
+    device = query.device
+    if not torch._C._is_any_autocast_enabled() and (
+        query.is_cpu or (query.is_cuda and device.index == torch.cuda.current_device())
+    ):
         return nullcontext()
-    device, stack = query.device.type, ExitStack()
-    if device == "cuda":
+    stack = ExitStack()
+    if query.is_cuda:
         stack.enter_context(torch.cuda.device_of(query))
-    if device != "meta" and torch.is_autocast_enabled(device):  # torch has no autocast there
-        stack.enter_context(torch.autocast(device, enabled=False))
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):  # torch has no autocast there
+        stack.enter_context(torch.autocast(device.type, enabled=False))
     return stack

@@ -52,6 +52,8 @@ class Objective(ABC):
     """What the native passes and the epilogue want to know beyond the pairs."""
     prepares = False
     """Tables hold what only the data can tell, and are longer than the new ones: see :meth:`prepared`."""
+    repeats = True
+    """Calls of the same shapes take the same steps. False: it runs code of its author, who may do anything."""
     own_scale_gradient: Tensor | None = None
     """The losses' gradient in the scale beyond that through the logits, as :meth:`coefficients` found it: 0-d, fp64."""
     epilogue = None
@@ -142,7 +144,7 @@ class Objective(ABC):
 def empty_table(quantities: int, count: int, like: Tensor) -> Tensor:
     """(max, sum, ...) of nothing: the lowest max, zeros."""
     table = like.new_zeros((quantities, count))
-    table[0] = torch.finfo(like.dtype).min
+    table[0].fill_(torch.finfo(like.dtype).min)
     return table
 
 

@@ -64,7 +64,7 @@ class BatchAll(Objective):
 
     def new_statistics(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, None]:
         table = like.new_zeros((2, rows))
-        table[1] = 1
+        table[1].fill_(1)
         return table, None
 
     def prepared(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> tuple[Tensor, None]:

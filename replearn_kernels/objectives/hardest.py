@@ -39,7 +39,8 @@ class Hardest(Objective):
         table = like.new_full((5, rows), -1)
         check_numbers(rows, like.dtype)
         limits = torch.finfo(like.dtype)
-        table[0], table[2] = limits.min, limits.max
+        table[0].fill_(limits.min)
+        table[2].fill_(limits.max)
         table[4] = torch.arange(rows, device=like.device)
         return table, None
 

@@ -52,7 +52,7 @@ class MarginContrastive(Objective):
 
     def new_statistics(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, None]:
         table = like.new_zeros((2, rows))
-        table[1] = 1
+        table[1].fill_(1)
         return table, None
 
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:

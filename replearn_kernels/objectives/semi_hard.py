@@ -52,7 +52,7 @@ class SemiHard(Hardest):
     def new_statistics(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, None]:
         check_numbers(rows, like.dtype)
         table = like.new_full((_LEAD, rows), -1)
-        table[0] = torch.finfo(like.dtype).max
+        table[0].fill_(torch.finfo(like.dtype).max)
         table[2] = torch.arange(rows, device=like.device)
         return table, None
 

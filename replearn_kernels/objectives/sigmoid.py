@@ -48,7 +48,7 @@ class Sigmoid(Objective):
 
     def new_statistics(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, None]:
         table = like.new_zeros((3, rows))
-        table[2] = 1
+        table[2].fill_(1)
         return table, None
 
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:

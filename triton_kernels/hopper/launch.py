@@ -8,6 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..configs import Ring, cdiv, even_regions, next_power_of_2
+from ..launching import run_kernel
 from ..tiles import TileInputs, aligned
 from ..tma import resident_programs
 from .gradients import gradients_kernel
@@ -33,7 +34,8 @@ def launch_sums(
     of_rows, shift = largest.new_empty(column_blocks, rows), largest.new_empty(1)
     positives = largest.new_empty(column_blocks if grouped else 1, rows)
     of_columns = largest.new_empty(2 * regions, columns) if with_columns else None
-    sums_kernel[(column_blocks, regions)](
+    run_kernel(
+        sums_kernel, (column_blocks, regions),
         *_described(query, key, ring), largest, inputs.scale, shift, of_rows, of_columns, positives,
         inputs.row_group, inputs.column_group, rows, columns, diagonal, height,
         HEADROOM=headroom, LARGEST_SHIFT=largest_shift, PROGRAMS=largest.shape[1],
@@ -55,7 +57,8 @@ def launch_weights(
     rows, columns = out.shape
     row_blocks, column_blocks = cdiv(rows, ring.other), cdiv(columns, ring.own)
     regions, height = _regions(column_blocks, row_blocks, ring, out.device)
-    weights_kernel[(column_blocks, regions)](
+    run_kernel(
+        weights_kernel, (column_blocks, regions),
         *_described(query, key, ring), _descriptor(out, ring.other, ring.own), *shares,
         inputs.row_table, inputs.row_stride, inputs.column_table, inputs.column_stride, *_positives(inputs, uniform),
         inputs.row_group, inputs.column_group, *ranges, inputs.scale, inputs.reference, rows, columns, diagonal, height,
@@ -81,7 +84,8 @@ def launch_gradient(
     own_blocks, other_blocks = cdiv(len(own), ring.own), cdiv(len(other), ring.other)
     regions, height = _regions(own_blocks, other_blocks, ring, own.device)
     into = gradient if regions == 1 else gradient.new_empty(regions, len(own), d)
-    gradients_kernel[(own_blocks, regions)](
+    run_kernel(
+        gradients_kernel, (own_blocks, regions),
         _descriptor(own, ring.own // 2, width), _descriptor(other, ring.other, width), into, into.stride(-2),
         *shares, *tables[0], *tables[1], of_rows, offset, of_columns, *groups, *ranges,
         inputs.scale, inputs.reference, len(own), len(other), diagonal, d, height,

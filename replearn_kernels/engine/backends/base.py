@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,16 @@ class Backend(ABC):
 
     def __init__(self, objective):
         self.objective = objective
+
+    @staticmethod
+    def repeats(query: Tensor) -> bool:
+        """Whether :meth:`repeat` can do something for a call with these rows."""
+        return False
+
+    @staticmethod
+    def repeat(key: Hashable, tensors: Sequence[Tensor | None], call: Callable[[], object]) -> object:
+        """``call()``, of forward or backward, or the same steps as those of an earlier call with an equal key."""
+        return call()
 
     @staticmethod
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 import torch
@@ -28,22 +29,24 @@ from ...triton_kernels import (
     update_by_sums,
     update_statistics,
 )
-from ...triton_kernels.configs import Ring, by_tma, ring_of
+from ...triton_kernels.configs import Ring, by_tma, kernel_settings, ring_of
 from .. import products
 from ..columns import BatchColumns, OwnColumns, Source, Step, Tile, run
-from ..counters import count_product
+from ..counters import count_product, is_counting
 from ..distances import TileSums, finish_tile_
 from ..plan import TileShape
 from ..problem import Inputs, Problem
 from .base import Backend, coefficients_of, statistics_of
 from .dense import TorchBackend
 from .kernel_choice import diagonal_of, epilogue_of, is_by_sums, is_fused, is_small, pieces_of
+from .replay import replay
 
 # The bytes of W: the memory budget, within these bounds. On an H200 the products with W of a tile of 4096 x 4096 reach
 # 581 TFLOP/s at d = 512, of 8192 x 8192 744, of 16,384 x 16,384 787 (measured 2026-11-26, bench/results/gpu), and every
 # tile takes the host some 0.2 ms. The smallest stays in L2.
 _WEIGHTS_BYTES = (32 * 2**20, 2**30)
 _WEIGHTS_ALIGNMENT = 16  # elements: rows of W start where vector loads can
+_REPLAYS = os.environ.get("REPLEARN_KERNELS_REPLAY") != "0"
 _WIDEST_OUTPUT = 16384  # features that the kernel of outputs holds in registers; of wider ones, PyTorch's take the end
 # Columns of a tile at most: a classifier's are copied, normalised, one tile's at a time.
 _COLUMNS, _NORMALISED_COLUMNS = 2**19, 2**15
@@ -68,6 +71,15 @@ class TritonBackend(Backend):
         self._counter: Tensor | None = None
         self._uniform = False  # rows of a group have the same positive weight
         self._ranges: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def repeats(query: Tensor) -> bool:
+        return _REPLAYS and query.is_cuda and not is_counting() and torch._C._len_torch_dispatch_stack() == 0
+
+    @staticmethod
+    def repeat(key, tensors, call):
+        settings = kernel_settings(tensors[0].dtype)
+        return call() if settings is None else replay((settings, key), tensors, call)
 
     @staticmethod
     def tile_shape(sweep, rows, d, dtype, device, objective, is_batch, memory_budget) -> tuple[int, int]:
