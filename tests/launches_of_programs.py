@@ -9,6 +9,7 @@ import dataclasses
 
 import torch
 from triton.backends.nvidia.driver import CudaLauncher
+from triton.runtime.driver import driver
 
 from bench import host_time
 from replearn_kernels.engine.backends import replay
@@ -33,21 +34,23 @@ class Seen:
 
 
 def main() -> None:
-    launches, seen = [], Seen()
+    launches, seen, stream = [], Seen(), 0
     plain = CudaLauncher.__call__
 
     def launch(self, *arguments):
-        *where, stream, function, metadata, _, enter, leave = arguments[:9]
-        launches.append((where, stream, function, metadata, enter, leave, seen.described(arguments[9:])))
+        *where, of, function, metadata, _, enter, leave = arguments[:9]
+        assert of == stream
+        launches.append((where, function, metadata, enter, leave, seen.described(arguments[9:])))
         return plain(self, *arguments)
 
     CudaLauncher.__call__ = launch
     host_time.activate()
+    driver.active.get_current_stream = lambda device: stream
     for name, step in host_time.steps().items():
         replay._programs.clear()
         made = []
-        for _ in range(3):
-            launches, seen = [], Seen()
+        for number in range(3):
+            launches, seen, stream = [], Seen(), number
             step()
             made.append(launches)
         assert all(callable(program) for program in replay._programs.values()), name

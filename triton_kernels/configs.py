@@ -219,7 +219,8 @@ def kernel_settings(dtype: torch.dtype) -> Hashable | None:
     """All that chooses kernels for features of this dtype beyond a call's arguments; None while they are searched."""
     if _override or _SEARCHES:
         return None
-    return product_kind(dtype)
+    knobs = triton.knobs  # what an option of Triton's changes about a kernel, beyond them
+    return product_kind(dtype), knobs.runtime.debug, knobs.compilation.instrumentation_mode
 
 
 def _given(kernel: str, kind: type = Config) -> Config | Ring | None:

@@ -31,11 +31,11 @@ def heard_by(listener: Callable[[Callable], None]) -> Iterator[None]:
     launches the same kernel once more, on these or others of the same dtypes and alignments. It does not ask which of
     those that were compiled this one is: 20 us of every launch.
     """
-    _listening.listener = listener
+    previous, _listening.listener = getattr(_listening, "listener", None), listener
     try:
         yield
     finally:
-        _listening.listener = None
+        _listening.listener = previous
 
 
 def current_stream() -> int | None:

@@ -26,18 +26,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...triton_kernels.launching import current_stream, heard_by
 
 _KEPT = 256
-"""Calls that are remembered, forward and backward each one. Beyond, the oldest goes."""
+"""Calls that are remembered, forward and backward each one. Beyond, the oldest go."""
 _LONGEST = 1024
 """Steps of a program, 100 KB of source. A call of more, some 200 tiles, takes the GPU longer than the host as it is."""
 
 _programs: dict[Hashable, Callable | str] = {}
 """By the call: its program, why there is none, or "" of one that was made once."""
-_adding = threading.Lock()
+_changing = threading.RLock()  # a finalizer that runs inside may call a loss
 
 
 def replay(key: Hashable, tensors: Sequence[Tensor | None], call: Callable[[], object]) -> object:
@@ -51,18 +52,26 @@ def replay(key: Hashable, tensors: Sequence[Tensor | None], call: Callable[[], o
     key = key, _same(tensors), *map(_form, tensors)
     known = _programs.get(key)
     if known is None:
-        with _adding:
+        with _changing:
             while len(_programs) >= _KEPT:
-                del _programs[next(iter(_programs))]
+                del _programs[_oldest()]
             _programs[key] = ""
     elif known == "":
         with Recorder(tensors) as recorder:
             result = call()
-        _programs[key] = recorder.program(result)
+        program = recorder.program(result)
+        with _changing:
+            if key in _programs:
+                _programs[key] = program
         return result
     elif not isinstance(known, str):
         return known(*tensors)
     return call()
+
+
+def _oldest() -> Hashable:
+    """Of the calls that have no program, if there are any: most batches of a loader may differ, and some not."""
+    return next((key for key, known in _programs.items() if isinstance(known, str)), next(iter(_programs)))
 
 
 def _form(tensor: Tensor | None) -> Hashable:
@@ -111,7 +120,8 @@ class Recorder(TorchDispatchMode):
         }  # fmt: skip
         self._constant_names: dict[int, str] = {}
         self._arguments = [self._new_name(tensor) for tensor in tensors]
-        self._hearing = heard_by(self._launch)
+        self._hearing: list = []  # of as often as this was entered
+        self._launches = False  # there are any
         self._launching = False  # an interpreted kernel calls operators, which are no steps
 
     @classmethod
@@ -119,17 +129,22 @@ class Recorder(TorchDispatchMode):
         return False
 
     def __enter__(self) -> Recorder:
-        self._hearing.__enter__()
+        self._hearing.append(heard_by(self._launch))
+        self._hearing[-1].__enter__()
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
-        self._hearing.__exit__(*error)
+        self._hearing.pop().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func._can_decompose():  # where autograd is not there to do it: in its parts are those that read a number
+            with self:
+                return func.decompose(*args, **kwargs)
+        result = func(*args, **kwargs)
         if not (self.why_not or self._launching):
-            self._operator(func, args, kwargs or {}, result)
+            self._operator(func, args, kwargs, result)
         return result
 
     def program(self, result: object) -> Callable | str:
@@ -144,7 +159,8 @@ class Recorder(TorchDispatchMode):
                 lines += [f"    {name} = None" for name in sorted(step.named - needed)]
                 lines.append(f"    {step.source}")
                 needed |= step.named
-        lines += ["    stream = current_stream()", f"def program({', '.join(self._arguments)}):"]
+        lines += ["    stream = current_stream()"] * self._launches
+        lines.append(f"def program({', '.join(self._arguments)}):")
         source = "\n".join(reversed(lines))
         exec(source, self._constants)
         program = self._constants["program"]
@@ -156,7 +172,7 @@ class Recorder(TorchDispatchMode):
         if _reads_back(func, args):
             self.why_not = f"{func} tells the host what a tensor holds"
         elif not all(each is None or isinstance(each, Tensor) for each in results):
-            if any(isinstance(each, Tensor) for each in args):
+            if any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs))):
                 self.why_not = f"{func} returns {result}"
         elif any(each is not None and each.device != self._device for each in results):
             self.why_not = f"{func} goes to another device"
@@ -171,7 +187,7 @@ class Recorder(TorchDispatchMode):
             self._step(call, result, has_effects=func._schema.is_mutable or result is None)
 
     def _launch(self, launch: Callable[[], tuple[Callable, str, tuple]]) -> None:
-        self._launching = True
+        self._launches = self._launching = True
         again, name, arguments = launch()
         self._launching = False
         if not self.why_not:
@@ -205,9 +221,9 @@ class Recorder(TorchDispatchMode):
             return self._name(value)
         if isinstance(value, (tuple, list)):
             inside = "".join(f"{self._expression(each)}, " for each in value)
-            if isinstance(value, list):
-                return f"[{inside}]"
-            return f"({inside})" if type(value) is tuple else f"{self._constant(type(value), 'tuple')}({inside})"
+            if hasattr(value, "_fields"):
+                return f"{self._constant(type(value), 'tuple')}({inside})"
+            return f"[{inside}]" if isinstance(value, list) else f"({inside})"
         if value is None or type(value) in (bool, int, str, torch.dtype):
             return repr(value)
         if type(value) is float and math.isfinite(value):
