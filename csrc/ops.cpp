@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/batch_all_tile.h"
+#include "cpu/declared_tile.h"
 #include "cpu/hardest_tile.h"
 #include "cpu/listed_pairs.h"
 #include "cpu/margin_contrastive_tile.h"
@@ -75,6 +76,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
   m.def("batch_all_weights_(Tensor(a!) v, Tensor(b!) out, " PAIRS
         "float factor, Tensor(c!) row_table, Tensor(d!) column_table" POINTS GRADIENTS ") -> ()");
   m.def("semi_hard_statistics_(Tensor(a!) v, " PAIRS "Tensor(b!) row_table, Tensor(c!)? column_table" POINTS ") -> ()");
+  m.def("declared_statistics_(Tensor(a!) s, " PAIRS
+        "int passes, Tensor parameters, Tensor(b!) row_table, Tensor(c!)? column_table" POINTS ") -> ()");
+  m.def("declared_weights_(Tensor(a!) s, Tensor(b!) out, " PAIRS
+        "int passes, Tensor parameters, Tensor(c!) row_table, Tensor(d!)? column_table" POINTS GRADIENTS ") -> ()");
+  m.def("load_declared_passes(str path, bool is_double) -> int");
 #undef PAIRS
 #undef POINTS
 #undef GRADIENTS
@@ -104,6 +110,8 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("batch_all_statistics_", TORCH_BOX(&replearn::batch_all_statistics_));
   m.impl("batch_all_weights_", TORCH_BOX(&replearn::batch_all_weights_));
   m.impl("semi_hard_statistics_", TORCH_BOX(&replearn::semi_hard_statistics_));
+  m.impl("declared_statistics_", TORCH_BOX(&replearn::declared_statistics_));
+  m.impl("declared_weights_", TORCH_BOX(&replearn::declared_weights_));
   m.impl("softmax_one_tile", TORCH_BOX(&replearn::softmax_one_tile));
   m.impl("mine_triplets", TORCH_BOX(&replearn::mine_triplets));
   m.impl("pair_squares", TORCH_BOX(&replearn::pair_squares));
@@ -116,4 +124,5 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CompositeExplicitAutograd, m) {
   m.impl("instruction_set", TORCH_BOX(&instruction_set_name));
+  m.impl("load_declared_passes", TORCH_BOX(&replearn::load_declared_passes));
 }

@@ -57,7 +57,7 @@ bare=$(echo "$folder"/bare/*-py3-none-any.whl)
 [[ -e $wheel && -e $bare ]] || fail "wheels of unexpected names: $(ls "$folder"/{here,bare}/*.whl)"
 "$python" -m zipfile -l "$wheel" | awk 'NR > 1 { print $1 }' >"$folder/here/contents"
 grep -q '^replearn_kernels/_native\.abi3\.so$' "$folder/here/contents" || fail "the wheel lacks the C++ kernels"
-if grep -vE '^replearn_kernels/([a-z_0-9]+/)*([a-z_0-9]+\.py|py\.typed|_native(_cuda)?\.abi3\.so)$|\.dist-info/' \
+if grep -vE '^replearn_kernels/([a-z_0-9]+/)*([a-z_0-9]+\.py|py\.typed|_native(_cuda)?\.abi3\.so|[a-z_]+\.(h|inl))$|\.dist-info/' \
   "$folder/here/contents" >&2; then fail "the wheel has files that are no part of the package"; fi
 
 say "checks"
@@ -71,7 +71,7 @@ fi
 smoke() { # smoke WHEEL SITE BACKEND: a loss and its gradients, installed and in another folder
   bash scripts/venv_beside.sh "$python" "$2" --without-pip
   "$2/bin/python" -m pip install --quiet --no-deps --no-index --force-reinstall "$1"
-  (cd "$2" && bin/python -I - "$3" "$2" <<'PY')
+  (cd "$2" && REPLEARN_KERNELS_CACHE="$2/cache" bin/python -I - "$3" "$2" <<'PY')
 import sys, warnings
 import torch
 import replearn_kernels
@@ -94,6 +94,11 @@ expected.backward()
 torch.testing.assert_close(loss, expected)
 torch.testing.assert_close(x.grad, gradient)
 print("clip_loss and its gradients by backend", backend)
+if backend == "cpp":  # and a declared loss, of which the wheel has the sources
+    labels = torch.arange(33) // 3
+    of_cpp, exact = (replearn_kernels.circle_loss(x, labels, backend=name) for name in ("cpp", "eager"))
+    torch.testing.assert_close(of_cpp, exact)
+    print("circle_loss, compiled here")
 PY
 }
 say "installed"

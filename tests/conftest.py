@@ -1,9 +1,14 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from replearn_kernels.engine import native, schedules
 
 BACKENDS = ["torch", "cpp"]
+# What the tests compile stays in the checkout, and is there the next time.
+os.environ.setdefault("REPLEARN_KERNELS_CACHE", str(Path(__file__).parents[1] / "build" / "declared_losses"))
 # The files that take longest, of those without and with the interpreter. They run first: a worker that is given one of
 # them last would keep all others waiting.
 LONGEST = [

@@ -144,13 +144,15 @@ def test_random_slopes_are_autograd_s(seed):
     torch.testing.assert_close(computed(slope(e, S), s.detach(), 0.4), exact, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_losses_on_torch_are_those_of_eager(seed):
+@pytest.mark.parametrize(
+    ("seed", "backend"), [*((seed, "torch") for seed in range(40)), *((seed, "cpp") for seed in range(6))]
+)
+def test_random_losses_are_those_of_eager(seed, backend):
     x, y, labels, scale = inputs_of(23, 6, LABELS["pairs"](23))
     results = []
-    for backend in ("eager", "torch"):
+    for by in ("eager", backend):
         leaves = [t.clone().requires_grad_() for t in (x, y, scale)]
-        fused = fuse(Random(seed), backend=backend, memory_budget=0)
+        fused = fuse(Random(seed), backend=by, memory_budget=0)
         value = fused(*leaves[:2], leaves[2], query_group=labels, key_group=labels)
         results.append([value.detach(), *torch.autograd.grad(value, leaves)])
     assert_same(results[1], results[0], rtol=1e-10, atol=1e-10)

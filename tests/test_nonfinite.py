@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from loss_cases import CASES, DECLARED, value_and_gradients
+from loss_cases import CASES, value_and_gradients
 
 LABELS = {
     "triples": torch.arange(24) // 3,
@@ -21,8 +21,6 @@ LABELS = {
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("name", CASES)
 def test_shows_in_loss_and_gradients(name, labels, bad, backend, rng):
-    if name in DECLARED and backend == "cpp":
-        pytest.skip("declared losses have no passes in C++")
     for place in range(2):  # of the rows, and of what they are compared with
         inputs = [torch.randn(24, 8, generator=rng) / 8**0.5 for _ in range(2)]
         inputs[place][1, 2] = bad

@@ -33,7 +33,7 @@ def batch_loss(
     objective = _objective(loss, labels is not None)
     inputs, options = labelled_batch(
         embeddings, labels, reduction, normalize, backend, memory_budget, group, strategy,
-        needs_labels=objective.reads_groups, native=False,
+        needs_labels=objective.reads_groups, why_no_passes=objective.why_no_passes(embeddings),
     )  # fmt: skip
     inputs = inputs._replace(logit_scale=validation.check_scale("logit_scale", logit_scale, inputs.query))
     return _run(loss, objective, inputs, options)
@@ -65,7 +65,7 @@ def pair_loss(
     if objective.uses_target or target is not None:
         validation.check_target(target, query.shape[0], key.shape[0], query)
     logit_scale = validation.check_scale("logit_scale", logit_scale, query)
-    options = Options.of(reduction, backend, memory_budget, query, group, strategy, native=False)
+    options = Options.of(reduction, backend, memory_budget, query, group, strategy, objective.why_no_passes(query))
     if validation.check_flag("normalize", normalize):
         query, key = unit_rows(query), unit_rows(key)
     inputs = Inputs(query, [key], None, target, query_group, key_group, logit_scale, None)

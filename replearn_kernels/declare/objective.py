@@ -33,6 +33,7 @@ from ..engine.problem import Pairs, Problem
 from ..objectives import OBJECTIVES
 from ..objectives.base import Objective, steepness
 from ..objectives.softmax import fold_sum_exp, logarithms, merge_sum_exp
+from .cpp_passes import number_of, why_none
 from .definition import Definition, Term, check_rows, definition_of, fields_of, instance_of, places, scalar
 from .on_tensors import TermOfTile, facts_of_tile, terms_of_tile
 from .pair_loss import PairLoss
@@ -43,6 +44,7 @@ from .triton_source import epilogue_of
 class Declared(Objective):
     """Made by :func:`objective_of`: a class for every definition."""
 
+    family = "declared"
     repeats = False
     definition: Definition
     functions: ModuleType
@@ -74,6 +76,13 @@ class Declared(Objective):
     @property
     def roles(self) -> tuple[float, ...]:
         return tuple(self.values)
+
+    def native_roles(self, dtype: torch.dtype) -> tuple[int, Tensor]:
+        return number_of(self.name, dtype), torch.tensor(self.values, dtype=torch.float64, device="cpu")
+
+    def why_no_passes(self, features: Tensor) -> Callable[[], str | None]:
+        """What asks why there are no passes in C++ for these features; None says that there are."""
+        return partial(why_none, self.name, getattr(features, "dtype", None))
 
     @property
     def uses_target(self) -> bool:
@@ -285,7 +294,6 @@ def _class_of(definition: Definition) -> type[Declared]:
     members = {
         "definition": definition,
         "name": definition.name,
-        "family": definition.name,
         "functions": functions_of(definition),
         "reads_groups": not definition.facts.isdisjoint(("same", "other")),
         "needs_statistics": not definition.one_sweep,

@@ -54,7 +54,10 @@ class Writer:
                 return e.args[0]
         if e in self._names:
             return self._names[e]
-        text = self.notation[e.op].format(*map(self.text, e.args))
+        return self.named(e, self.notation[e.op].format(*map(self.text, e.args)))
+
+    def named(self, e: Expr, text: str) -> str:
+        """The text of an expression, or a variable's that is set to it."""
         if self._uses[e] > 1 or len(text) > _LONG:
             self._names[e] = f"x{len(self._names)}"
             self.let(self._names[e], text)

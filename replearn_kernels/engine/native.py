@@ -51,7 +51,7 @@ def _load_cuda() -> str | None:
 
 def _register_fakes() -> None:
     """Shapes without data, for torch.compile: the tile passes return nothing and write in place."""
-    families = ("softmax", "sigmoid", "margin_contrastive", "batch_all")
+    families = ("softmax", "sigmoid", "margin_contrastive", "batch_all", "declared")
     passes = [f"{family}_{sweep}_" for family in families for sweep in ("statistics", "weights")]
     others = ("hardest_statistics_", "semi_hard_statistics_", "add_differences_", "mirror_", "advise_huge_pages_")
     for op in (*passes, *others):

@@ -42,13 +42,13 @@ class Options(NamedTuple):
         features: Tensor,
         world: World | None = None,
         strategy: str = "auto",
-        native: bool = True,
+        why_no_passes: Callable[[], str | None] | None = None,
     ) -> Options:
-        """``native``: the loss has passes in C++."""
+        """``why_no_passes``: of a declared loss, as :func:`~..engine.backends.resolve_backend` takes it."""
         validation.check_reduction(reduction)
         memory_budget = validation.check_memory_budget(memory_budget)
         validation.check_strategy(strategy)
-        name = resolve_backend(backend, features.device, features.dtype, native)
+        name = resolve_backend(backend, features.device, features.dtype, why_no_passes)
         if world is not None:
             refuse_eager(name)
         return cls(reduction, name, memory_budget, world, strategy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -125,15 +127,15 @@ def labelled_batch(
     strategy: str = "auto",
     keep_wide: bool = False,
     needs_labels: bool = True,
-    native: bool = True,
+    why_no_passes: Callable[[], str | None] | None = None,
 ) -> tuple[Inputs, Options]:
-    """Labelled rows to be compared with each other, checked. ``keep_wide``: normalised rows stay in fp32; ``native``:
-    the loss has passes in C++."""
+    """Labelled rows to be compared with each other, checked. ``keep_wide``: normalised rows stay in fp32;
+    ``why_no_passes``: of a declared loss, as :func:`~..engine.backends.resolve_backend` takes it."""
     validation.check_features("embeddings", embeddings)
     (embeddings,) = autocast(embeddings)
     if labels is not None or needs_labels:
         labels = validation.check_labels("labels", labels, embeddings.shape[0], embeddings)
-    options = Options.of(reduction, backend, memory_budget, embeddings, group, strategy, native)
+    options = Options.of(reduction, backend, memory_budget, embeddings, group, strategy, why_no_passes)
     if validation.check_flag("normalize", normalize):
         embeddings = unit_rows(embeddings.to(statistics_dtype(embeddings.dtype)) if keep_wide else embeddings)
     scale = torch.ones((), dtype=statistics_dtype(embeddings.dtype), device=embeddings.device)

@@ -61,6 +61,10 @@ class Objective(ABC):
     one_tile_parameters: tuple | None = None
     """What the native call for a whole problem of one tile takes; None if there is none."""
 
+    def native_roles(self, dtype: torch.dtype) -> tuple:
+        """The roles as the native passes over similarities of this dtype take them."""
+        return self.roles
+
     @classmethod
     @abstractmethod
     def from_parameters(cls, parameters: list[float]) -> Objective:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,12 +16,14 @@ from .dense import CppBackend, TorchBackend
 BACKENDS: dict[str, type[Backend]] = {"torch": TorchBackend, "cpp": CppBackend}
 
 
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, has_native: bool = True) -> str:
+def resolve_backend(
+    name: str, device: torch.device, dtype: torch.dtype, why_no_passes: Callable[[], str | None] | None = None
+) -> str:
     """The backend that ``name`` stands for on these inputs.
 
     "auto" takes ``triton`` on a GPU and ``cpp`` on a CPU where they are installed, and ``torch`` elsewhere.
-    A backend asked for by name is never replaced by another. ``has_native``: the loss has passes in C++; one without
-    them takes ``torch`` on a CPU.
+    A backend asked for by name is never replaced by another. ``why_no_passes``: of a loss whose passes in C++ are no
+    part of the library, asks why there are none; without them it takes ``torch`` on a CPU.
 
     Raises:
         ValueError: the name is unknown, or the backend cannot run this loss, or on this device or dtype.
@@ -29,17 +32,18 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, has_nat
     check_backend_name(name)
     if name == "auto":
         if device.type == "cpu":
-            if not has_native:
-                return "torch"
-            return "cpp" if native.available() else warn_without_native()
+            if not native.available():
+                return warn_without_native()
+            missing = None if why_no_passes is None else why_no_passes()
+            return "cpp" if missing is None else warn_without_passes(missing)
         return "triton" if why_no_triton(device, dtype) is None else "torch"
     if name == "cpp":
-        if not has_native:
-            raise ValueError("backend='cpp' has no passes of a declared loss: use 'auto' or 'torch'")
         if device.type != "cpu":
             raise ValueError(f"backend='cpp' runs on CPU tensors, got tensors on {device}")
         if not native.available():
             raise RuntimeError(f"backend='cpp' is not available: {native.why_missing()}")
+        if why_no_passes is not None and (missing := why_no_passes()) is not None:
+            raise RuntimeError(f"backend='cpp' is not available: {missing}")
     if name == "triton" and (problem := why_no_triton(device, dtype)) is not None:
         raise problem
     return name
@@ -65,6 +69,13 @@ def warn_without_native() -> str:
         "CPU losses use the slower 'torch' backend.",
         stacklevel=4,
     )
+    return "torch"
+
+
+@cache
+def warn_without_passes(missing: str) -> str:
+    """Once for each reason."""
+    warnings.warn(f"{missing}; on a CPU the slower 'torch' backend takes its place.", stacklevel=4)
     return "torch"
 
 
