@@ -215,8 +215,9 @@ def test_source_is_shown():
     assert "def weights(s, row, column, inputs):" in text
     compile(text, "shown", "exec")
     assert "def values_and_slopes(" in fuse(Clip()).source("torch")
+    assert "struct Loss {" in fuse(Clip()).source("cpp")
     with pytest.raises(ValueError, match="backend must be one of"):
-        fuse(Clip()).source("cpp")
+        fuse(Clip()).source("eager")
 
 
 def test_eager_has_second_derivatives_and_the_others_refuse_them():

@@ -10,11 +10,13 @@ from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..functional.call import in_group, takes_logit_scale
 from ..losses import _Loss
-from . import torch_source, triton_source
+from . import cpp_source, torch_source, triton_source
 from .checks import check_formulas
 from .compute import batch_loss, pair_loss
 from .objective import objective_of
 from .pair_loss import PairLoss
+
+_NOTATIONS = {"triton": triton_source, "cpp": cpp_source, "torch": torch_source}
 
 
 def fuse(
@@ -38,8 +40,9 @@ def fuse(
         loss: an instance of a :class:`PairLoss`. Other values of its float fields need no new kernels.
         reduction: "mean" over the rows (or ``sum(loss) / sum(counted)``), "sum", or "none": ``[N]``.
         normalize: L2-normalise the features first. Default: True for ``similarity = "cosine"``, else False.
-        backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula on the full matrix, which
-            can be differentiated twice. "auto" takes triton on a GPU (except for fp64) and torch elsewhere.
+        backend: "auto", "triton" (GPU), "cpp" (CPU: compiled by the first call, where there is a C++ compiler), "torch"
+            (any device), or "eager": the plain formula on the full matrix, which can be differentiated twice. "auto"
+            takes triton on a GPU (except for fp64), cpp on a CPU, and torch elsewhere.
         memory_budget: bytes of similarities that may be kept for the backward pass instead of computed again.
             Default 256 MiB; 0 keeps none.
         group: a torch.distributed process group, each of whose ranks passes its shard of the batch
@@ -95,10 +98,9 @@ class _FusedLoss(_Loss):
         objective_of(self.loss)
 
     def source(self, backend: str) -> str:
-        """The text that is derived for a backend, "triton" or "torch"."""
-        validation.check_choice("backend", backend, ("triton", "torch"))
-        notation = triton_source if backend == "triton" else torch_source
-        return notation.source_of(objective_of(self.loss).definition)
+        """The text that is derived for a backend: "triton", "cpp" or "torch"."""
+        validation.check_choice("backend", backend, tuple(_NOTATIONS))
+        return _NOTATIONS[backend].source_of(objective_of(self.loss).definition)
 
     def _call(self, function, *tensors: Tensor | None, **keywords) -> Tensor:
         """Calls the function with the options; in a group, ranks know the call by the name of the loss."""

@@ -71,7 +71,7 @@ def circle_loss(
         gamma: the scale, a positive number: the paper's 256 for faces, 80 for retrieval. Default 80.
         reduction: "mean" over the rows that have a positive and a negative, "sum", or "none": ``[N]``, 0 for others.
         normalize: L2-normalise the embeddings first. False: they have unit length already. Default True.
-        backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula.
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of similarities that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
         group, strategy: as in :func:`~replearn_kernels.info_nce_loss`; the rows are those of all ranks.
 

@@ -58,7 +58,7 @@ def decoupled_contrastive_loss(
             a gradient. Default 0.1.
         reduction: "mean" over the 2N views, "sum", or "none": ``[2N]``, those of z_i first.
         normalize: L2-normalise both first. Default True.
-        backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula.
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of similarities that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
         group, strategy: as in :func:`~replearn_kernels.info_nce_loss`; the rows are those of all ranks.
 

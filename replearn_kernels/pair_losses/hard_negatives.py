@@ -90,7 +90,7 @@ def hard_negative_loss(
             gradient.
         reduction: "mean" over the queries, "sum", or "none": ``[N]``.
         normalize: L2-normalise query and key first. Default False.
-        backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula.
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of similarities that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
         group, strategy: as in :func:`~replearn_kernels.info_nce_loss`.
 

@@ -67,7 +67,7 @@ def multi_positive_clip_loss(
             Default: ``image_group``.
         reduction: "mean" over the pairs (i, i), "sum", or "none": ``[N]``.
         normalize: L2-normalise both features first. Default False.
-        backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula.
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of similarities that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
         group, strategy: as in :func:`~replearn_kernels.info_nce_loss`; groups count over all ranks.
 

@@ -69,7 +69,7 @@ def multi_similarity_loss(
         base: the cosine that is neither near nor far; the paper's lambda. Default 0.5.
         reduction: "mean" over the rows, "sum", or "none": ``[N]``.
         normalize: L2-normalise the embeddings first. False: they have unit length already. Default True.
-        backend: "auto", "triton" (GPU), "torch" (any device), or "eager": the plain formula.
+        backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of similarities that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
         group, strategy: as in :func:`~replearn_kernels.info_nce_loss`; the rows are those of all ranks.
 
