@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from declared_cases import Everything
+from declared_cases import Contrastive, Everything
 from metric_cases import small_batch_tiles
 
 import replearn_kernels as rk
@@ -74,8 +74,9 @@ struct Loss {{
   }}
 
   void set_factor(int k, double factor) {{
-    sign[k] = T((factor > 0) - (factor < 0));
-    steepness[k] = factor == 0 ? T(1) : T(absolute(factor));
+    steepness[k] = steepness_of<T>(factor);
+    sign[k] = T(steepness[k] == 0 ? 0 : (factor > 0) - (factor < 0));
+    if (steepness[k] == 0) steepness[k] = 1;
   }}
 
   template <bool Slopes>
@@ -114,12 +115,17 @@ class Functions(PairLoss):
     a: float = 0.5
 
     def terms(self, s, pair):
-        shared = where(exp(self.a) > log(self.a), sqrt(self.a) + relu(-self.a), softplus(self.a) * abs(self.a))
+        a = self.a
+        of_a = {
+            "exp": exp(a), "log": log(a), "sqrt": sqrt(a), "absolute": abs(a), "relu": relu(a), "softplus": softplus(a),
+            "sigmoid": sigmoid(a), "minimum": minimum(a, 0.7), "maximum": maximum(a, 0.7), "divide": 3 / (a - 2),
+            "greater": where(a > 0.7, 2, a), "less": where(~(a <= 0.7), 2, a),
+        }  # fmt: skip
         values = {
             "exp": exp(s), "log": log(s), "sqrt": sqrt(s), "absolute": abs(s), "relu": relu(s), "softplus": softplus(s),
             "sigmoid": sigmoid(s), "minimum": minimum(s, self.a), "maximum": maximum(self.a, s), "divide": self.a / s,
-            "where": where((s > self.a) | ~(s >= -1), s, -self.a), "shared": shared * s,
-            "numbers": minimum(sigmoid(self.a), maximum(self.a, self.a / 3)) * s,
+            "where": where((s > self.a) | ~(s >= -1), s, -self.a),
+            **{f"{name}_of_a": value * s for name, value in of_a.items()},
         }  # fmt: skip
         return {name: total(value) for name, value in values.items()}
 
@@ -132,11 +138,12 @@ SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 88.5, 100.0, 710.0, -88.5, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_functions_of_any_number(dtype):
+@pytest.mark.parametrize("a", [0.5, -3.0, 2.0, 40.0, math.nan])
+def test_functions_of_any_number(dtype, a):
     """One similarity each: a pair's value is its row's total. To two units in the last place of torch's."""
     ordinary = torch.linspace(-20, 20, 101, dtype=torch.float64).tolist()
     s = torch.tensor([*ordinary, *SPECIAL], dtype=dtype)
-    objective = objective_of(Functions())(False, [0.5])
+    objective = objective_of(Functions())(False, [a])
     tables = [objective.new_statistics(len(s), 1, s) for _ in range(2)]
     from replearn_kernels.engine.problem import Pairs
 
@@ -175,6 +182,43 @@ def test_every_number_of_columns(dtype):
             size = truth.norm().item()
             slack = (1e-12 if dtype == torch.float64 else 3e-6) * max(size, 1e-3)
             assert (a.double() - truth).norm() <= 1.5 * (b.double() - truth).norm() + slack, (n, m)
+
+
+@pytest.mark.parametrize("loss", [rk.CircleLoss, lambda **k: fuse(Contrastive(), **k)])
+def test_slabs_of_rows_with_themselves(loss):
+    """Tiles of three slabs, on the diagonal and off it."""
+    generator = torch.Generator().manual_seed(2)
+    x, labels = torch.randn(300, 6, generator=generator, dtype=torch.float64), torch.arange(300) // 4
+    results = []
+    with small_batch_tiles(144):
+        for backend in ("cpp", "eager"):
+            leaf = x.clone().requires_grad_()
+            value = loss(backend=backend)(leaf, labels)
+            results.append([value.detach(), *torch.autograd.grad(value, leaf)])
+    for ours, exact in zip(*results):
+        torch.testing.assert_close(ours, exact, rtol=1e-11, atol=1e-12)
+
+
+@dataclass(frozen=True)
+class Steep(PairLoss):
+    factor: float
+
+    def terms(self, s, pair):
+        return {"all": logsumexp(self.factor * s), "own": logsumexp(self.factor * s, where=pair.target)}
+
+    def loss(self, row):
+        return row.all - row.own
+
+
+@pytest.mark.parametrize("factor", [5e-324, 1e-46, 1e-38, 0.0, -0.0, 1e30, 1e39, -1e39])
+def test_factors_beyond_fp32(factor):
+    x = torch.eye(5).requires_grad_()
+    y = 0.1 * torch.eye(5) + torch.ones(5, 5) / 40
+    loss = fuse(Steep(factor), backend="cpp")(x, y)
+    loss.backward()
+    expected = math.log(5) if abs(factor) < 1 else 0.0 if factor > 0 else math.inf
+    assert loss.item() == pytest.approx(expected) or (math.isinf(expected) and loss > 1e30)
+    assert x.grad.isfinite().all() or abs(factor) > 1e38  # by which a gradient is multiplied
 
 
 @pytest.mark.parametrize("scale", [0.0, -7.0, 1000.0])
@@ -250,6 +294,32 @@ def test_compiled_as_one_graph():
             assert torch.equal(loss, rk.circle_loss(*given, backend="cpp"))
 
 
+class Module(torch.nn.Module):
+    def __init__(self, backend="auto"):
+        super().__init__()
+        self.loss = fuse(Small(), backend=backend)
+
+    def forward(self, x):
+        return self.loss(x, x, 2.0)
+
+
+def test_a_first_call_inside_of_a_trace(folder):
+    """No library's path in the program; and what runs elsewhere needs no compiler."""
+    x = torch.eye(5)
+    for backend in ("auto", "cpp"):
+        for strict in (True, False):
+            cpp_passes._found.cache_clear()
+            exported = torch.export.export(Module(backend), (x,), strict=strict)
+            calls = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+            assert not any("load_declared" in call or "instruction_set" in call for call in calls)
+            (config,) = [node.args for node in exported.graph.nodes if "pair_loss" in str(node.target)]
+            assert ("torch" if backend == "auto" else "cpp") in config
+            assert exported.module()(x).item() == pytest.approx(EXPECTED)
+    cpp_passes._found.cache_clear()
+    assert torch.jit.trace(Module("cpp"), x)(x).item() == pytest.approx(EXPECTED)
+    assert small(backend="cpp").item() == pytest.approx(EXPECTED)
+
+
 # -- compiled, kept and loaded --------------------------------------------------------------------------------------
 
 
@@ -276,8 +346,7 @@ def folder(tmp_path, monkeypatch):
     cpp_passes._found.cache_clear()
 
 
-def small(**options) -> torch.Tensor:
-    x = torch.eye(5)
+def small(x=torch.eye(5), **options) -> torch.Tensor:  # noqa: B008
     return fuse(Small(), **options)(x, x, 2.0)
 
 
@@ -325,6 +394,7 @@ def test_without_a_compiler_torch_takes_its_place_and_says_so_once(folder, monke
     ("no-such-compiler", "there is no no-such-compiler, which REPLEARN_KERNELS_CXX or CXX asks for"),
     ("false", r"false --version failed \(1\)"),
     (f"{sys.executable} -c 'import sys; sys.exit(\"--version\" not in sys.argv)'", r"failed \(1\)"),
+    ("c++ 'x", "No closing quotation"),
 ])  # fmt: skip
 def test_a_compiler_that_does_not_work(compiler, message, folder, monkeypatch):
     monkeypatch.setenv("REPLEARN_KERNELS_CXX", compiler)
@@ -349,6 +419,46 @@ kill -9 $$
     monkeypatch.delenv("REPLEARN_KERNELS_CXX")
     cpp_passes._found.cache_clear()
     assert small(backend="cpp").item() == pytest.approx(EXPECTED)
+
+
+def test_flags_that_hide_a_nan_are_not_taken(folder, monkeypatch):
+    monkeypatch.setenv("REPLEARN_KERNELS_CXX", "c++ -ffast-math -Ofast")
+    x = torch.eye(5)
+    x[0, 0] = math.nan
+    assert small(x, backend="cpp").isnan()
+    assert torch.tensor(1e-30) * 1e-10 > 0  # nor does the library change how this thread rounds
+
+
+def test_a_formula_of_rows_compiles_nothing(folder):
+    small(backend="cpp")
+
+    @dataclass(frozen=True)
+    class Small(PairLoss):
+        scaled = True
+
+        def terms(self, logit, pair):
+            return {"all": logsumexp(logit), "own": total(logit, where=pair.target)}
+
+        def loss(self, row):
+            return 2 * (row.all - row.own)
+
+    assert fuse(Small(), backend="cpp")(torch.eye(5), torch.eye(5), 2.0).item() == pytest.approx(2 * EXPECTED)
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("place, message", [
+    ("relative/folder", "relative/folder is no absolute path; set REPLEARN_KERNELS_CACHE to a folder of yours"),
+    ("/proc/nothing/here", "; set REPLEARN_KERNELS_CACHE to a folder of yours"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be(place, message, folder, monkeypatch):
+    monkeypatch.setenv("REPLEARN_KERNELS_CACHE", place)
+    with pytest.raises(RuntimeError, match=message):
+        small(backend="cpp")
+    monkeypatch.setenv("REPLEARN_KERNELS_CACHE", "~/cache")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    cpp_passes._found.cache_clear()
+    assert small(backend="cpp").item() == pytest.approx(EXPECTED)
+    assert list(folder.iterdir())
 
 
 def test_a_folder_that_others_may_write_to_is_refused(folder):

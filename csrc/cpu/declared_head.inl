@@ -96,6 +96,15 @@ inline Vec<T> sigmoid(Vec<T> x) {
 }
 inline double sigmoid(double x) { return 1 / (1 + __builtin_exp(-x)); }
 
+// |factor| as a log-sum-exp takes it, within what T holds: 0 of a factor that is 0 beside a normal number.
+template <typename T>
+inline T steepness_of(double factor) {
+  const double least = sizeof(T) == 4 ? 1.17549435e-38 : 2.2250738585072014e-308;
+  const double most = sizeof(T) == 4 ? 3.4028234e+38 : 1.7976931348623157e+308;
+  const double steepness = absolute(factor);
+  return T(steepness < least ? 0 : steepness > most ? most : steepness);
+}
+
 inline double divide(double a, double b) { return a / b; }
 
 }  // namespace

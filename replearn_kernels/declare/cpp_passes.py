@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -38,6 +39,8 @@ _INSTRUCTIONS = {  # as csrc/cpu/tile_kernels_*.cpp have them
     "avx2": ["-mavx2", "-mfma", "-DREPLEARN_VECTOR_BYTES=32"],
     "baseline": ["-DREPLEARN_VECTOR_BYTES=16"],
 }
+# Of a user's, not taken: they hide a NaN, and with some compilers a library that has them makes all small numbers 0.
+_WRONG_FLAGS = {"-ffast-math", "-Ofast", "-funsafe-math-optimizations", "-ffinite-math-only"}
 _SECONDS = 300  # a compiler takes at most
 
 
@@ -63,13 +66,18 @@ def number_of(name: str, dtype: torch.dtype) -> int:
 @cache
 def _found(name: str, is_double: bool) -> int | str:
     """The number of the passes, or why there are none."""
-    definition = OBJECTIVES[name].definition
     if not native.available():
         return native.why_missing()
+    # In a thread of its own, where nobody traces: a program that is exported must not hold the path of a library.
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(_loaded, OBJECTIVES[name].definition, is_double).result()
+
+
+def _loaded(definition: Definition, is_double: bool) -> int | str:
     try:
         library = _library(definition, is_double)
         return torch.ops.replearn_kernels.load_declared_passes(str(library), is_double)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         return f"the C++ of {definition.cls.__name__} could not be compiled: {error}"
 
 
@@ -77,7 +85,9 @@ def _library(definition: Definition, is_double: bool) -> Path:
     compiler, headers, source = _compiler(), _headers(), source_of(definition)
     flags = [*_FLAGS, *_INSTRUCTIONS[torch.ops.replearn_kernels.instruction_set()]]
     flags.append(f"-DREPLEARN_TYPE={'double' if is_double else 'float'}")
-    contents = [source, *(Path(headers, name).read_text() for name in _HEADERS), *flags, *compiler, _version(compiler)]
+    texts = (Path(headers, name).read_text(encoding="utf-8") for name in _HEADERS)
+    _, text = source.split("\n", 1)  # without the name, which tells of the author's other formulas too
+    contents = [text, *texts, *flags, *compiler, _version(compiler)]
     folder, name = _folder(), f"{definition.cls.__name__}-{'fp64' if is_double else 'fp32'}"
     name += f"-{_digest(chr(0).join(contents).encode())}"
     for known in sorted(folder.glob(f"{name}-*.so")):
@@ -85,7 +95,7 @@ def _library(definition: Definition, is_double: bool) -> Path:
             return known
     with tempfile.TemporaryDirectory(dir=folder, prefix="compiling-") as place:
         file, result = Path(place, "loss.cpp"), Path(place, "loss.so")
-        file.write_text(source)
+        file.write_text(source, encoding="utf-8")
         _run([*compiler, *flags, "-I", headers, str(file), "-o", str(result)])
         library = folder / f"{name}-{_digest(result.read_bytes())}.so"
         os.replace(result, library)
@@ -102,7 +112,9 @@ def _run(command: list[str]) -> str:
     Raises:
         RuntimeError: it failed, with the end of what it said.
     """
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_SECONDS)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace", timeout=_SECONDS
+    )
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)} failed ({done.returncode}): {done.stdout[-2000:]}")
     return done.stdout
@@ -110,16 +122,16 @@ def _run(command: list[str]) -> str:
 
 @cache
 def _version(compiler: tuple[str, ...]) -> str:
-    return _run([*compiler, "--version"])
+    return _run([*compiler, "--version"]).partition("\n")[0]
 
 
 def _compiler() -> tuple[str, ...]:
     """The command, as REPLEARN_KERNELS_CXX or CXX have it with its first flags."""
-    wanted = os.environ.get("REPLEARN_KERNELS_CXX") or os.environ.get("CXX")
+    wanted = os.environ.get("REPLEARN_KERNELS_CXX", "").strip() or os.environ.get("CXX", "").strip()
     if wanted == "none":
         raise RuntimeError("REPLEARN_KERNELS_CXX is none")
     if wanted:
-        command = shlex.split(wanted)
+        command = [part for part in shlex.split(wanted) if part not in _WRONG_FLAGS]
         if shutil.which(command[0]) is None:
             raise RuntimeError(f"there is no {command[0]}, which REPLEARN_KERNELS_CXX or CXX asks for")
         return tuple(command)
@@ -139,13 +151,16 @@ def _headers() -> str:
 
 def _folder() -> Path:
     """Where libraries are kept, which nobody else may write to: what is in it runs as the user."""
-    given, home = os.environ.get("REPLEARN_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    folder = Path(given) if given else Path(home or Path.home() / ".cache") / "replearn_kernels"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    state = folder.stat()
-    if state.st_uid != os.getuid() or state.st_mode & 0o022:
-        raise RuntimeError(
-            f"{folder} belongs to another user, or others may write to it: `chmod 700 {folder}`, or set "
-            "REPLEARN_KERNELS_CACHE"
-        )
-    return folder.resolve()
+    try:
+        given, home = os.environ.get("REPLEARN_KERNELS_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+        caches = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+        folder = Path(given).expanduser() if given else caches / "replearn_kernels"
+        if not folder.is_absolute():
+            raise OSError(f"{folder} is no absolute path")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+        if state.st_uid != os.getuid() or state.st_mode & 0o022:
+            raise OSError(f"{folder} belongs to another user, or others may write to it (`chmod 700` helps)")
+        return folder.resolve()
+    except (OSError, RuntimeError) as error:  # of no home, too
+        raise RuntimeError(f"{error}; set REPLEARN_KERNELS_CACHE to a folder of yours") from None

@@ -251,7 +251,7 @@ def _check_class(cls: type[PairLoss]) -> None:
     for field in fields(cls):
         if field.name in _RESERVED:
             raise TypeError(f"{cls.__name__}.{field.name} cannot be a field: write {field.name} = ... without a type")
-    for name in vars(cls).keys() - set(_RESERVED):
+    for name in vars(cls).keys() - {*_RESERVED, *(field.name for field in fields(cls))}:
         if near := difflib.get_close_matches(name, _RESERVED, n=1, cutoff=0.8):
             raise TypeError(f"{cls.__name__}.{name} is nothing that PairLoss knows: did you mean {near[0]}?")
     for name in ("batch", "scaled", "symmetric"):

@@ -34,7 +34,11 @@ def resolve_backend(
         if device.type == "cpu":
             if not native.available():
                 return warn_without_native()
-            missing = None if why_no_passes is None else why_no_passes()
+            if why_no_passes is None:
+                return "cpp"
+            if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
+                return "torch"  # where the program will run there may be no compiler
+            missing = why_no_passes()
             return "cpp" if missing is None else warn_without_passes(missing)
         return "triton" if why_no_triton(device, dtype) is None else "torch"
     if name == "cpp":
