@@ -461,6 +461,18 @@ def test_a_folder_that_cannot_be(place, message, folder, monkeypatch):
     assert list(folder.iterdir())
 
 
+@pytest.mark.parametrize("does, message", [("true", "wrote no library"), ("echo half > $last", "could not load")])
+def test_a_compiler_that_lies(does, message, folder, monkeypatch, tmp_path):
+    script = tmp_path / "compiler"
+    script.write_text(f"#!/bin/sh\nfor last; do :; done\n{does}\n")
+    script.chmod(0o700)
+    monkeypatch.setenv("REPLEARN_KERNELS_CXX", str(script))
+    monkeypatch.chdir(tmp_path)  # where it writes a file --version
+    with pytest.raises(RuntimeError, match=message):
+        small(backend="cpp")
+    assert not list(folder.iterdir())
+
+
 def test_a_folder_that_others_may_write_to_is_refused(folder):
     folder.mkdir(mode=0o700)
     folder.chmod(0o777)

@@ -76,7 +76,11 @@ def _found(name: str, is_double: bool) -> int | str:
 def _loaded(definition: Definition, is_double: bool) -> int | str:
     try:
         library = _library(definition, is_double)
-        return torch.ops.replearn_kernels.load_declared_passes(str(library), is_double)
+        try:
+            return torch.ops.replearn_kernels.load_declared_passes(str(library), is_double)
+        except RuntimeError:
+            library.unlink(missing_ok=True)  # whatever the compiler wrote there, the next process tries again
+            raise
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         return f"the C++ of {definition.cls.__name__} could not be compiled: {error}"
 
@@ -97,6 +101,8 @@ def _library(definition: Definition, is_double: bool) -> Path:
         file, result = Path(place, "loss.cpp"), Path(place, "loss.so")
         file.write_text(source, encoding="utf-8")
         _run([*compiler, *flags, "-I", headers, str(file), "-o", str(result)])
+        if not result.is_file():
+            raise RuntimeError(f"{shlex.join(compiler)} wrote no library, and said that all went well")
         library = folder / f"{name}-{_digest(result.read_bytes())}.so"
         os.replace(result, library)
     return library
