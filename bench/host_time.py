@@ -51,19 +51,21 @@ def activate() -> None:
     tma._multiprocessors = lambda device: 132
     TritonBackend.mm_ = TritonBackend.addmm_ = staticmethod(lambda out, a, b: None)
     TritonBackend.repeats = staticmethod(lambda query: True)
-    shape_of = TritonBackend.tile_shape
-    TritonBackend.tile_shape = staticmethod(
-        lambda sweep, *others: (ROWS, ROWS) if sweep == "gradients" else shape_of(sweep, *others)
-    )
     problem.number_of = lambda scalar: scalar  # nobody waits for its value
     schedules.check_values = lambda *arguments: None
 
 
 def steps() -> dict[str, Callable[[], object]]:
-    """Forward and backward, in bf16."""
+    """Forward and backward, in bf16; from here on W has tiles of ROWS x ROWS."""
     import torch
 
     import replearn_kernels as rk
+    from replearn_kernels.engine.backends.triton import TritonBackend
+
+    shape_of = TritonBackend.tile_shape
+    TritonBackend.tile_shape = staticmethod(
+        lambda sweep, *others: (ROWS, ROWS) if sweep == "gradients" else shape_of(sweep, *others)
+    )
 
     def features(rows: int) -> torch.Tensor:
         return torch.zeros(rows, WIDTH, dtype=torch.bfloat16, requires_grad=True)

@@ -403,16 +403,21 @@ def test_a_compiler_that_does_not_work(compiler, message, folder, monkeypatch):
     assert not folder.exists() or not list(folder.iterdir())  # nothing is left of the attempt
 
 
-def test_a_killed_compiler_leaves_nothing_that_is_loaded(folder, monkeypatch, tmp_path):
-    script = tmp_path / "compiler"
-    script.write_text("""#!/bin/sh
-case "$*" in *--version*) exit 0;; esac
-for last; do :; done
-echo half > $last
-kill -9 $$
-""")
-    script.chmod(0o700)
-    monkeypatch.setenv("REPLEARN_KERNELS_CXX", str(script))
+@pytest.fixture
+def compiler(folder, monkeypatch, tmp_path):
+    """Makes one that does these lines of a shell in place of writing a library to $last."""
+
+    def make(lines: str) -> None:
+        script = tmp_path / "compiler"
+        script.write_text(f'#!/bin/sh\ncase "$*" in *--version*) exit 0;; esac\nfor last; do :; done\n{lines}\n')
+        script.chmod(0o700)
+        monkeypatch.setenv("REPLEARN_KERNELS_CXX", str(script))
+
+    return make
+
+
+def test_a_killed_compiler_leaves_nothing_that_is_loaded(folder, compiler, monkeypatch):
+    compiler("echo half > $last; kill -9 $$")
     with pytest.raises(RuntimeError, match=r"failed \(-9\)"):
         small(backend="cpp")
     assert not list(folder.iterdir())
@@ -462,12 +467,8 @@ def test_a_folder_that_cannot_be(place, message, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("does, message", [("true", "wrote no library"), ("echo half > $last", "could not load")])
-def test_a_compiler_that_lies(does, message, folder, monkeypatch, tmp_path):
-    script = tmp_path / "compiler"
-    script.write_text(f"#!/bin/sh\nfor last; do :; done\n{does}\n")
-    script.chmod(0o700)
-    monkeypatch.setenv("REPLEARN_KERNELS_CXX", str(script))
-    monkeypatch.chdir(tmp_path)  # where it writes a file --version
+def test_a_compiler_that_lies(does, message, folder, compiler):
+    compiler(does)
     with pytest.raises(RuntimeError, match=message):
         small(backend="cpp")
     assert not list(folder.iterdir())

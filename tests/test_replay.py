@@ -25,7 +25,6 @@ from replearn_kernels.engine.backends import replay
 from replearn_kernels.engine.backends import triton as triton_backend
 from replearn_kernels.engine.backends.replay import Recorder
 from replearn_kernels.engine.backends.triton import TritonBackend
-from replearn_kernels.engine.plan import TileShape
 from replearn_kernels.triton_kernels.configs import kernel_settings, use_config
 from replearn_kernels.triton_kernels.launching import heard_by, run_kernel
 
@@ -68,15 +67,6 @@ def worked_out(monkeypatch):
     return calls
 
 
-@pytest.fixture
-def many_tiles(monkeypatch):
-    """Of 16 x 16."""
-    schedules._make_plan.cache_clear()
-    monkeypatch.setattr(TritonBackend, "tile_shape", staticmethod(lambda *given: TileShape(16, 16)))
-    yield
-    schedules._make_plan.cache_clear()
-
-
 def batch(seed: int, n: int = 24, d: int = 8, device: str = "cpu") -> list[torch.Tensor]:
     """x, y and labels."""
     generator = torch.Generator().manual_seed(seed)
@@ -105,10 +95,10 @@ def assert_same_bits(ours, expected) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-def assert_repeated(loss, programs, worked_out, monkeypatch, device: str = "cpu", **options) -> None:
+def assert_repeated(loss, programs, worked_out, monkeypatch, n=24, d=8, device="cpu", **options) -> None:
     """Of four batches the first is worked out, the second recorded, and the others run programs, to the same bits."""
     for seed in range(4):
-        given = batch(seed, *((24, 8) if device == "cpu" else (257, 48)), device)  # there of other tests' kernels
+        given = batch(seed, n, d, device)
         expected = without_programs(monkeypatch, loss, *given, **options)
         worked_out.clear()
         assert_same_bits(results(loss, *given, **options), expected)
@@ -125,8 +115,8 @@ class TestEveryLoss:
         assert_repeated(CASES[name], on_cpu, worked_out, monkeypatch, reduction=reduction)
 
     @pytest.mark.parametrize("name", ["clip", "symmetric", "queue", "siglip", "arcface", "contrastive"])
-    def test_of_many_tiles(self, name, on_cpu, many_tiles, worked_out, monkeypatch):
-        assert_repeated(CASES[name], on_cpu, worked_out, monkeypatch)
+    def test_of_many_tiles(self, name, on_cpu, small_tiles, worked_out, monkeypatch):
+        assert_repeated(CASES[name], on_cpu, worked_out, monkeypatch, n=40)
 
     @pytest.mark.parametrize("name", [name for name in CASES if name.startswith(READS_BACK)])
     def test_what_waits_for_numbers_is_worked_out_every_time(self, name, on_cpu, worked_out, monkeypatch):
@@ -412,11 +402,7 @@ def program(t1):
             x.add_(y)
             x.t().mul_(2)
 
-        x = torch.ones(2, 3)
-        with Recorder([x, x.clone()]) as recorder:
-            call(x, x.clone())
-        given = torch.full((2, 3), 2.0)
-        y = torch.ones(2, 3)
+        x, y, given = torch.ones(2, 3), torch.ones(2, 3), torch.full((2, 3), 2.0)
         with Recorder([x, y]) as recorder:
             result = call(x, y)
         program = recorder.program(result)
@@ -497,7 +483,8 @@ class TestGpu:
         def loss(x, y, *others, **options):
             return CASES[name](x.to(dtype), y.to(dtype), *others, **options)
 
-        assert_repeated(loss, programs, worked_out, monkeypatch, device="cuda")
+        # Of sizes for which other tests compile the same kernels.
+        assert_repeated(loss, programs, worked_out, monkeypatch, 257, 48, "cuda")
 
     def test_they_take_no_more_memory(self, name, programs):
         x, y, labels = batch(0, 600, 130, "cuda")

@@ -78,7 +78,7 @@ inline void add(T* to, Vec<T> v) {
 
 // -- statistics -------------------------------------------------------------------------------------------------------
 
-// Totals and maxima; `top`: the maxima of the rows, with what they had.
+// Totals and maxima, added to what the rows had; a row's sum of exponentials is brought to its new maximum.
 template <bool Columns, int R, typename T>
 inline void first_reading(const Loss<T>& loss, const Tile<T>& tile, int64_t first, DeclaredTable<T> rows,
                           DeclaredTable<T> partial) {

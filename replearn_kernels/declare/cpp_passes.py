@@ -113,7 +113,7 @@ def _digest(contents: bytes) -> str:
 
 
 def _run(command: list[str]) -> str:
-    """What the command says.
+    """Run the command and return what it printed.
 
     Raises:
         RuntimeError: it failed, with the end of what it said.

@@ -48,6 +48,7 @@ def count_work() -> Iterator[Work]:
 
 
 def is_counting() -> bool:
+    """Whether this runs inside of a block of :func:`count_work`."""
     return bool(_active)
 
 
