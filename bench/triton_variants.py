@@ -17,6 +17,7 @@ from replearn_kernels.pair_losses.decoupled import Decoupled
 from replearn_kernels.pair_losses.hard_negatives import HardNegatives
 from replearn_kernels.pair_losses.multi_positive import MultiPositiveClip
 from replearn_kernels.pair_losses.multi_similarity import MultiSimilarity
+from replearn_kernels.pair_losses.sampled_softmax import SampledSoftmax
 from replearn_kernels.triton_kernels import (
     EPILOGUES,
     Epilogue,
@@ -85,6 +86,14 @@ class Variant:
         if self.loss is None:
             return ROLES.get(self.epilogue, ())
         return (0.5,) * len(objective_of(self.loss).definition.parameters)
+
+    def values(self, rows: int, columns: int) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
+        """What calls of a declared loss give for rows and columns."""
+        if not self.functions.takes_values:
+            return None
+        definition = objective_of(self.loss).definition
+        counts = (len(definition.cls.row_values), rows), (len(definition.column_values), columns)
+        return tuple(torch.empty(shape) if shape[0] else None for shape in counts)
 
     def kernels(self, product: str, target: str) -> list[str]:
         """Those that a GPU has a config for. "weights apart": the weights kernel that tells blocks apart."""
@@ -155,6 +164,7 @@ VARIANTS = {
     "multi_similarity": Variant("declared_large", **OF_PAIRS, quantities=4, loss=MultiSimilarity(2.0, 50.0, 0.5)),
     "decoupled": Variant("declared", **OF_PAIRS, loss=Decoupled()),
     "hard_negatives": Variant("declared_large", target="own", fused=True, quantities=6, loss=HardNegatives(1.0, 0.1)),
+    "sampled_softmax": Variant("declared_large", target="own", groups=True, fused=True, loss=SampledSoftmax()),
     "multi_positive": Variant("declared_large", **OF_PAIRS, fused=True, quantities=4, loss=MultiPositiveClip()),
 }
 
@@ -291,7 +301,7 @@ def _inputs(variant: Variant, query, key, row_table=None, column_table=None, gro
         ids(variant.target == "given", rows, torch.int64), ids(variant.groups, rows, group_dtype),
         ids(variant.groups, columns, group_dtype),
         16, variant.diagonal, row_table, column_table, variant.roles,
-        own=16 if variant.target == "own" else None,
+        own=16 if variant.target == "own" else None, values=variant.values(rows, columns),
     )  # fmt: skip
 
 

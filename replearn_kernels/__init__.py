@@ -38,11 +38,13 @@ from .pair_losses import (
     HardNegativeLoss,
     MultiPositiveClipLoss,
     MultiSimilarityLoss,
+    SampledSoftmaxLoss,
     circle_loss,
     decoupled_contrastive_loss,
     hard_negative_loss,
     multi_positive_clip_loss,
     multi_similarity_loss,
+    sampled_softmax_loss,
 )
 
 __version__ = "0.1.0"  # the package's: pyproject.toml reads it here
@@ -66,6 +68,7 @@ __all__ = [
     "NPairLoss",
     "NTXentLoss",
     "NegativeQueue",
+    "SampledSoftmaxLoss",
     "SigLipLoss",
     "SupConLoss",
     "TripletMarginLoss",
@@ -88,6 +91,7 @@ __all__ = [
     "multi_similarity_loss",
     "n_pair_loss",
     "nt_xent_loss",
+    "sampled_softmax_loss",
     "siglip_loss",
     "sup_con_loss",
     "triplet_margin_loss",

@@ -149,6 +149,79 @@ class Everything(PairLoss):
         return row.v / 10 + row.w
 
 
+@dataclass(frozen=True)
+class Graded(PairLoss):
+    """A batch by numbers of its rows: terms that are others seen from a pair's row than from its column."""
+
+    gamma: float = 3.0
+
+    batch, similarity, row_values = True, "cosine", ("grade", "weight")
+
+    def terms(self, s, pair):
+        near = abs(pair.row.grade - pair.column.grade) < 0.6
+        return {
+            "near": logsumexp(self.gamma * (pair.column.weight - s), where=near),
+            "far": logsumexp(self.gamma * s + pair.row.grade / 4, where=~near),
+            "above": total(s * s * pair.column.weight, where=near & (pair.row.grade > pair.column.grade)),
+        }
+
+    def loss(self, row):
+        near, far = (torch.where(term > -math.inf, term, 0) for term in (row.near, row.far))
+        return row.weight * F.softplus(near + far) + row.above
+
+    def counted(self, row):
+        return row.weight
+
+
+@dataclass(frozen=True)
+class OwnMargins(PairLoss):
+    """One sweep over the distances of a batch, where every row has a margin of its own."""
+
+    batch, similarity, row_values = True, "distance", ("margin",)
+
+    def terms(self, d, pair):
+        return {
+            "near": total(d * pair.column.margin, where=pair.same),
+            "far": total(relu(pair.row.margin - d) ** 2, where=pair.other),
+        }
+
+
+@dataclass(frozen=True)
+class Regression(PairLoss):
+    """One sweep over a batch, of terms that are the same from either side of a pair."""
+
+    batch, scaled, row_values = True, True, ("grade",)
+
+    def terms(self, logit, pair):
+        return {"error": total((logit - exp(-abs(pair.row.grade - pair.column.grade))) ** 2)}
+
+
+@dataclass(frozen=True)
+class Sampled(PairLoss):
+    """Queries and keys with values of either, in the terms of rows and columns and in the formula."""
+
+    scaled, symmetric, row_values, column_values = True, True, ("weight", "skipped"), ("log_q", "weight")
+
+    def terms(self, logit, pair):
+        corrected = logit - where(pair.target, 0, pair.column.log_q)
+        return {
+            "every": logsumexp(corrected, where=pair.target | (pair.row.skipped < 0.5)),
+            "own": total(logit, where=pair.target),
+        }
+
+    def loss(self, row, column):
+        return row.weight * (row.every - row.own) + column.weight * (column.every - column.own)
+
+    def counted(self, row):
+        return row.weight > 1.2
+
+
+def _numbers(labels: Tensor, count: int) -> list[Tensor]:
+    """Some numbers for every row: quarters from 1 on, in which rows of one label differ."""
+    place = torch.arange(len(labels), device=labels.device)
+    return [1 + ((place * (3 + 2 * k) + labels) % 6).double() / 4 for k in range(count)]
+
+
 def _everything(x, y, labels, scale, target):
     losses, a, b = [], 0.3, -0.4
     for i in range(len(x)):
@@ -240,6 +313,15 @@ def multi_positive(x, y, labels, scale):
     return _rows(x, losses), len(x)
 
 
+def sampled_softmax(x, y, labels, scale):
+    losses, (weight, surprise) = [], _numbers(labels, 2)
+    for i in range(len(x)):
+        corrected = scale * (y @ x[i]) + surprise
+        kept = [j for j in range(len(y)) if j == i or labels[j] != labels[i]]
+        losses.append(weight[i] * (corrected[kept].logsumexp(0) - corrected[i]))
+    return _rows(x, losses), weight.sum().item()
+
+
 def _clip(x, y, labels, scale):
     logits = scale * x @ y.t()
     rows = range(len(x))
@@ -283,6 +365,56 @@ def _squares(x, y, labels, scale, weight=0.7):
     return _rows(x, losses), counted
 
 
+def _graded(x, y, labels, scale, gamma=3.0):
+    s, losses = F.normalize(x, dim=1) @ F.normalize(x, dim=1).t(), []
+    grade, weight = _numbers(labels, 2)
+    for i in range(len(x)):
+        near = [j for j in range(len(x)) if j != i and abs(grade[i] - grade[j]) < 0.6]
+        far = [j for j in range(len(x)) if j != i and j not in near]
+        above = [j for j in near if grade[i] > grade[j]]
+        both = x.new_zeros(())
+        if near:
+            both = both + (gamma * (weight[near] - s[i, near])).logsumexp(0)
+        if far:
+            both = both + (gamma * s[i, far] + grade[i] / 4).logsumexp(0)
+        losses.append(weight[i] * _log1p_exp(both) + (s[i, above] ** 2 * weight[above]).sum())
+    return _rows(x, losses), weight.sum().item()
+
+
+def _own_margins(x, y, labels, scale):
+    d, losses, (margin,) = distances(x), [], _numbers(labels, 1)
+    for i in range(len(x)):
+        positives, negatives = others(labels.tolist(), i)
+        near, far = d[i, positives] * margin[positives], (margin[i] - d[i, negatives]).clamp(min=0)
+        losses.append(near.sum() + (far**2).sum())
+    return _rows(x, losses), len(x)
+
+
+def _regression(x, y, labels, scale):
+    logits, losses, (grade,) = scale * x @ x.t(), [], _numbers(labels, 1)
+    for i in range(len(x)):
+        kept = [j for j in range(len(x)) if j != i]
+        losses.append(((logits[i, kept] - (-(grade[i] - grade[kept]).abs()).exp()) ** 2).sum())
+    return _rows(x, losses), len(x)
+
+
+def _sampled(x, y, labels, scale):
+    logits, losses = scale * x @ y.t(), []
+    weight, skipped, log_q, column_weight = _sampled_numbers(labels)
+    everyone = range(len(x))
+    for i in everyone:
+        of_row = [logits[i, j] - (0 if j == i else log_q[j]) for j in everyone if j == i or not skipped[i]]
+        of_column = [logits[j, i] - (0 if j == i else log_q[i]) for j in everyone if j == i or not skipped[j]]
+        row, column = (torch.stack(v).logsumexp(0) - logits[i, i] for v in (of_row, of_column))
+        losses.append(weight[i] * row + column_weight[i] * column)
+    return _rows(x, losses), (weight > 1.2).sum().item()
+
+
+def _sampled_numbers(labels: Tensor) -> tuple[Tensor, ...]:
+    weight, skipped, log_q, column_weight = _numbers(labels, 4)
+    return weight, skipped > 1.4, log_q, column_weight
+
+
 # -- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +428,19 @@ def _of_pairs(loss: PairLoss, by_group: bool = False) -> Call:
         return fuse(loss, **k)(x, y, scale, **groups)
 
     return call
+
+
+def _with_numbers(loss: PairLoss) -> Call:
+    names = loss.row_values
+    return lambda x, y, labels, scale, **k: fuse(loss, **k)(
+        x, labels, *[scale] * loss.scaled, row_values=dict(zip(names, _numbers(labels, len(names))))
+    )
+
+
+def _call_sampled(x, y, labels, scale, **k):
+    weight, skipped, log_q, column_weight = _sampled_numbers(labels)
+    rows, columns = {"weight": weight, "skipped": skipped}, {"log_q": log_q, "weight": column_weight}
+    return fuse(Sampled(), **k)(x, y, scale, row_values=rows, column_values=columns)
 
 
 CASES = {
@@ -318,6 +463,13 @@ CASES = {
         lambda x, y, labels, scale, **k: rk.multi_positive_clip_loss(x, y, scale, image_group=labels, **k),
         multi_positive, True,
     ),
+    "sampled_softmax": Case(
+        lambda x, y, labels, scale, **k: rk.sampled_softmax_loss(
+            x, y, key_group=labels, key_log_probability=-_numbers(labels, 2)[1], query_weight=_numbers(labels, 1)[0],
+            logit_scale=scale, **k,
+        ),
+        sampled_softmax, True,
+    ),
     "toy clip": Case(_of_pairs(Clip()), _clip, True),
     "toy siglip": Case(_of_pairs(SigLip()), _siglip, True),
     "toy siglip by group": Case(
@@ -329,6 +481,10 @@ CASES = {
         _of_batch(Contrastive(1.3, squared=False)), lambda *inputs: _contrastive(*inputs, squared=False), batch=True
     ),
     "toy squares": Case(_of_batch(Squares()), _squares, batch=True),
+    "toy graded": Case(_with_numbers(Graded()), _graded, batch=True),
+    "toy own margins": Case(_with_numbers(OwnMargins()), _own_margins, batch=True),
+    "toy regression": Case(_with_numbers(Regression()), _regression, True, batch=True),
+    "toy sampled": Case(_call_sampled, _sampled, True),
     "toy everything": Case(
         _of_pairs(Everything(), by_group=True), lambda x, *rest: _everything(x, *rest, range(len(x))), True
     ),

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from declared_cases import Contrastive, Margin, SigLip, Squares
+from declared_cases import Contrastive, Graded, Margin, OwnMargins, Regression, Sampled, SigLip, Squares
 from torch import Tensor
 
 from replearn_kernels import (
@@ -22,6 +22,7 @@ from replearn_kernels import (
     multi_similarity_loss,
     n_pair_loss,
     nt_xent_loss,
+    sampled_softmax_loss,
     siglip_loss,
     sup_con_loss,
     triplet_margin_loss,
@@ -78,6 +79,11 @@ class Batch:
 
 SPREAD = ("x", "y", "own", "views", "labels", "target")
 DIFFERENTIABLE = ("x", "y", "own", "views", "scale", "bias", "queue")
+
+
+def numbers(b: Batch, *names: str) -> dict[str, Tensor]:
+    """For every row, some that nothing else depends on."""
+    return dict(zip(names, 1 + b.own.detach().flatten(1).t().tanh()))
 
 
 LOSSES = {
@@ -141,12 +147,30 @@ LOSSES = {
         b.x, b.y, beta=0.3, tau_plus=0.05, target=b.target, logit_scale=b.scale.detach(), **k
     ),
     "multi_positive": lambda b, **k: multi_positive_clip_loss(b.x, b.y, b.scale, image_group=b.labels, **k),
+    "sampled_softmax": lambda b, **k: sampled_softmax_loss(
+        b.x, b.y, key_group=b.labels, key_log_probability=-b.own.detach()[:, 0, 0].exp(),
+        query_weight=b.own.detach()[:, 1, 0].square(), logit_scale=b.scale, **k,
+    ),
+    "sampled_softmax_target": lambda b, **k: sampled_softmax_loss(
+        b.x, b.y, target=b.target, query_group=b.labels, key_group=b.labels, logit_scale=b.scale, **k
+    ),
     "declared_with_a_margin": lambda b, **k: fuse(Margin(), **k)(b.x, b.y, b.scale),
     "declared_in_one_sweep": lambda b, **k: fuse(SigLip(), **k)(
         b.x, b.y, b.scale, query_group=b.labels, key_group=b.labels
     ),
     "declared_over_distances": lambda b, **k: fuse(Contrastive(1.3), **k)(b.x, b.labels),
     "declared_mean_over_weights": lambda b, **k: fuse(Squares(), **k)(b.x, b.labels),
+    "declared_by_values": lambda b, **k: fuse(Graded(), **k)(b.x, row_values=numbers(b, "grade", "weight")),
+    "declared_in_one_sweep_by_values": lambda b, **k: fuse(Regression(), **k)(
+        b.x, None, b.scale, row_values=numbers(b, "grade")
+    ),
+    "declared_over_distances_by_values": lambda b, **k: fuse(OwnMargins(), **k)(
+        b.x, b.labels, row_values=numbers(b, "margin")
+    ),
+    "declared_by_values_of_both": lambda b, **k: fuse(Sampled(), **k)(
+        b.x, b.y, b.scale, target=b.target, row_values=numbers(b, "weight", "skipped"),
+        column_values=numbers(b, "log_q", "weight"),
+    ),
     "sup_con_views": lambda b, **k: sup_con_loss(b.views, temperature=0.3, **k),
 }
 

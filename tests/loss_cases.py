@@ -69,6 +69,10 @@ DECLARED = {
     "multi_positive": lambda x, y, labels, scale, **k: rk.multi_positive_clip_loss(
         x, y, scale, image_group=labels, **k
     ),
+    "sampled_softmax": lambda x, y, labels, scale, **k: rk.sampled_softmax_loss(
+        x, y, key_log_probability=-(torch.arange(len(y), device=y.device) % 5).double(), query_weight=1.0 + labels % 3,
+        logit_scale=scale, **k,
+    ),
 }
 """Without passes in C++."""
 CASES |= DECLARED

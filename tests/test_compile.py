@@ -33,6 +33,7 @@ from replearn_kernels import (
     multi_similarity_loss,
     n_pair_loss,
     nt_xent_loss,
+    sampled_softmax_loss,
     siglip_loss,
     sup_con_loss,
     triplet_margin_loss,
@@ -66,6 +67,9 @@ LOSSES = {
     ),
     "multi_positive": lambda x, y, labels, s: multi_positive_clip_loss(
         x, y, s, image_group=labels, memory_budget=BUDGET
+    ),
+    "sampled_softmax": lambda x, y, labels, s: sampled_softmax_loss(
+        x, y, key_group=labels, key_log_probability=-y.detach()[:, 0].exp(), logit_scale=s, memory_budget=BUDGET
     ),
     "n_pair": lambda x, y, labels, s: n_pair_loss(x, y, labels=labels, memory_budget=BUDGET),
     "nt_xent": lambda x, y, labels, s: nt_xent_loss(x, y, temperature=s, memory_budget=BUDGET),

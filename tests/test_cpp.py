@@ -121,7 +121,7 @@ def test_softmax_passes_equal_the_plain_pytorch_ones(rows, columns, dtype, scale
     for _ in range(2):
         s = strided_tile(rows, columns, dtype)
         objective.update_statistics(s.clone(), pairs, *expected)
-        ops.softmax_statistics_(s.clone(), *pairs, *objective.roles, *ours)
+        ops.softmax_statistics_(s.clone(), *pairs.of_any_loss, *objective.roles, *ours)
     for a, b in zip(ours, expected):
         assert (a is None) == (b is None)
         if a is not None:
@@ -139,11 +139,11 @@ def test_softmax_passes_equal_the_plain_pytorch_ones(rows, columns, dtype, scale
     if pairs.diagonal:
         column_table = row_table
     a, b = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, columns, dtype=dtype)
-    ops.softmax_weights_(s.clone(), a, *pairs, *objective.roles, row_table, column_table)
+    ops.softmax_weights_(s.clone(), a, *pairs.of_any_loss, *objective.roles, row_table, column_table)
     objective.weights(s.clone(), b, pairs, row_table, column_table)
     torch.testing.assert_close(a, b, **CLOSE[dtype])
     in_place = s.clone()
-    ops.softmax_weights_(in_place, in_place, *pairs, *objective.roles, row_table, column_table)
+    ops.softmax_weights_(in_place, in_place, *pairs.of_any_loss, *objective.roles, row_table, column_table)
     assert torch.equal(in_place, a)
 
 
@@ -159,8 +159,8 @@ def test_sigmoid_pass_equals_the_plain_pytorch_one(rows, columns, dtype, scale, 
     for table in tables:
         table[2] = torch.linspace(-1, 2, rows, dtype=dtype)
     ours, expected = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, columns, dtype=dtype)
-    ops.sigmoid_statistics_(s, *pairs, tables[0], None)
-    ops.sigmoid_weights_(s, ours, *pairs, tables[1], None)
+    ops.sigmoid_statistics_(s, *pairs.of_any_loss, tables[0], None)
+    ops.sigmoid_weights_(s, ours, *pairs.of_any_loss, tables[1], None)
     objective.weights(s, expected, pairs, tables[2], None)
     torch.testing.assert_close(ours, expected, **CLOSE[dtype])
     torch.testing.assert_close(tables[0], tables[2], **CLOSE[dtype])

@@ -69,7 +69,7 @@ def test_distances_and_their_chain(rows, columns, dtype, squared, d):
     objective, like = MarginContrastive(1.0), torch.empty((), dtype=dtype)
     _, pairs = sample(rows, columns, dtype)
     tables = [objective.new_statistics(n, n, like)[0] for n in (rows, columns)]
-    ops.margin_contrastive_statistics_(ours, *pairs, *objective.roles, *tables, *points[:5])
+    ops.margin_contrastive_statistics_(ours, *pairs.of_any_loss, *objective.roles, *tables, *points[:5])
     distances.negative_distances_(expected, points)
     exact = -(x.double().unsqueeze(1) - y.double()).square().sum(2)
     exact = exact if squared else -(-exact).sqrt()
@@ -90,7 +90,8 @@ def test_distances_and_their_chain(rows, columns, dtype, squared, d):
         given = expected.clone() if formed else products.clone()
         d_rows, d_columns = ours_gradient[:rows], None if diagonal else ours_gradient[rows:]
         ops.margin_contrastive_weights_(
-            given, out, *pairs, *objective.roles, *(t.clone() for t in tables), *points[:5], formed, x, d_rows,
+            given, out, *pairs.of_any_loss, *objective.roles, *(t.clone() for t in tables), *points[:5], formed, x,
+            d_rows,
             None if diagonal else y, d_columns,
         )  # fmt: skip
         torch.testing.assert_close(out, w, **CLOSE[dtype])
@@ -112,7 +113,7 @@ def test_hardest_pairs(rows, columns, dtype, nan):
     v, pairs = sample(rows, columns, dtype, nan)
     v = v.round(decimals=1)  # many ties
     tables = []
-    for run in (lambda *a: ops.hardest_statistics_(a[0], *pairs, *a[2:]), objective.update_statistics):
+    for run in (lambda *a: ops.hardest_statistics_(a[0], *pairs.of_any_loss, *a[2:]), objective.update_statistics):
         row, column = tables_of(lambda n: objective.new_statistics(n, n, like)[0], rows, columns, pairs.diagonal)  # noqa: B023
         if column is not None:
             column[4] += 1000
@@ -173,7 +174,7 @@ def test_semi_hard(rows, columns, dtype, most):
     ours = tables_of(new, rows, columns, pairs.diagonal)
     expected = [None if table is None else table.clone() for table in ours]
     for tile in (v, v - 0.5):
-        ops.semi_hard_statistics_(tile, *pairs, *ours)
+        ops.semi_hard_statistics_(tile, *pairs.of_any_loss, *ours)
         objective.update_statistics(tile, pairs, *expected)
     for a, b in zip(ours, expected):
         assert a is None or torch.equal(a, b)
@@ -188,13 +189,13 @@ def check_pass(objective, v, pairs, like, new):
     ours, expected = ([None if t is None else t.clone() for t in tables] for _ in "ab")
     family = objective.family
     for tile in (v, v * 0.7):
-        getattr(ops, f"{family}_statistics_")(tile, *pairs, *objective.roles, *ours)
+        getattr(ops, f"{family}_statistics_")(tile, *pairs.of_any_loss, *objective.roles, *ours)
         objective.update_statistics(tile, pairs, *expected)
     compare(ours, expected, like.dtype)
 
     columns = [t if t is not None else r for t, r in zip((ours[1], expected[1]), (ours[0], expected[0]))]
     a, b = torch.empty_like(v), torch.empty_like(v)
-    getattr(ops, f"{family}_weights_")(v, a, *pairs, *objective.roles, ours[0], columns[0])
+    getattr(ops, f"{family}_weights_")(v, a, *pairs.of_any_loss, *objective.roles, ours[0], columns[0])
     objective.weights(v, b, pairs, expected[0], columns[1])
     for w in (a, b):
         w.masked_fill_(v.isnan(), 0)  # NaN or not: the loss says so
@@ -225,13 +226,14 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype):
             if isinstance(objective, BatchAll):
                 tables = [torch.cat([t, t[:1] + 1.5, t[:1]]) for t in tables]
             s = points.rows @ points.columns.t()
-            getattr(ops, f"{objective.family}_statistics_")(s, *pairs, *objective.roles, *tables, *points[:5])
+            told = pairs.of_any_loss
+            getattr(ops, f"{objective.family}_statistics_")(s, *told, *objective.roles, *tables, *points[:5])
             out += [s, *tables]
             if objective.sweeps_gradients:
                 w, d_rows, d_columns = (torch.zeros_like(t) for t in (s, points.rows, points.columns))
                 to = True, points.rows, d_rows, points.columns, d_columns
                 native_pass = getattr(ops, f"{objective.family}_weights_")
-                native_pass(s, w, *pairs, *objective.roles, *tables, *points[:5], *to)
+                native_pass(s, w, *told, *objective.roles, *tables, *points[:5], *to)
                 out += [w, d_rows, d_columns]
         return out
 
@@ -302,18 +304,19 @@ def test_every_instruction_set_gives_the_same():
 
 def test_operators_refuse_what_would_read_out_of_bounds():
     v, pairs = sample(4, 6, torch.float32)
+    told = pairs.of_any_loss
     x, y, points = points_of(4, 6, 3, torch.float32, False, False)
-    without = pairs._replace(row_group=None, column_group=None)
+    without = pairs._replace(row_group=None, column_group=None).of_any_loss
 
     def tables(quantities, rows=4, columns=6):
         return torch.zeros(quantities, rows), torch.zeros(quantities, columns)
 
     def over(**wrong):
-        ops.hardest_statistics_(v, *pairs, *tables(5), *points._replace(**wrong)[:5])
+        ops.hardest_statistics_(v, *told, *tables(5), *points._replace(**wrong)[:5])
 
     def chain(out, *gradients):
         out = v if out is None else torch.empty_like(out)
-        ops.margin_contrastive_weights_(v, out, *pairs, 1.0, True, *tables(2), *points[:5], *gradients)
+        ops.margin_contrastive_weights_(v, out, *told, 1.0, True, *tables(2), *points[:5], *gradients)
 
     for call, message in [
         (lambda: over(rows=x[:3]), "rows must have 4 rows, got 3"),
@@ -324,8 +327,8 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         (lambda: over(row_squares=torch.zeros(3)), "row_squares must be .* 4"),
         (lambda: over(row_squares=None), "row_squares must be"),
         (lambda: over(column_squares=torch.zeros(12)[::2]), "contiguous"),
-        (lambda: ops.hardest_statistics_(v, *pairs._replace(diagonal=True), *tables(5)), "square"),
-        (lambda: ops.hardest_statistics_(v.half(), *pairs, *tables(5)), "float32 or float64"),
+        (lambda: ops.hardest_statistics_(v, *pairs._replace(diagonal=True).of_any_loss, *tables(5)), "square"),
+        (lambda: ops.hardest_statistics_(v.half(), *told, *tables(5)), "float32 or float64"),
         (lambda: chain(v), "row_points is needed"),
         (lambda: chain(v, False, x, x[:3]), "d_rows must have 4 rows, got 3"),
         (lambda: chain(v, False, x, x.clone()), "column_points is needed"),
@@ -333,23 +336,23 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         (lambda: chain(v, False, x, x.clone(), y, y[:, :2].clone()), "d_columns must have 3 columns, got 2"),
         (lambda: chain(None, False, x, x.clone(), y, y.clone()), "out must not be v"),
         (lambda: ops.hardest_statistics_(v, *without, *tables(5)), "groups are needed"),
-        (lambda: ops.hardest_statistics_(v, *pairs, *tables(4)), "row_table must have 5 rows, got 4"),
-        (lambda: ops.hardest_statistics_(v, *pairs, tables(5)[0], None), "off the diagonal needs a column_table"),
-        (lambda: ops.hardest_statistics_(v, *pairs, *tables(5, columns=5)), "column_table must have 6 columns"),
-        (lambda: ops.hardest_statistics_(v, *pairs._replace(row_group=pairs.row_group[:3]), *tables(5)), "row_group"),
+        (lambda: ops.hardest_statistics_(v, *told, *tables(4)), "row_table must have 5 rows, got 4"),
+        (lambda: ops.hardest_statistics_(v, *told, tables(5)[0], None), "off the diagonal needs a column_table"),
+        (lambda: ops.hardest_statistics_(v, *told, *tables(5, columns=5)), "column_table must have 6 columns"),
+        (lambda: ops.hardest_statistics_(v, *told[:3], pairs.row_group[:3], *told[4:], *tables(5)), "row_group"),
         (lambda: ops.margin_contrastive_statistics_(v, *without, 1.0, True, *tables(2)), "groups are needed"),
-        (lambda: ops.margin_contrastive_statistics_(v, *pairs, 1.0, True, *tables(3)), "row_table must have 2 rows"),
-        (lambda: ops.margin_contrastive_weights_(v, v[:, :5].clone(), *pairs, 1.0, True, *tables(2)), "out must have"),
-        (lambda: ops.margin_contrastive_weights_(v, v.clone(), *pairs, 1.0, True, *tables(2, rows=3)), "row_table"),
+        (lambda: ops.margin_contrastive_statistics_(v, *told, 1.0, True, *tables(3)), "row_table must have 2 rows"),
+        (lambda: ops.margin_contrastive_weights_(v, v[:, :5].clone(), *told, 1.0, True, *tables(2)), "out must have"),
+        (lambda: ops.margin_contrastive_weights_(v, v.clone(), *told, 1.0, True, *tables(2, rows=3)), "row_table"),
         (lambda: ops.batch_all_statistics_(v, *without, 1.0, *tables(2)), "groups are needed"),
-        (lambda: ops.batch_all_statistics_(v, *pairs, 1.0, *tables(3)), r"row_table must have 2 \+ 2 p rows"),
-        (lambda: ops.batch_all_statistics_(v, *pairs, 1.0, *tables(4, columns=7)), "column_table must have 6 columns"),
+        (lambda: ops.batch_all_statistics_(v, *told, 1.0, *tables(3)), r"row_table must have 2 \+ 2 p rows"),
+        (lambda: ops.batch_all_statistics_(v, *told, 1.0, *tables(4, columns=7)), "column_table must have 6 columns"),
         (lambda: ops.semi_hard_statistics_(v, *without, *tables(3)), "groups are needed"),
-        (lambda: ops.semi_hard_statistics_(v, *pairs, *tables(5)), r"row_table must have 3 \+ 3 p rows"),
-        (lambda: ops.semi_hard_statistics_(v, *pairs, *tables(6, columns=7)), "column_table must have 6 columns"),
-        (lambda: ops.semi_hard_statistics_(v, *pairs, tables(6)[0], None), "off the diagonal needs a column_table"),
-        (lambda: ops.batch_all_weights_(v, v, *pairs, 1.0, *tables(4)), "out must not be v"),
-        (lambda: ops.batch_all_weights_(v, v.double(), *pairs, 1.0, *tables(4)), "out must have the tile's dtype"),
+        (lambda: ops.semi_hard_statistics_(v, *told, *tables(5)), r"row_table must have 3 \+ 3 p rows"),
+        (lambda: ops.semi_hard_statistics_(v, *told, *tables(6, columns=7)), "column_table must have 6 columns"),
+        (lambda: ops.semi_hard_statistics_(v, *told, tables(6)[0], None), "off the diagonal needs a column_table"),
+        (lambda: ops.batch_all_weights_(v, v, *told, 1.0, *tables(4)), "out must not be v"),
+        (lambda: ops.batch_all_weights_(v, v.double(), *told, 1.0, *tables(4)), "out must have the tile's dtype"),
     ]:  # fmt: skip
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -360,6 +363,6 @@ def test_lifted_takes_the_softmax_passes():
     v, pairs = sample(65, 65, torch.float64)
     objective = Lifted()
     ours, expected = (objective.new_statistics(65, 65, v)[0] for _ in "ab")
-    ops.softmax_statistics_(v.clone(), *pairs, *objective.roles, ours, None)
+    ops.softmax_statistics_(v.clone(), *pairs.of_any_loss, *objective.roles, ours, None)
     objective.update_statistics(v, pairs, expected, None)
     torch.testing.assert_close(ours[:2], expected[:2], rtol=1e-13, atol=1e-13)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from declared_cases import Contrastive, Everything
+from declared_cases import Contrastive, Everything, Graded
 from metric_cases import small_batch_tiles
 
 import replearn_kernels as rk
@@ -40,6 +40,7 @@ from replearn_kernels.declare.cpp_source import source_of
 from replearn_kernels.declare.objective import objective_of
 from replearn_kernels.engine import native
 from replearn_kernels.engine.backends import warn_without_passes
+from replearn_kernels.engine.problem import Pairs
 from replearn_kernels.pair_losses.circle import Circle
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"cpp backend: {native.why_missing()}")
@@ -54,8 +55,9 @@ namespace {{
 template <typename T>
 struct Loss {{
   static constexpr int kTerms = 2, kParameters = 2;
+  static constexpr int kRowValues = 0, kColumnValues = 0;
   static constexpr bool kIsTotal[] = {{false, false}}, kHasSlope[] = {{true, true}};
-  static constexpr bool kOneSweep = false;
+  static constexpr bool kOneSweep = false, kHasSides = false;
   T sign[kTerms], steepness[kTerms];  // of the terms' factors
   T number_0;
   T number_1;
@@ -80,7 +82,7 @@ struct Loss {{
   }}
 
   template <bool Slopes>
-  void of(const Pairs<T>& pair, Vec<T>* rest, Bits<T>* over, Vec<T>* slope) const {{
+  void of(const Pairs<T, kRowValues, kColumnValues>& pair, Vec<T>* rest, Bits<T>* over, Vec<T>* slope) const {{
     const Vec<T> s = pair.s;
     (void)s;
     const auto x0 = relu<T>((number_0 - s));
@@ -145,11 +147,10 @@ def test_functions_of_any_number(dtype, a):
     s = torch.tensor([*ordinary, *SPECIAL], dtype=dtype)
     objective = objective_of(Functions())(False, [a])
     tables = [objective.new_statistics(len(s), 1, s) for _ in range(2)]
-    from replearn_kernels.engine.problem import Pairs
-
     pairs = Pairs(1.0, 0.0, None, None, None, 0, False)
     objective.update_statistics(s.unsqueeze(1), pairs, *tables[0])
-    torch.ops.replearn_kernels.declared_statistics_(s.unsqueeze(1), *pairs, *objective.native_roles(dtype), *tables[1])
+    roles = objective.native_roles(dtype, pairs)
+    torch.ops.replearn_kernels.declared_statistics_(s.unsqueeze(1), *pairs.of_any_loss, *roles, *tables[1])
     smallest = torch.finfo(dtype).smallest_normal
     for term, of_torch, ours in zip(FUNCTIONS, tables[0][0], tables[1][0]):
         of_torch = torch.where(of_torch.abs() < smallest, 0, of_torch)  # which vectors take for 0
@@ -523,20 +524,41 @@ class TestOperators:
         tables = torch.zeros(3, 4), None
         with pytest.raises(RuntimeError, match="there are no passes 123456"):
             parameters = torch.zeros(0, dtype=torch.float64)
-            self.ops.declared_statistics_(torch.zeros(4, 4), *self.pairs, 123456, parameters, *tables)
+            self.ops.declared_statistics_(torch.zeros(4, 4), *self.pairs, 123456, parameters, None, None, *tables)
 
     def test_of_another_dtype_or_shape(self):
-        objective = objective_of(Small())(False, [])
-        number, parameters = objective.native_roles(torch.float32)
+        number, parameters = self.roles_of(Small())
         with pytest.raises(RuntimeError, match="of another dtype"):
             s = torch.zeros(4, 4, dtype=torch.float64)
-            self.ops.declared_statistics_(s, *self.pairs, number, parameters, s, None)
+            self.ops.declared_statistics_(s, *self.pairs, number, parameters, None, None, s, None)
+        s, table = torch.zeros(4, 4), torch.zeros(3, 4)
         with pytest.raises(RuntimeError, match="row_table must have 3 rows, got 2"):
-            self.ops.declared_statistics_(torch.zeros(4, 4), *self.pairs, number, parameters, torch.zeros(2, 4), None)
+            self.ops.declared_statistics_(s, *self.pairs, number, parameters, None, None, table[:2], None)
         with pytest.raises(RuntimeError, match="parameters must be a contiguous float64 CPU tensor with 0 entries"):
-            self.ops.declared_statistics_(
-                torch.zeros(4, 4), *self.pairs, number, torch.zeros(1, dtype=torch.float64), torch.zeros(3, 4), None
-            )
+            one = torch.zeros(1, dtype=torch.float64)
+            self.ops.declared_statistics_(s, *self.pairs, number, one, None, None, table, None)
+
+    def roles_of(self, loss):
+        pairs = Pairs(*self.pairs)
+        return objective_of(loss)(False, list(vars(loss).values())).native_roles(torch.float32, pairs)[:2]
+
+    @pytest.mark.parametrize(
+        ("rows", "columns", "message"),
+        [
+            (None, torch.zeros(2, 3), "row_values must be a tensor of 2 values, or none"),
+            (torch.zeros(2, 4), None, "column_values must be a tensor of 2 values, or none"),
+            (torch.zeros(1, 4), torch.zeros(2, 3), "row_values must have 2 rows, got 1"),
+            (torch.zeros(2, 4), torch.zeros(2, 4), "column_values must have 3 columns, got 4"),
+            (torch.zeros(2, 4), torch.zeros(2, 3).double(), "column_values must have the tile's dtype"),
+        ],
+    )
+    def test_of_other_values(self, rows, columns, message):
+        number, parameters = self.roles_of(Graded())
+        s, tables = torch.zeros(4, 3), (torch.zeros(5, 4), None)
+        with pytest.raises(RuntimeError, match=message):
+            self.ops.declared_statistics_(s, *self.pairs, number, parameters, rows, columns, *tables)
+        with pytest.raises(RuntimeError, match=message):
+            self.ops.declared_weights_(s, s, *self.pairs, number, parameters, rows, columns, *tables)
 
     def test_of_no_library(self, tmp_path):
         with pytest.raises(RuntimeError, match="could not load"):

@@ -246,8 +246,8 @@ def test_a_program_without_its_loss_says_so():
     scale = torch.ones(())
     with pytest.raises(RuntimeError, match="calls the declared loss 'Nowhere-1'.*fuse it first"):
         torch.ops.replearn_kernels.pair_loss(
-            torch.ones(2, 2), [torch.ones(2, 2)], None, None, None, None, scale, None, "Nowhere-1", [0.0], "mean",
-            "torch", 0, [0, 0, 0], False,
+            torch.ones(2, 2), [torch.ones(2, 2)], None, None, None, None, scale, None, None, None,
+            "Nowhere-1", [0.0], "mean", "torch", 0, [0, 0, 0], False,
         )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def arguments(symmetric, reduction, memory_budget, backend, own=False, any_size=
     needs_grad = [True] * (5 if own else 4)
     return (
         query, [key, queue], negatives, torch.tensor([0, 6, 2, 2, 1]), None, None,
-        torch.tensor(2.0, requires_grad=True), None,
+        torch.tensor(2.0, requires_grad=True), None, None, None,
         "softmax", [float(symmetric), 0.1, 0.0, 0.0], reduction, backend, memory_budget, needs_grad, any_size,
     )  # fmt: skip
 
@@ -52,19 +52,21 @@ def family_arguments(name, reduction, backend, any_size=False):
     query, key = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
     rows, columns = torch.tensor([0, 0, 1, -2, 1, 9]), torch.tensor([0, 1, 1, 5, -2, -2, 0])
     scale, bias = (torch.tensor(x, requires_grad=True) for x in (2.0, -1.0))
-    options = (reduction, backend, 0)
+    options, none = (reduction, backend, 0), (None, None, None)  # no bias, nor values
     arguments = {
         "moco": (
-            query, [key], torch.randn(6, 1, 5, requires_grad=True), None, None, None, scale, None,
+            query, [key], torch.randn(6, 1, 5, requires_grad=True), None, None, None, scale, *none,
             "softmax", [0.0, 0.1, 0.0, 1.0], *options, [True] * 4,
         ),
-        "sup_con": (query, [], None, None, rows, None, scale, None, "sup_con", [0.0], *options, [True] * 2),
-        "sigmoid": (query, [key], None, None, None, None, scale, bias, "sigmoid", [0.0], *options, [True] * 4),
-        "groups": (query, [key], None, None, rows, columns, scale, bias, "sigmoid", [1.0], *options, [True] * 4),
-        "margin": (query, [key], None, rows.abs() % 7, None, None, scale.detach(), None, "margin_softmax", [0.5, 1.0],
+        "sup_con": (query, [], None, None, rows, None, scale, *none, "sup_con", [0.0], *options, [True] * 2),
+        "sigmoid": (query, [key], None, None, None, None, scale, bias, *none[1:], "sigmoid", [0.0], *options,
+                    [True] * 4),
+        "groups": (query, [key], None, None, rows, columns, scale, bias, *none[1:], "sigmoid", [1.0], *options,
+                   [True] * 4),
+        "margin": (query, [key], None, rows.abs() % 7, None, None, scale.detach(), *none, "margin_softmax", [0.5, 1.0],
                    *options, [True, True, False]),
         **{
-            objective: (query, [], None, None, rows, None, scale.detach(), None, objective, parameters, *options,
+            objective: (query, [], None, None, rows, None, scale.detach(), *none, objective, parameters, *options,
                         [True, False])
             for objective, parameters in OVER_DISTANCES.items()
         },
@@ -96,9 +98,8 @@ def test_opcheck_of_one_tile_where_not_all_is_needed(wanted, backend):
     inputs[wanted].requires_grad_()
     query, key, scale = inputs
     config = ("softmax", [1.0, 0.0, 0.0, 0.0], "mean", backend, 2**20, [i == wanted for i in range(3)], False)
-    torch.library.opcheck(
-        torch.ops.replearn_kernels.pair_loss.default, (query, [key], None, None, None, None, scale, None, *config)
-    )
+    given = query, [key], None, None, None, None, scale, None, None, None, *config
+    torch.library.opcheck(torch.ops.replearn_kernels.pair_loss.default, given)
 
 
 def test_opcheck_tile_passes():
@@ -131,7 +132,7 @@ def test_opcheck_tile_passes():
 
 
 def test_opcheck_of_the_checks_of_a_compiled_formula():
-    query, keys, own, target, *others = arguments(True, "mean", 0, "eager")[:8]
+    query, keys, own, target, *others = arguments(True, "mean", 0, "eager")[:10]
     for given in ((keys, target, *others, "softmax"), ([], None, *others, "sup_con")):
         inputs = query, given[0], None, *given[1:]
         torch.library.opcheck(torch.ops.replearn_kernels.checked_rows.default, inputs)

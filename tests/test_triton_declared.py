@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
-from declared_cases import CASES, Clip, Contrastive, inputs_of, leaves_of, value_and_gradients
+from declared_cases import CASES, Clip, Contrastive, Graded, inputs_of, leaves_of, value_and_gradients
 from metric_cases import LABELS
 from test_declare_expressions import Random
-from triton_harness import DTYPES, SMALL_BLOCKS, blocks_for, gpu, interpreter, relative_error, tolerance
+from triton_harness import DTYPES, SMALL_BLOCKS, aot, blocks_for, gpu, interpreter, relative_error, tolerance
 
+from bench.triton_resources import Case, measure
+from bench.triton_variants import VARIANTS, Variant
 from replearn_kernels.declare import fuse
 from replearn_kernels.declare.objective import objective_of
 from replearn_kernels.triton_kernels.configs import use_config
@@ -99,6 +101,16 @@ def test_the_text_of_clip_is_pinned():
     assert text == PINNED
 
 
+class TestCompiled:
+    pytestmark = aot
+
+    @pytest.mark.parametrize("kernel", ["statistics", "weights"])
+    def test_terms_seen_from_either_side_spill_nothing(self, kernel, monkeypatch):
+        variant = Variant("declared_large", groups=True, columns=True, quantities=5, loss=Graded())
+        monkeypatch.setitem(VARIANTS, "toy graded", variant)
+        assert measure(Case("toy graded", kernel, "bf16", "sm_90")).problems() == []
+
+
 class TestGPU:
     pytestmark = gpu
 
@@ -135,7 +147,9 @@ from replearn_kernels.triton_kernels.declared import (
     every_pairs, fold, maximum, merged, minimum, other_pairs, rate_of, relu, same_pairs, share, sigmoid, signed,
     softplus, target_pairs,
 )
-from replearn_kernels.triton_kernels.tiles import LOWEST, Epilogue, table_quantity
+from replearn_kernels.triton_kernels.tiles import (
+    LOWEST, Epilogue, table_quantity, value_of_columns, value_of_rows,
+)
 
 
 @triton.jit
@@ -180,5 +194,5 @@ def weights(s, row, column, inputs):
     return w
 
 
-EPILOGUE = Epilogue("declared", empty, reduce, merge, weights, takes_roles=False, folds_columns=False, additive=False)
+EPILOGUE = Epilogue("declared", empty, reduce, merge, weights, takes_roles=False, takes_values=False, folds_columns=False, additive=False)
 """  # noqa: E501

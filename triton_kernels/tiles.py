@@ -46,6 +46,7 @@ class Epilogue:
     merge: Callable
     weights: Callable | None = None
     takes_roles: bool = False  # of the objective, as ``inputs.role_0``, ...
+    takes_values: bool = False  # which the call gives for rows and columns: :func:`value_of_rows`, ...
     reads_tables: bool = False  # ``reduce`` reads the tables that its statistics go to, as ``inputs.row_table``, ...
     folds_columns: bool = False  # where one sweep does all, statistics of the columns come with W too
     per_part: int = 0  # positives of a row, if the tables tell of each, that one launch sees
@@ -100,9 +101,13 @@ class TileInputs(NamedTuple):
     @classmethod
     def of(
         cls, shape, scale, bias=0.0, target=None, row_group=None, column_group=None, first_column=0, diagonal=False,
-        row_table=None, column_table=None, roles=(), reference=None, own=None,
+        row_table=None, column_table=None, roles=(), reference=None, own=None, values=None,
     ) -> TileInputs:  # fmt: skip
-        """Scalars are numbers (on a GPU only a bias of 0) or 0-d tensors; tables may have any row stride."""
+        """Scalars are numbers (on a GPU only a bias of 0) or 0-d tensors; tables may have any row stride.
+
+        ``values``: of an epilogue that takes them, (of rows, of columns): fp32 ``[values, rows]`` and ``[values,
+        columns]``, or None.
+        """
         if not isinstance(bias, Tensor):
             bias = scalar(bias) if bias else None
         row_stride, column_stride = (0 if table is None else table.stride(0) for table in (row_table, column_table))
@@ -110,18 +115,24 @@ class TileInputs(NamedTuple):
             *shape, scalar(scale), bias, target, own, row_group, column_group, first_column, int(diagonal),
             row_table, row_stride, column_table, column_stride, reference,
         )  # fmt: skip
-        return _with_roles(len(roles))._make((*fields, *map(float, roles))) if roles else cls._make(fields)
+        if not roles and values is None:
+            return cls._make(fields)
+        if values is not None:
+            of_rows, of_columns = ((None, 0) if table is None else (table, table.stride(0)) for table in values)
+            fields = *fields, *of_rows, *of_columns
+        return _with_more(len(roles), values is not None)._make((*fields, *map(float, roles)))
 
     @property
     def roles(self) -> tuple[float, ...]:
         """The objective's, ``role_0``, ``role_1``, ...: of an epilogue that takes them; a bool is 0 or 1."""
-        return self[len(TileInputs._fields) :]
+        return tuple(value for name, value in zip(self._fields, self) if name.startswith("role_"))
 
 
 @cache
-def _with_roles(count: int) -> type[TileInputs]:
-    """The inputs of an epilogue that takes so many roles: fields of their own, as no tuple may hold another."""
-    inputs = namedtuple("TileInputs", (*TileInputs._fields, *(f"role_{k}" for k in range(count))))
+def _with_more(roles: int, with_values: bool) -> type[TileInputs]:
+    """The inputs of an epilogue that takes more: in fields of their own, as no tuple may hold another."""
+    values = ("row_values", "row_values_stride", "column_values", "column_values_stride") if with_values else ()
+    inputs = namedtuple("TileInputs", (*TileInputs._fields, *values, *(f"role_{k}" for k in range(roles))))
     inputs.roles = TileInputs.roles  # no class derived from it: Triton reads the fields off the class itself
     return inputs
 
@@ -161,6 +172,18 @@ def table_quantity(row, column, inputs, QUANTITY: tl.constexpr, AXIS: tl.constex
         return load_vector(inputs.row_table + QUANTITY * inputs.row_stride, row, inputs.rows)
     else:
         return load_vector(inputs.column_table + QUANTITY * inputs.column_stride, column, inputs.columns)
+
+
+@triton.jit
+def value_of_rows(row, inputs, VALUE: tl.constexpr):
+    """A value that the call gives for every row, which the epilogue takes."""
+    return load_vector(inputs.row_values + VALUE * inputs.row_values_stride, row, inputs.rows)
+
+
+@triton.jit
+def value_of_columns(column, inputs, VALUE: tl.constexpr):
+    """A value that the call gives for every column."""
+    return load_vector(inputs.column_values + VALUE * inputs.column_values_stride, column, inputs.columns)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ namespace {
 
 using replearn::DeclaredNumbers;
 using replearn::DeclaredTable;
+using replearn::DeclaredValues;
 using replearn::Group;
 using replearn::kSlabRows;
 using replearn::Tile;
@@ -19,11 +20,12 @@ using replearn::Tile;
 #include "vector.h"
 #include "vector_loops.inl"
 
-// A vector of similarities, and which of its lanes are pairs, and of which kind.
-template <typename T>
+// A vector of similarities, which of its lanes are pairs, and of which kind, and the values of their rows and columns.
+template <typename T, int RowValues, int ColumnValues>
 struct Pairs {
   Vec<T> s;
   Bits<T> every, target, same, other;
+  Vec<T> row[RowValues + 1], column[ColumnValues + 1];
 };
 
 template <typename T>

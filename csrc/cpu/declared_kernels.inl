@@ -30,9 +30,10 @@ inline Bits<T> columns_of(Part part) {
   return lane_index<T>(0) < Bits<T>{} + static_cast<Group<T>>(part.count);
 }
 
-template <typename T, typename Count>
-inline Pairs<T> pairs_of(const Tile<T>& tile, int64_t i, int64_t j, Count count) {
-  Pairs<T> pairs;
+// One row and a vector of columns; SeenFromColumns: with the values of row and columns exchanged.
+template <bool SeenFromColumns, typename T, typename Count>
+inline auto pairs_of(const Tile<T>& tile, DeclaredValues<T> given, int64_t i, int64_t j, Count count) {
+  Pairs<T, Terms::kRowValues, Terms::kColumnValues> pairs;
   pairs.s = load(tile.s + i * tile.stride + j, count);
   const Bits<T> lane = lane_index<T>(0);
   pairs.every = columns_of<T>(count);
@@ -44,6 +45,10 @@ inline Pairs<T> pairs_of(const Tile<T>& tile, int64_t i, int64_t j, Count count)
   }
   pairs.same = tile.row_group ? pairs.every & same_group<T>(tile.row_group[i], tile.column_group, j, count) : pairs.target;
   pairs.other = pairs.every & ~pairs.same;
+  for (int k = 0; k < Terms::kRowValues; ++k)
+    pairs.row[k] = SeenFromColumns ? load(given.columns[k] + j, count) : splat<T>(given.rows[k][i]);
+  for (int k = 0; k < Terms::kColumnValues; ++k)
+    pairs.column[k] = SeenFromColumns ? splat<T>(given.rows[k][i]) : load(given.columns[k] + j, count);
   return pairs;
 }
 
@@ -54,13 +59,14 @@ struct Values {
   Bits<T> over[kTerms][R];
 };
 
-template <bool Slopes, int R, typename T, typename Count>
-inline Values<T, R> values_of(const Loss<T>& loss, const Tile<T>& tile, int64_t first, int64_t j, Count count) {
+template <bool Slopes, int R, bool SeenFromColumns = false, typename T, typename Count>
+inline Values<T, R> values_of(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, int64_t first,
+                              int64_t j, Count count) {
   Values<T, R> values;
   for (int r = 0; r < R; ++r) {
     Vec<T> rest[kTerms], slope[kTerms];
     Bits<T> over[kTerms];
-    loss.template of<Slopes>(pairs_of<T>(tile, first + r, j, count), rest, over, slope);
+    loss.template of<Slopes>(pairs_of<SeenFromColumns>(tile, given, first + r, j, count), rest, over, slope);
     for (int k = 0; k < kTerms; ++k) {
       values.value[k][r] = Terms::kIsTotal[k] ? select<T>(over[k], rest[k], Vec<T>{})
                                               : select<T>(over[k], rest[k] * loss.sign[k], splat<T>(kNothing<T>));
@@ -69,6 +75,16 @@ inline Values<T, R> values_of(const Loss<T>& loss, const Tile<T>& tile, int64_t 
     }
   }
   return values;
+}
+
+// The terms of the same pairs as the columns' tables take them: the rows' own, unless those are seen otherwise.
+template <bool Slopes, bool Columns, int R, typename T, typename Count>
+inline decltype(auto) seen_from_columns(const Values<T, R>& values, const Loss<T>& loss, const Tile<T>& tile,
+                                        DeclaredValues<T> given, int64_t first, int64_t j, Count count) {
+  if constexpr (Columns && Terms::kHasSides)
+    return values_of<Slopes, R, true>(loss, tile, given, first, j, count);
+  else
+    return (values);
 }
 
 template <typename T>
@@ -80,20 +96,21 @@ inline void add(T* to, Vec<T> v) {
 
 // Totals and maxima, added to what the rows had; a row's sum of exponentials is brought to its new maximum.
 template <bool Columns, int R, typename T>
-inline void first_reading(const Loss<T>& loss, const Tile<T>& tile, int64_t first, DeclaredTable<T> rows,
-                          DeclaredTable<T> partial) {
+inline void first_reading(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, int64_t first,
+                          DeclaredTable<T> rows, DeclaredTable<T> partial) {
   Vec<T> folded[kTerms][R];
   for (int k = 0; k < kTerms; ++k)
     for (int r = 0; r < R; ++r) folded[k][r] = splat<T>(Terms::kIsTotal[k] ? T(0) : kLowest<T>);
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
-    const Values<T, R> values = values_of<false, R>(loss, tile, first, j, count);
+    const Values<T, R> values = values_of<false, R>(loss, tile, given, first, j, count);
+    const Values<T, R>& seen = seen_from_columns<false, Columns>(values, loss, tile, given, first, j, count);
     for (int k = 0; k < kTerms; ++k) {
       T* column = Columns ? partial[statistics_before(k)] + j : nullptr;
       Vec<T> of_column = Columns ? load(column) : Vec<T>{};
       for (int r = 0; r < R; ++r) {
-        const Vec<T> v = values.value[k][r];
+        const Vec<T> v = values.value[k][r], of_pair = seen.value[k][r];
         folded[k][r] = Terms::kIsTotal[k] ? folded[k][r] + v : max(v, folded[k][r]);
-        if (Columns) of_column = Terms::kIsTotal[k] ? of_column + v : max(v, of_column);
+        if (Columns) of_column = Terms::kIsTotal[k] ? of_column + of_pair : max(of_pair, of_column);
       }
       if (Columns) store(column, of_column);
     }
@@ -113,11 +130,12 @@ inline void first_reading(const Loss<T>& loss, const Tile<T>& tile, int64_t firs
 
 // Sums of exponentials, against the maxima.
 template <bool Columns, int R, typename T>
-inline void second_reading(const Loss<T>& loss, const Tile<T>& tile, int64_t first, DeclaredTable<T> rows,
-                           DeclaredTable<T> partial) {
+inline void second_reading(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, int64_t first,
+                           DeclaredTable<T> rows, DeclaredTable<T> partial) {
   Vec<T> sums[kTerms][R] = {};
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
-    const Values<T, R> values = values_of<false, R>(loss, tile, first, j, count);
+    const Values<T, R> values = values_of<false, R>(loss, tile, given, first, j, count);
+    const Values<T, R>& seen = seen_from_columns<false, Columns>(values, loss, tile, given, first, j, count);
     for (int k = 0; k < kTerms; ++k) {
       if (Terms::kIsTotal[k]) continue;
       const int place = statistics_before(k);
@@ -127,7 +145,7 @@ inline void second_reading(const Loss<T>& loss, const Tile<T>& tile, int64_t fir
       for (int r = 0; r < R; ++r) sums[k][r] += e[r];
       if (!Columns) continue;
       const Vec<T> top = load(partial[place] + j);
-      for (int r = 0; r < R; ++r) e[r] = (values.value[k][r] - top) * loss.steepness[k];
+      for (int r = 0; r < R; ++r) e[r] = (seen.value[k][r] - top) * loss.steepness[k];
       exp<T>(e);
       Vec<T> sum = e[0];
       for (int r = 1; r < R; ++r) sum += e[r];
@@ -149,24 +167,26 @@ inline void set_empty(DeclaredTable<T> partial, int64_t columns) {
 }
 
 template <bool Columns, typename T>
-inline void fold_tile(const Loss<T>& loss, const Tile<T>& tile, DeclaredTable<T> rows, DeclaredTable<T> partial) {
+inline void fold_tile(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, DeclaredTable<T> rows,
+                      DeclaredTable<T> partial) {
   if (Columns) set_empty(partial, tile.columns);
   for_rows(tile.rows, [&](int64_t i, auto at_once) {
-    first_reading<Columns, at_once.count>(loss, tile, i, rows, partial);
+    first_reading<Columns, at_once.count>(loss, tile, given, i, rows, partial);
   });
   if (all_totals()) return;
   for_rows(tile.rows, [&](int64_t i, auto at_once) {
-    second_reading<Columns, at_once.count>(loss, tile, i, rows, partial);
+    second_reading<Columns, at_once.count>(loss, tile, given, i, rows, partial);
   });
 }
 
 template <typename T>
-void fold(const Tile<T>& tile, DeclaredNumbers numbers, DeclaredTable<T> rows, DeclaredTable<T> partial) {
+void fold(const Tile<T>& tile, DeclaredNumbers numbers, DeclaredValues<T> given, DeclaredTable<T> rows,
+          DeclaredTable<T> partial) {
   const Loss<T> loss(numbers);
   if (partial.data)
-    fold_tile<true>(loss, tile, rows, partial);
+    fold_tile<true>(loss, tile, given, rows, partial);
   else
-    fold_tile<false>(loss, tile, rows, partial);
+    fold_tile<false>(loss, tile, given, rows, partial);
 }
 
 template <typename T>
@@ -213,39 +233,44 @@ void prepare(DeclaredTable<T> table, int64_t count, DeclaredTable<T> prepared) {
 }
 
 template <bool Columns, bool Partial, int R, typename T>
-inline void weights_rows(const Loss<T>& loss, const Tile<T>& tile, int64_t first, T* out, int64_t out_stride,
-                         DeclaredTable<T> rows, DeclaredTable<T> own, DeclaredTable<T> prepared,
+inline void weights_rows(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, int64_t first, T* out,
+                         int64_t out_stride, DeclaredTable<T> rows, DeclaredTable<T> own, DeclaredTable<T> prepared,
                          DeclaredTable<T> partial) {
   Vec<T> sums[kTerms][R] = {};  // of totals, in one sweep
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
-    const Values<T, R> values = values_of<true, R>(loss, tile, first, j, count);
+    const Values<T, R> values = values_of<true, R>(loss, tile, given, first, j, count);
+    const Values<T, R>& seen = seen_from_columns<true, Columns>(values, loss, tile, given, first, j, count);
     Vec<T> w[R] = {};
     for (int k = 0; k < kTerms; ++k) {
       const int place = Terms::kOneSweep ? 0 : coefficients_before(k);
       if (Terms::kOneSweep) {
         for (int r = 0; r < R; ++r) sums[k][r] += values.value[k][r];
         if (Partial)
-          for (int r = 0; r < R; ++r) add(partial[k] + j, values.value[k][r]);
+          for (int r = 0; r < R; ++r) add(partial[k] + j, seen.value[k][r]);
       }
       if (!Terms::kHasSlope[k]) continue;
-      Vec<T> share[R];
+      Vec<T> share[R], of_column[R] = {};
       if (Terms::kIsTotal[k]) {
-        const Vec<T> of_column = Columns ? load(prepared[place] + j) : Vec<T>{};
-        for (int r = 0; r < R; ++r) share[r] = of_column + own[place][first + r];
+        for (int r = 0; r < R; ++r) share[r] = splat<T>(own[place][first + r]);
+        if (Columns)
+          for (int r = 0; r < R; ++r) of_column[r] = load(prepared[place] + j);
       } else {
         for (int r = 0; r < R; ++r) share[r] = (values.value[k][r] - own[place][first + r]) * loss.steepness[k];
         exp<T>(share);
         for (int r = 0; r < R; ++r) share[r] *= own[place + 1][first + r];
         if (Columns) {
           const Vec<T> top = load(prepared[place] + j), weight = load(prepared[place + 1] + j);
-          Vec<T> e[R];
-          for (int r = 0; r < R; ++r) e[r] = (values.value[k][r] - top) * loss.steepness[k];
-          exp<T>(e);
-          for (int r = 0; r < R; ++r) share[r] += e[r] * weight;
+          for (int r = 0; r < R; ++r) of_column[r] = (seen.value[k][r] - top) * loss.steepness[k];
+          exp<T>(of_column);
+          for (int r = 0; r < R; ++r) of_column[r] *= weight;
         }
       }
-      for (int r = 0; r < R; ++r)
+      for (int r = 0; r < R; ++r) {
+        if (Columns && !Terms::kHasSides) share[r] += of_column[r];
         w[r] += select<T>(values.over[k][r], share[r] * values.slope[k][r], Vec<T>{});
+        if (Columns && Terms::kHasSides)
+          w[r] += select<T>(seen.over[k][r], of_column[r] * seen.slope[k][r], Vec<T>{});
+      }
     }
     for (int r = 0; r < R; ++r) store(out + (first + r) * out_stride + j, w[r], count);
   });
@@ -255,34 +280,37 @@ inline void weights_rows(const Loss<T>& loss, const Tile<T>& tile, int64_t first
 }
 
 template <bool Columns, bool Partial, typename T>
-inline void weights_tile(const Loss<T>& loss, const Tile<T>& tile, T* out, int64_t out_stride, DeclaredTable<T> rows,
-                         DeclaredTable<T> own, DeclaredTable<T> prepared, DeclaredTable<T> partial) {
+inline void weights_tile(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, T* out,
+                         int64_t out_stride, DeclaredTable<T> rows, DeclaredTable<T> own, DeclaredTable<T> prepared,
+                         DeclaredTable<T> partial) {
   if (Partial) set_empty(partial, tile.columns);
   for_rows(tile.rows, [&](int64_t i, auto at_once) {
-    weights_rows<Columns, Partial, at_once.count>(loss, tile, i, out, out_stride, rows, own, prepared, partial);
+    weights_rows<Columns, Partial, at_once.count>(loss, tile, given, i, out, out_stride, rows, own, prepared, partial);
   });
 }
 
 template <typename T>
-void weights(const Tile<T>& tile, DeclaredNumbers numbers, T* out, int64_t out_stride, DeclaredTable<T> rows,
-             DeclaredTable<T> prepared, DeclaredTable<T> partial) {
+void weights(const Tile<T>& tile, DeclaredNumbers numbers, DeclaredValues<T> given, T* out, int64_t out_stride,
+             DeclaredTable<T> rows, DeclaredTable<T> prepared, DeclaredTable<T> partial) {
   const Loss<T> loss(numbers);
   constexpr int kQuantities = Terms::kOneSweep ? 1 : coefficients_before(kTerms);
   T memory[(kQuantities ? kQuantities : 1) * kSlabRows];
   const DeclaredTable<T> own{memory, kSlabRows};
   prepare(rows, tile.rows, own);
   if (Terms::kOneSweep && partial.data)
-    weights_tile<true, Terms::kOneSweep>(loss, tile, out, out_stride, rows, own, prepared, partial);
+    weights_tile<true, Terms::kOneSweep>(loss, tile, given, out, out_stride, rows, own, prepared, partial);
   else if (prepared.data)
-    weights_tile<true, false>(loss, tile, out, out_stride, rows, own, prepared, partial);
+    weights_tile<true, false>(loss, tile, given, out, out_stride, rows, own, prepared, partial);
   else
-    weights_tile<false, false>(loss, tile, out, out_stride, rows, own, prepared, partial);
+    weights_tile<false, false>(loss, tile, given, out, out_stride, rows, own, prepared, partial);
 }
 
 template <typename T>
 constexpr replearn::DeclaredPasses<T> kPasses = {
     replearn::declared_layout<T>,
     Terms::kParameters,
+    Terms::kRowValues,
+    Terms::kColumnValues,
     statistics_before(kTerms) + Terms::kOneSweep,
     Terms::kOneSweep ? kTerms + 1 : coefficients_before(kTerms),
     Terms::kOneSweep,

@@ -19,6 +19,7 @@ from .expressions import (
     Expr,
     absolute,
     clamp,
+    equal,
     exp,
     log,
     maximum,
@@ -33,6 +34,6 @@ from .fuse import FusedBatchLoss, FusedPairLoss, fuse
 from .pair_loss import Facts, PairLoss, Reduction, logsumexp, total
 
 __all__ = [
-    "Expr", "Facts", "FusedBatchLoss", "FusedPairLoss", "PairLoss", "Reduction", "absolute", "clamp", "exp", "fuse",
-    "log", "logsumexp", "maximum", "minimum", "relu", "sigmoid", "softplus", "sqrt", "total", "where",
+    "Expr", "Facts", "FusedBatchLoss", "FusedPairLoss", "PairLoss", "Reduction", "absolute", "clamp", "equal", "exp",
+    "fuse", "log", "logsumexp", "maximum", "minimum", "relu", "sigmoid", "softplus", "sqrt", "total", "where",
 ]  # fmt: skip

@@ -1,11 +1,12 @@
-"""What is done with expressions: a walk over them, their derivative, and what all pairs share taken out of them."""
+"""What is done with expressions: a walk over them, their derivative, what all pairs share taken out of them, and the
+same of a pair seen from its column."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
 
-from .expressions import ATOMS, Expr, number, sigmoid, where
+from .expressions import ATOMS, MIRRORED, Expr, number, sigmoid, where
 
 
 def walk(roots: list[Expr]) -> Iterator[Expr]:
@@ -39,6 +40,8 @@ def _slope(e: Expr, x: Expr, found: dict[Expr, Expr]) -> Expr:
         condition, *branches = e.args
         return where(condition, *(slope(branch, x, found) for branch in branches))
     inner = [slope(a, x, found) for a in e.args]
+    if all(each.constant == 0 for each in inner):
+        return number(0, "")
     a, d = e.args[0], inner[0]
     match e.op:
         case "add":
@@ -101,3 +104,38 @@ def affine(e: Expr) -> tuple[Expr, Expr, Expr]:
     shared, of_pair = (a, b) if b.of_pair else (b, a)
     inner, rest, offset = affine(of_pair)
     return factor * inner, rest, factor * (offset + shared)
+
+
+_COMMUTATIVE = frozenset(("add", "multiply", "minimum", "maximum", "and", "or"))
+
+
+@lru_cache(maxsize=4096)
+def seen_from_column(e: Expr) -> Expr:
+    """The expression with the values of a pair's row and of its column exchanged."""
+    if e.op in ("row", "column"):
+        return Expr("column" if e.op == "row" else "row", *e.args)
+    if e.op in ATOMS:
+        return e
+    return Expr(e.op, *map(seen_from_column, e.args))
+
+
+def is_symmetric(e: Expr) -> bool:
+    """Whether it is the same, bit by bit, for a pair and for that pair seen from its column: may say no where it is."""
+    return _alike(e, seen_from_column(e))
+
+
+@lru_cache(maxsize=4096)
+def _alike(a: Expr, b: Expr) -> bool:
+    """Whether two expressions have the same value, as far as the order of operands goes."""
+    if a is b:
+        return True
+    if MIRRORED.get(a.op) == b.op or (a.op == b.op and a.op in _COMMUTATIVE):
+        if all(map(_alike, a.args, reversed(b.args))):
+            return True
+    if a.op != b.op or a.op in ATOMS:
+        return False
+    if all(map(_alike, a.args, b.args)):
+        return True
+    x, y = a.args[0], b.args[0]
+    of_size = a.op == "absolute" or (a.op == "multiply" and x is a.args[1] and y is b.args[1])
+    return of_size and x.op == y.op == "subtract" and all(map(_alike, x.args, reversed(y.args)))

@@ -10,7 +10,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from .definition import Definition, check_rows, definition_of, fields_of, instance_of, kind_of
+from .definition import Definition, Given, check_rows, definition_of, fields_of, instance_of, kind_of
 from .expressions import number
 from .pair_loss import PairLoss
 
@@ -36,7 +36,7 @@ def check_formulas(loss: PairLoss) -> None:
             raise TypeError(f"{cls.__name__}.{name} must be {kind}, got {value!r}")
     definition = definition_of(cls, tuple(getattr(loss, name) for name in options))
     loss = instance_of(cls, {name: getattr(loss, name) for name in (*parameters, *options)})
-    definition.count(loss, _made_up(definition), _leaf(1.3))
+    definition.count(loss, _made_up(definition), _leaf(1.3), _given(definition))
     if cls.loss is not PairLoss.loss:
         _check_signature(cls)
         _check_losses(loss, definition)
@@ -53,9 +53,9 @@ def _check_losses(loss: PairLoss, definition: Definition) -> None:
     """One differentiable value for each of three rows, of that row's terms alone."""
     name = f"{type(loss).__name__}.loss"
     row, column = _made_up(definition), _made_up(definition) if type(loss).symmetric else []
-    leaves, scale = [*row, *column], _leaf(1.3)
+    leaves, scale, given = [*row, *column], _leaf(1.3), _given(definition)
     with torch.enable_grad():
-        losses = definition.row_losses(loss, row, column, scale)
+        losses = definition.row_losses(loss, row, column, scale, given)
     check_rows(name, losses, 3)
     if not losses.dtype.is_floating_point:
         raise TypeError(f"{name} must return floating-point losses, got {losses.dtype}")
@@ -69,15 +69,26 @@ def _check_losses(loss: PairLoss, definition: Definition) -> None:
     for i in range(3):
         with torch.no_grad():
             alone = [leaf[i : i + 1] for leaf in leaves]
-            of_row = definition.row_losses(loss, alone[: len(row)], alone[len(row) :], scale)
+            given_alone = Given(*(values[:, i : i + 1] for values in given))
+            of_row = definition.row_losses(loss, alone[: len(row)], alone[len(row) :], scale, given_alone)
         if of_row.shape != (1,) or not torch.allclose(of_row, losses[i : i + 1].to(of_row.dtype), equal_nan=True):
             raise ValueError(f"{name} mixes rows or is random: a row's loss may depend on that row's terms alone")
 
 
 def _made_up(definition: Definition) -> list[Tensor]:
     """Makes up values of all terms, ``[3]`` each, in no order."""
-    start = torch.tensor([0.6, 0.9, 0.2], dtype=torch.float64, device="cpu")
-    return [_leaf(start + place / 8) for place in range(len(definition.terms))]
+    return [_leaf(_start() + place / 8) for place in range(len(definition.terms))]
+
+
+def _given(definition: Definition) -> Given:
+    """Makes up what a call gives for three rows, and for their targets' columns."""
+    counts = len(definition.cls.row_values), len(definition.column_values)
+    steps = (torch.arange(count, device="cpu").unsqueeze(1) / 16 for count in counts)
+    return Given(*(_start() + 0.05 + step for step in steps))
+
+
+def _start() -> Tensor:
+    return torch.tensor([0.6, 0.9, 0.2], dtype=torch.float64, device="cpu")
 
 
 def _leaf(value: float | Tensor) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 from ..engine import validation
+from ..engine.operators import refuse_forward_mode, refuse_wrapped
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
-from ..engine.problem import Inputs
+from ..engine.problem import Inputs, statistics_dtype
 from ..engine.world import World
 from ..functional.call import Options, check_groups, check_pair, run
 from ..functional.metric import labelled_batch
@@ -22,6 +26,7 @@ def batch_loss(
     labels: Tensor | None,
     *,
     logit_scale: float | Tensor = 1.0,
+    row_values: Mapping[str, Tensor] | None = None,
     reduction: str = "mean",
     normalize: bool,
     backend: str = "auto",
@@ -35,7 +40,10 @@ def batch_loss(
         embeddings, labels, reduction, normalize, backend, memory_budget, group, strategy,
         needs_labels=objective.reads_groups, why_no_passes=objective.why_no_passes(embeddings),
     )  # fmt: skip
-    inputs = inputs._replace(logit_scale=validation.check_scale("logit_scale", logit_scale, inputs.query))
+    inputs = inputs._replace(
+        logit_scale=validation.check_scale("logit_scale", logit_scale, inputs.query),
+        row_values=_values(loss, "row_values", row_values, inputs.query, inputs.query, group),
+    )
     return _run(loss, objective, inputs, options)
 
 
@@ -48,6 +56,8 @@ def pair_loss(
     query_group: Tensor | None = None,
     key_group: Tensor | None = None,
     logit_scale: float | Tensor = 1.0,
+    row_values: Mapping[str, Tensor] | None = None,
+    column_values: Mapping[str, Tensor] | None = None,
     reduction: str = "mean",
     normalize: bool,
     backend: str = "auto",
@@ -65,11 +75,55 @@ def pair_loss(
     if objective.uses_target or target is not None:
         validation.check_target(target, query.shape[0], key.shape[0], query)
     logit_scale = validation.check_scale("logit_scale", logit_scale, query)
+    values = (
+        _values(loss, "row_values", row_values, query, query, group),
+        _values(loss, "column_values", column_values, key, query, group),
+    )
     options = Options.of(reduction, backend, memory_budget, query, group, strategy, objective.why_no_passes(query))
     if validation.check_flag("normalize", normalize):
         query, key = unit_rows(query), unit_rows(key)
-    inputs = Inputs(query, [key], None, target, query_group, key_group, logit_scale, None)
+    inputs = Inputs(query, [key], None, target, query_group, key_group, logit_scale, None, *values)
     return _run(loss, objective, inputs, options)
+
+
+def _values(
+    loss: PairLoss, name: str, given: Mapping[str, Tensor] | None, rows: Tensor, query: Tensor, group: World | None
+) -> Tensor | None:
+    """The values that a call gives for the rows, or for the columns (``rows``), in the order of their names:
+    ``[values, N]``; None where the loss has none. ``name``: the argument's."""
+    wanted, of_loss = getattr(loss, name), type(loss).__name__
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} must be a dict of tensors by name, got {type(given).__name__}")
+    if set(given) != set(wanted):
+        names, told = (", ".join(map(str, each)) or "none" for each in (wanted, given))
+        raise ValueError(f"{name} must give the values that {of_loss} names ({names}), got {told}")
+    if not wanted:
+        return None
+    values = [check_value(f"{name}[{each!r}]", given[each], rows.shape[0], query) for each in wanted]
+    if group is not None:
+        refuse_wrapped(*values)
+    return torch.stack([value.to(statistics_dtype(query.dtype)) for value in values])
+
+
+def check_value(name: str, value: Tensor, count: int, query: Tensor) -> Tensor:
+    """Numbers of ``count`` rows or columns, as a call gives them."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.shape != (count,):
+        raise ValueError(f"{name} must have shape ({count},), a number for every row, got {tuple(value.shape)}")
+    if not (value.dtype.is_floating_point or value.dtype == torch.bool):
+        raise TypeError(
+            f"{name} must be floating-point or bool, got {value.dtype}: .float() of it holds whole numbers up to "
+            "2**24; rows that share a number are a matter of labels or groups"
+        )
+    if value.device != query.device:
+        raise ValueError(f"{name} must be on the features' device {query.device}, got {value.device}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which values do not get: pass {name}.detach()")
+    refuse_forward_mode(value)
+    return value
 
 
 def _objective(loss: PairLoss, by_group: bool) -> Declared:

@@ -47,8 +47,9 @@ _TAKES_VECTORS = {"where", "minimum", "maximum"}  # where an operator would take
 def source_of(definition: Definition) -> str:
     """The text of a library's only file."""
     terms = definition.terms
-    kinds = ", ".join(str(term.kind == "total").lower() for term in terms)
-    slopes = ", ".join(str(term.slope is not None).lower() for term in terms)
+    kinds = ", ".join(_word(term.kind == "total") for term in terms)
+    slopes = ", ".join(_word(term.slope is not None) for term in terms)
+    row_values, column_values = len(definition.cls.row_values), len(definition.column_values)
     groups = [[term.rest, term.over, *([] if term.slope is None else [term.slope])] for term in terms]
     pairs = _OfPairs(definition, [e for group in groups for e in group])
     body = []
@@ -60,8 +61,9 @@ def source_of(definition: Definition) -> str:
     factors = [f"set_factor({k}, {numbers.text(term.factor)});" for k, term in enumerate(terms)]
     members = [
         f"static constexpr int kTerms = {len(terms)}, kParameters = {len(definition.parameters)};",
+        f"static constexpr int kRowValues = {row_values}, kColumnValues = {column_values};",
         f"static constexpr bool kIsTotal[] = {{{kinds}}}, kHasSlope[] = {{{slopes}}};",
-        f"static constexpr bool kOneSweep = {str(definition.one_sweep).lower()};",
+        f"static constexpr bool kOneSweep = {_word(definition.one_sweep)}, kHasSides = {_word(definition.has_sides)};",
         "T sign[kTerms], steepness[kTerms];  // of the terms' factors",
         *(f"{'bool' if e.is_mask else 'T'} {name};" for e, name in pairs.shared.items()),
         "",
@@ -77,7 +79,7 @@ def source_of(definition: Definition) -> str:
         "}",
         "",
         "template <bool Slopes>",
-        "void of(const Pairs<T>& pair, Vec<T>* rest, Bits<T>* over, Vec<T>* slope) const {",
+        "void of(const Pairs<T, kRowValues, kColumnValues>& pair, Vec<T>* rest, Bits<T>* over, Vec<T>* slope) const {",
         *_indented(["const Vec<T> s = pair.s;", "(void)s;", *pairs.lines, *body]),
         "}",
     ]
@@ -105,6 +107,8 @@ class _OfNumbers(Writer):
 
 class _OfPairs(Writer):
     """Of a vector of pairs. ``shared``: the names of numbers that it takes from all of them."""
+
+    of_row, of_column = "pair.row[{}]", "pair.column[{}]"
 
     def __init__(self, definition: Definition, roots: list[Expr]):
         super().__init__(definition, roots, _OF_PAIRS, "role_{}")
@@ -136,6 +140,10 @@ class _OfPairs(Writer):
 
 def _indented(lines: list[str]) -> list[str]:
     return [f"  {line}" for line in lines]
+
+
+def _word(flag: bool) -> str:
+    return str(flag).lower()
 
 
 def _number(x: float) -> str:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .algebra import affine, factored, slope, walk
+from .algebra import affine, factored, is_symmetric, slope, walk
 from .expressions import Expr, number
 from .pair_loss import Facts, PairLoss, Reduction
 
-_RESERVED = ("batch", "scaled", "symmetric", "similarity", "terms", "loss", "counted")
+_RESERVED = (
+    "batch", "scaled", "symmetric", "similarity", "row_values", "column_values", "terms", "loss", "counted",
+)  # fmt: skip
 SIMILARITIES = ("product", "cosine", "distance", "squared_distance")
 
 
@@ -79,37 +82,64 @@ class Definition:
         return self.cls.batch or self.cls.symmetric
 
     @property
+    def column_values(self) -> tuple[str, ...]:
+        """The names of the values of a column: of a batch, those of its rows."""
+        return self.cls.row_values if self.cls.batch else self.cls.column_values
+
+    @property
+    def has_sides(self) -> bool:
+        """Whether, in a batch, a pair's terms are others seen from its column than from its row."""
+        parts = (e for term in self.terms for e in (term.rest, term.over, term.slope) if e is not None)
+        return self.cls.batch and not all(map(is_symmetric, parts))
+
+    @property
     def one_sweep(self) -> bool:
         """Whether W needs no statistics, as the loss is the sum of totals."""
         overridden = self.cls.loss is not PairLoss.loss or self.cls.counted is not PairLoss.counted
         return not overridden and all(term.kind == "total" for term in self.terms)
 
     def row_losses(
-        self, loss: PairLoss, of_rows: Iterable[Tensor], of_columns: Iterable[Tensor], logit_scale: float | Tensor
+        self, loss: PairLoss, of_rows: list[Tensor], of_columns: list[Tensor], logit_scale: float | Tensor, given: Given
     ) -> Tensor:
         """The author's formula, or the sum of all terms; of the terms in their order."""
         if self.cls.loss is PairLoss.loss:
             return sum(of_rows)
-        row = self.values_of_rows(of_rows, logit_scale)
+        row = self.values_of_rows(of_rows, logit_scale, given)
         if not self.cls.symmetric:
             return loss.loss(row)
-        return loss.loss(row, Values(dict(zip((term.name for term in self.terms), of_columns))))
+        return loss.loss(row, self._values(of_columns, self.column_values, given.at_targets))
 
-    def count(self, loss: PairLoss, of_rows: Iterable[Tensor], logit_scale: float | Tensor) -> Tensor | None:
+    def count(
+        self, loss: PairLoss, of_rows: list[Tensor], logit_scale: float | Tensor, given: Given
+    ) -> Tensor | None:
         """What the mean divides by, 0-d in fp64; None: the number of rows."""
         if self.cls.counted is PairLoss.counted:
             return None
-        of_rows = list(of_rows)
-        counted = loss.counted(self.values_of_rows(of_rows, logit_scale))
+        counted = loss.counted(self.values_of_rows(of_rows, logit_scale, given))
         check_rows(f"{self.cls.__name__}.counted", counted, len(of_rows[0]))
         return counted.double().sum()
 
-    def values_of_rows(self, of_rows: Iterable[Tensor], logit_scale: float | Tensor) -> Values:
+    def values_of_rows(self, of_rows: list[Tensor], logit_scale: float | Tensor, given: Given) -> Values:
         """The object that the author's formulas get for ``row``."""
-        values = dict(zip((term.name for term in self.terms), of_rows))
+        row = self._values(of_rows, self.cls.row_values, given.of_rows)
         if self.cls.scaled:
-            values["logit_scale"] = scalar(logit_scale)
-        return Values(values)
+            row.logit_scale = scalar(logit_scale)
+        return row
+
+    def _values(self, of_terms: list[Tensor], names: tuple[str, ...], given: Tensor | None) -> Values:
+        values = dict(zip((term.name for term in self.terms), of_terms))
+        return Values(values if given is None else values | dict(zip(names, given.double())))
+
+
+class Given(NamedTuple):
+    """The values that the call gave, which formulas read."""
+
+    of_rows: Tensor | None  # [values, N]
+    at_targets: Tensor | None  # [values, N], of every row's target column: of a symmetric loss
+
+    @classmethod
+    def nothing(cls) -> Given:
+        return cls(None, None)
 
 
 def check_rows(name: str, values: Tensor, rows: int) -> None:
@@ -138,7 +168,7 @@ class Values:
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
-        raise AttributeError(f"there is no term {name!r}: terms() returned {', '.join(vars(self)) or 'none'}")
+        raise AttributeError(f"there is no term or value {name!r}: there are {', '.join(vars(self)) or 'none'}")
 
 
 @cache
@@ -180,15 +210,16 @@ def definition_of(cls: type[PairLoss], options: tuple[bool | int | str, ...]) ->
 def _defined(cls: type[PairLoss], options: tuple, parameters: tuple[str, ...]) -> Definition:
     symbolic = instance_of(cls, dict(options) | {name: Expr("parameter", name) for name in parameters})
     variable = Expr("logit" if cls.scaled else "s")
+    pair = Facts(cls.row_values, cls.row_values if cls.batch else cls.column_values)
     # The engine's similarities are larger the nearer two rows are: distances come negative.
-    reductions = symbolic.terms(-variable if "distance" in cls.similarity else variable, Facts())
+    reductions = symbolic.terms(-variable if "distance" in cls.similarity else variable, pair)
     _check_reductions(cls, reductions)
     terms = tuple(Term.of(name, reduction, variable) for name, reduction in reductions.items())
     roots = [e for r in reductions.values() for e in (r.of, r.over)]
     facts = frozenset(e.args[0] for e in walk(roots) if e.op == "fact")
     if cls.batch and "target" in facts:
         raise TypeError(f"{cls.__name__}: rows of a batch have no target; use pair.same and pair.other")
-    settings = cls.batch, cls.scaled, cls.symmetric, cls.similarity
+    settings = cls.batch, cls.scaled, cls.symmetric, cls.similarity, cls.row_values, cls.column_values
     structure = repr((cls.__qualname__, settings, options, parameters)) + _listing(terms)
     if not cls.__module__.startswith("replearn_kernels."):  # of ours the name says enough
         structure += _text_of(cls.loss) + _text_of(cls.counted)
@@ -257,6 +288,10 @@ def _check_class(cls: type[PairLoss]) -> None:
     for name in ("batch", "scaled", "symmetric"):
         if not isinstance(getattr(cls, name), bool):
             raise TypeError(f"{cls.__name__}.{name} must be a bool, got {getattr(cls, name)!r}")
+    for name in ("row_values", "column_values"):
+        _check_names(f"{cls.__name__}.{name}", getattr(cls, name))
+    if cls.column_values and cls.batch:
+        raise ValueError(f"{cls.__name__}: the columns of a batch are its rows: give names to row_values alone")
     if cls.similarity not in SIMILARITIES:
         raise ValueError(f"{cls.__name__}.similarity must be one of {', '.join(SIMILARITIES)}, got {cls.similarity!r}")
     if "distance" in cls.similarity and not cls.batch:
@@ -269,13 +304,29 @@ def _check_class(cls: type[PairLoss]) -> None:
         raise ValueError(f"{cls.__name__} is symmetric: define loss(self, row, column)")
 
 
+def _check_names(what: str, names) -> None:
+    if not isinstance(names, tuple):
+        raise TypeError(f'{what} must be a tuple of names, ("weight",), got {names!r}')
+    for name in names:
+        if not _is_name(name):
+            raise TypeError(f"{what}: a value needs a name of its own, an ASCII identifier, got {name!r}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{what} names a value twice: {', '.join(names)}")
+
+
+def _is_name(name) -> bool:
+    """Whether an author may call a term or a value so."""
+    return isinstance(name, str) and name.isidentifier() and name.isascii() and name[0] != "_" and name != "logit_scale"
+
+
 def _check_reductions(cls: type[PairLoss], reductions) -> None:
     if not isinstance(reductions, dict) or not reductions:
         raise TypeError(f"{cls.__name__}.terms must return a dict of terms by name, got {reductions!r}")
     for name, reduction in reductions.items():
-        is_name = isinstance(name, str) and name.isidentifier() and name.isascii() and not name.startswith("_")
-        if not is_name or name == "logit_scale":
+        if not _is_name(name):
             raise TypeError(f"{cls.__name__}.terms: a term needs a name of its own, an ASCII identifier, got {name!r}")
+        if name in (*cls.row_values, *cls.column_values):
+            raise ValueError(f"{cls.__name__}: {name} is a value that calls give: a term needs another name")
         if not isinstance(reduction, Reduction):
             raise TypeError(
                 f"{cls.__name__}.terms: {name} must be total(...) or logsumexp(...) of an expression, got {reduction!r}"

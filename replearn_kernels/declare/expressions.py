@@ -20,8 +20,8 @@ from torch import Tensor
 
 MASKS = frozenset(("fact", "always", "gt", "ge", "lt", "le", "and", "or", "not"))
 """Operations whose value is true or false."""
-ATOMS = frozenset(("constant", "parameter", "scale", "s", "logit", "fact", "always"))
-_OF_PAIRS = frozenset(("s", "logit", "fact"))
+ATOMS = frozenset(("constant", "parameter", "scale", "s", "logit", "fact", "always", "row", "column"))
+_OF_PAIRS = frozenset(("s", "logit", "fact", "row", "column"))
 _known: WeakValueDictionary = WeakValueDictionary()
 
 
@@ -137,7 +137,7 @@ class Expr:
     def __eq__(self, other):
         if self is other or isinstance(other, Expr):  # equal expressions are one object
             return self is other
-        raise TypeError(f"{self} == {other!r}: conditions are made of >, >=, < and <=")
+        raise TypeError(f"{self} == {other!r}: conditions are made of >, >=, <, <= and equal(a, b)")
 
     __hash__ = object.__hash__
 
@@ -172,6 +172,8 @@ class Expr:
     def __repr__(self) -> str:
         if self.op in ("s", "logit", "scale"):
             return self.op
+        if self.op in ("row", "column"):
+            return f"{self.op}.{self.args[0]}"
         if self.op in ATOMS:
             return f"{self.args[0]:g}" if self.op == "constant" else str(self.args[0])
         return _shown(self, 8)
@@ -201,7 +203,8 @@ _SIGNS = {
     "and": "&", "or": "|",
 }  # fmt: skip
 FUNCTIONS = (
-    "+ - * / ** abs, exp, log, sqrt, relu, softplus, sigmoid, minimum, maximum, clamp, where, comparisons and .detach()"
+    "+ - * / ** abs, exp, log, sqrt, relu, softplus, sigmoid, minimum, maximum, clamp, where, equal, comparisons and "
+    ".detach()"
 )
 """What an author can write."""
 
@@ -215,7 +218,7 @@ def number(value, where: str) -> Expr:
     if isinstance(value, Tensor):
         raise TypeError(
             f"{where} got a tensor of shape {tuple(value.shape)}: a declared loss cannot hold tensors. A number that "
-            "all pairs share is a float field of the loss"
+            "all pairs share is a float field of the loss, one for every row is pair.row.name, of row_values"
         )
     if hasattr(type(value), "_refuse"):  # a sum over pairs
         value._refuse()
@@ -232,10 +235,11 @@ def mask(value, where: str) -> Expr:
     if isinstance(value, Expr) and value.is_mask:
         return value
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    raise TypeError(f"{where} takes conditions (pair.same, s > 0.5, ...), got {got}")
+    hint = ": of two expressions == compares what they are, equal(a, b) what they come to" if value is False else ""
+    raise TypeError(f"{where} takes conditions (pair.same, s > 0.5, ...), got {got}{hint}")
 
 
-_MIRRORED = {"gt": "lt", "lt": "gt", "ge": "le", "le": "ge"}
+MIRRORED = {"gt": "lt", "lt": "gt", "ge": "le", "le": "ge"}
 _COMPARISONS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
 
 
@@ -244,7 +248,7 @@ def _compare(op: str, a, b) -> Expr:
     if a.constant is not None and b.constant is not None:
         return Expr("always", _COMPARISONS[op](a.constant, b.constant))
     if a.constant is not None:  # a constant comes second: Triton's tensors know what is done to them from the left
-        return Expr(_MIRRORED[op], b, a)
+        return Expr(MIRRORED[op], b, a)
     return Expr(op, a, b)
 
 
@@ -259,6 +263,11 @@ def _joined(op: str, a: Expr, b: Expr) -> Expr:
                 f"where({one}, a, b), or make it a bool field, which can steer Python"
             )
     return a if a is b else Expr(op, a, b)
+
+
+def equal(a, b) -> Expr:
+    """The condition that both are the same number; NaN is none."""
+    return (number(a, "equal") >= b) & (a <= number(b, "equal"))
 
 
 def add(a, b) -> Expr:
@@ -382,6 +391,7 @@ def where(condition, a, b) -> Expr:
 _OF_TORCH = {
     torch.exp: exp, torch.log: log, torch.sqrt: sqrt, torch.abs: absolute, torch.relu: relu,
     F.relu: relu, F.softplus: softplus, torch.sigmoid: sigmoid, F.sigmoid: sigmoid,
+    torch.eq: equal, torch.ne: lambda a, b: ~equal(a, b),
     torch.minimum: minimum, torch.maximum: maximum, torch.clamp: clamp, torch.where: where, torch.pow: power,
     F.logsigmoid: lambda x: negative(softplus(negative(x))), torch.square: lambda x: power(x, 2),
 }  # fmt: skip

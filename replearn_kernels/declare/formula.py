@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import reference
 from ..engine.problem import Inputs, statistics_dtype
-from .definition import check_rows
+from .definition import Given, check_rows
 from .objective import Declared
-from .on_tensors import Facts, terms_of_tile
+from .on_tensors import Facts, terms_of_tile, values_of_tile
 from .pair_loss import PairLoss
 
 
@@ -18,7 +18,9 @@ def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: s
     definition, scale = objective.definition, inputs.logit_scale
     similarities, target = _similarities(inputs, objective), _targets(inputs)
     facts = _facts(inputs, similarities, target if objective.uses_target else None)
-    terms = terms_of_tile(definition.terms, objective.functions, similarities, scale, objective.values, facts)
+    column_values = inputs.row_values if inputs.is_batch else inputs.column_values
+    values = values_of_tile(inputs.row_values, column_values)
+    terms = terms_of_tile(definition.terms, objective.functions, similarities, scale, objective.values, facts, values)
     offsets = dict(zip(terms, objective.functions.offsets(None, scale, *objective.values)))
 
     def of(name: str, dim: int) -> Tensor:
@@ -28,9 +30,11 @@ def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: s
 
     of_rows = [of(term.name, 1) for term in definition.terms]
     of_columns = [of(term.name, 0)[target] for term in definition.terms] if definition.cls.symmetric else []
-    losses = definition.row_losses(loss, of_rows, of_columns, scale).to(similarities.dtype)
+    at_targets = column_values[:, target] if definition.cls.symmetric and column_values is not None else None
+    given = Given(inputs.row_values, at_targets)
+    losses = definition.row_losses(loss, of_rows, of_columns, scale, given).to(similarities.dtype)
     check_rows(f"{definition.cls.__name__}.loss", losses, len(similarities))
-    count = definition.count(loss, [value.detach() for value in of_rows], scale.detach())
+    count = definition.count(loss, [value.detach() for value in of_rows], scale.detach(), given)
     if objective.by_distance:
         losses = losses + reference.nan_of_rows(inputs)
     return reference.reduce(losses, reduction, None if count is None else count.to(losses.dtype))

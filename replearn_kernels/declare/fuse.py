@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import wraps
 
 from torch import Tensor
@@ -119,7 +120,14 @@ class FusedBatchLoss(_FusedLoss):
     """A declared loss whose rows are compared with each other; made by :func:`fuse`."""
 
     @takes_logit_scale
-    def forward(self, embeddings: Tensor, labels: Tensor | None = None, logit_scale: float | Tensor = 1.0) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        labels: Tensor | None = None,
+        logit_scale: float | Tensor = 1.0,
+        *,
+        row_values: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """The loss of a batch.
 
         Args:
@@ -128,6 +136,8 @@ class FusedBatchLoss(_FusedLoss):
                 ``pair.same`` or ``pair.other``.
             logit_scale: of a loss with ``scaled = True``: the inverse temperature, a float, or a tensor of one
                 element, which gets a gradient.
+            row_values: of a loss that names ``row_values``: by those names tensors ``[N]``, floating-point or bool, on
+                the features' device. They are read in fp32 (fp64 for fp64 embeddings), and get no gradient.
 
         Returns:
             The loss, in fp32 (fp64 for fp64 embeddings). Without rows 0, with zero gradients.
@@ -136,7 +146,8 @@ class FusedBatchLoss(_FusedLoss):
             TypeError, ValueError: an argument is not as above.
             RuntimeError: the backend asked for is not available here.
         """
-        return self._call(batch_loss, embeddings, labels, logit_scale=_scale(self.loss, logit_scale))
+        keywords = {"logit_scale": _scale(self.loss, logit_scale), "row_values": row_values}
+        return self._call(batch_loss, embeddings, labels, **keywords)
 
 
 class FusedPairLoss(_FusedLoss):
@@ -152,6 +163,8 @@ class FusedPairLoss(_FusedLoss):
         target: Tensor | None = None,
         query_group: Tensor | None = None,
         key_group: Tensor | None = None,
+        row_values: Mapping[str, Tensor] | None = None,
+        column_values: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The loss of queries against keys.
 
@@ -164,6 +177,9 @@ class FusedPairLoss(_FusedLoss):
                 key i, which needs M >= N.
             query_group, key_group: integers ``[N]`` and ``[M]``, any values: ``pair.same`` are pairs of equal groups.
                 Default: those of a query and its target.
+            row_values, column_values: of a loss that names ``row_values``, ``column_values``: by those names tensors
+                ``[N]`` of the queries, and ``[M]`` of the keys, floating-point or bool, on the features' device. They
+                are read in fp32 (fp64 for fp64 features), and get no gradient.
 
         Returns:
             The loss, in fp32 (fp64 for fp64 features). Without queries 0, with zero gradients.
@@ -172,7 +188,10 @@ class FusedPairLoss(_FusedLoss):
             TypeError, ValueError: an argument is not as above.
             RuntimeError: the backend asked for is not available here.
         """
-        keywords = {"target": target, "query_group": query_group, "key_group": key_group}
+        keywords = {
+            "target": target, "query_group": query_group, "key_group": key_group, "row_values": row_values,
+            "column_values": column_values,
+        }  # fmt: skip
         return self._call(pair_loss, query, key, **keywords, logit_scale=_scale(self.loss, logit_scale))
 
 

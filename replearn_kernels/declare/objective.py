@@ -7,7 +7,8 @@ and upstream gradients g::
     W_ij = sum_k c_ki f_k'(l_ij)                                        of totals
          + sum_k c_ki exp(f_k(l_ij) - t_ki) f_k'(l_ij)                  of log-sum-exps
 
-over the pairs that are in the term; in a batch, and of a symmetric loss, the same of the column too. ``f_k`` is kept
+over the pairs that are in the term; in a batch, and of a symmetric loss, the same of the column too (in a batch with
+the values of row and column exchanged, where there are some). ``f_k`` is kept
 as ``factor * rest + offset``: tables are of ``v = sign(factor) rest``, so that no logit is rounded before the largest
 is taken from it (objectives/softmax.py). The author's formula runs in fp64, where ``|factor| max + log sum`` loses
 nothing.
@@ -23,7 +24,7 @@ Where the loss is the sum of totals, W needs no statistics, and one sweep does a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from types import ModuleType
 
 import torch
@@ -34,8 +35,8 @@ from ..objectives import OBJECTIVES
 from ..objectives.base import Objective, steepness
 from ..objectives.softmax import fold_sum_exp, logarithms, merge_sum_exp
 from .cpp_passes import number_of, why_none
-from .definition import Definition, Term, check_rows, definition_of, fields_of, instance_of, places, scalar
-from .on_tensors import TermOfTile, facts_of_tile, terms_of_tile
+from .definition import Definition, Given, Term, check_rows, definition_of, fields_of, instance_of, places, scalar
+from .on_tensors import TermOfTile, facts_of_tile, terms_of_tile, values_of_tile
 from .pair_loss import PairLoss
 from .torch_source import functions_of
 from .triton_source import epilogue_of
@@ -51,6 +52,8 @@ class Declared(Objective):
     """What is printed for PyTorch."""
     reads_groups: bool
     """Whether a term tells pairs of one group from others."""
+    has_sides: bool
+    """Whether a pair's terms are others seen from its column than from its row."""
 
     def __init__(self, by_group: bool, values: list[float]):
         self.by_group, self.values = by_group, values
@@ -77,8 +80,9 @@ class Declared(Objective):
     def roles(self) -> tuple[float, ...]:
         return tuple(self.values)
 
-    def native_roles(self, dtype: torch.dtype) -> tuple[int, Tensor]:
-        return number_of(self.name, dtype), torch.tensor(self.values, dtype=torch.float64, device="cpu")
+    def native_roles(self, dtype: torch.dtype, pairs: Pairs) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
+        parameters = torch.tensor(self.values, dtype=torch.float64, device="cpu")
+        return number_of(self.name, dtype), parameters, pairs.row_values, pairs.column_values
 
     def why_no_passes(self, features: Tensor) -> Callable[[], str | None]:
         """What asks why there are no passes in C++ for these features; None says that there are."""
@@ -104,6 +108,7 @@ class Declared(Objective):
         tile = self._tile(s, pairs)
         _fold(tile, self.definition.terms, 1, row_table)
         if column_table is not None:
+            tile = self._tile(s, pairs, seen_from_columns=True) if self.has_sides else tile
             _fold(tile, self.definition.terms, 0, column_table)
 
     def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
@@ -118,14 +123,16 @@ class Declared(Objective):
     # -- combine ---------------------------------------------------------------------------------------------
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
-        losses = self._formula(problem.scale, self._values(problem, row_table, column_table)).to(row_table.dtype)
+        values = self._values(problem, row_table, column_table)
+        losses = self._formula(problem.scale, self._given(problem), values).to(row_table.dtype)
         check_rows(f"{self.definition.cls.__name__}.loss", losses, problem.rows)
         return losses + problem.squares * 0 if self.by_distance else losses  # a NaN shows, whatever its row counts for
 
     def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> int | Tensor:
         if self.definition.cls.counted is PairLoss.counted:  # nor is there a table before the first sweep
             return problem.rows
-        count = self.definition.count(self.loss, self._values_of(row_table, problem.scale), problem.scale)
+        of_rows, given = self._values_of(row_table, problem.scale), Given(problem.row_values, None)
+        count = self.definition.count(self.loss, of_rows, problem.scale, given)
         return count.to(problem.statistics_dtype)
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, Tensor | None]:
@@ -140,19 +147,26 @@ class Declared(Objective):
         weights = [problem.sum_at_targets(weight) for weight in weights[len(self.definition.terms) :]]
         return rows, self._coefficients(column_table, weights)
 
-    def _formula(self, scale: float | Tensor, values: list[Tensor]) -> Tensor:
+    def _formula(self, scale: float | Tensor, given: Given, values: list[Tensor]) -> Tensor:
         """The losses, ``[N]``, of the terms of the rows, and of their targets' columns."""
         of_rows = len(self.definition.terms)
-        return self.definition.row_losses(self.loss, values[:of_rows], values[of_rows:], scale)
+        return self.definition.row_losses(self.loss, values[:of_rows], values[of_rows:], scale, given)
 
     def _gradients(self, problem: Problem, values: list[Tensor], grad_rows: Tensor) -> Sequence[Tensor]:
         """``sum_i grad_i dL_i`` in each of the values; that in the scale, which a formula can read, is kept."""
         scale = scalar(problem.scale).clone()
-        *gradients, of_scale = _gradients(partial(self._formula, scale), [*values, scale], values, grad_rows)
+        formula = partial(self._formula, scale, self._given(problem))
+        *gradients, of_scale = _gradients(formula, [*values, scale], values, grad_rows)
         if self.definition.cls.scaled:  # of chunk after chunk
             known = self.own_scale_gradient
             self.own_scale_gradient = of_scale if known is None else known + of_scale
         return gradients
+
+    def _given(self, problem: Problem) -> Given:
+        """The values that :meth:`_formula` takes."""
+        if problem.column_values is None or not self.definition.cls.symmetric:
+            return Given(problem.row_values, None)
+        return Given(problem.row_values, problem.at_targets(problem.column_values))
 
     def _values(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> list[Tensor]:
         """The values of the terms that :meth:`_formula` takes: of the rows, then of their targets' columns."""
@@ -191,29 +205,39 @@ class Declared(Objective):
 
     def weights(self, s: Tensor, out: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         """Where one sweep does all, adds to the tables' totals, too; a tile on the diagonal to the rows' alone."""
-        tile = self._tile(s, pairs, with_slopes=True)
+        tile = of_columns = self._tile(s, pairs, with_slopes=True)
+        if column_table is not None and self.has_sides:
+            of_columns = self._tile(s, pairs, with_slopes=True, seen_from_columns=True)
         if not self.needs_statistics:
             _fold(tile, self.definition.terms, 1, row_table)
-            weight = row_table[-1].unsqueeze(1)
-            if column_table is not None:
-                weight = weight + column_table[-1]
-                if not pairs.diagonal:
-                    _fold(tile, self.definition.terms, 0, column_table)
-            torch.mul(sum(tile[term.name].slope for term in self.definition.terms), weight, out=out)
-            return
-        w = torch.zeros_like(s)
-        for term, place in places(self.definition.terms, "coefficients"):
-            if term.slope is None:
-                continue
-            share = _share(tile[term.name], row_table[place:].unsqueeze(2))
-            if column_table is not None:
-                share = share + _share(tile[term.name], column_table[place:].unsqueeze(1))
-            w += share * tile[term.name].slope
-        out.copy_(w)
+            if column_table is not None and not pairs.diagonal:
+                _fold(of_columns, self.definition.terms, 0, column_table)
+        of_rows, of_pairs = row_table.unsqueeze(2), [] if column_table is None else [column_table.unsqueeze(1)]
+        if of_columns is tile:
+            out.copy_(self._weights(s, tile, [of_rows, *of_pairs]))
+        else:
+            torch.add(self._weights(s, tile, [of_rows]), self._weights(s, of_columns, of_pairs), out=out)
 
-    def _tile(self, s: Tensor, pairs: Pairs, with_slopes: bool = False) -> dict[str, TermOfTile]:
+    def _weights(self, s: Tensor, tile: dict[str, TermOfTile], tables: list[Tensor]) -> Tensor:
+        """W of a tile under coefficients ``[quantities, R, 1]`` of its rows, ``[quantities, 1, C]`` of its columns."""
+        terms, w = self.definition.terms, torch.zeros_like(s)
+        if not self.needs_statistics:
+            slopes = reduce(torch.add, (tile[term.name].slope for term in terms))
+            return slopes * reduce(torch.add, (table[-1] for table in tables))
+        for term, place in places(terms, "coefficients"):
+            if term.slope is not None:
+                share = reduce(torch.add, (_share(tile[term.name], table[place:]) for table in tables))
+                w += share * tile[term.name].slope
+        return w
+
+    def _tile(
+        self, s: Tensor, pairs: Pairs, with_slopes: bool = False, seen_from_columns: bool = False
+    ) -> dict[str, TermOfTile]:
         facts = facts_of_tile(pairs, s, self.definition.facts)
-        return terms_of_tile(self.definition.terms, self.functions, s, pairs.scale, self.values, facts, with_slopes)
+        given = values_of_tile(pairs.row_values, pairs.column_values, seen_from_columns)
+        return terms_of_tile(
+            self.definition.terms, self.functions, s, pairs.scale, self.values, facts, given, with_slopes
+        )
 
     def _factors(self, scale: float | Tensor) -> dict[str, float | Tensor]:
         """The terms' factors, by name."""
@@ -298,6 +322,7 @@ def _class_of(definition: Definition) -> type[Declared]:
         "reads_groups": not definition.facts.isdisjoint(("same", "other")),
         "needs_statistics": not definition.one_sweep,
         "needs_columns": cls.symmetric or (cls.batch and not definition.one_sweep),
+        "has_sides": definition.has_sides,
         "by_distance": {"distance": "distance", "squared_distance": "square"}.get(cls.similarity, ""),
     }
     return type(cls.__name__, (Declared,), members)

@@ -26,6 +26,9 @@ class PairLoss:
         Not with ``batch``, whose rows are the columns.
     ``similarity = "product"``: or "cosine" (rows are L2-normalised first), and for a batch "distance" (Euclidean) and
         "squared_distance".
+    ``row_values = ()``, ``column_values = ()``: names of numbers that calls give for every row, and for every column
+        (of a batch for its rows, which are the columns). ``terms`` finds them in ``pair.row.name`` and
+        ``pair.column.name``, ``loss`` in ``row.name`` (and ``column.name``). They get no gradient.
 
     Example, the circle loss of Sun et al. 2020::
 
@@ -51,16 +54,19 @@ class PairLoss:
     scaled = False
     symmetric = False
     similarity = "product"
+    row_values: tuple[str, ...] = ()
+    column_values: tuple[str, ...] = ()
 
     def terms(self, s: Expr, pair: Facts) -> dict[str, Reduction]:
         """What is summed over the pairs of every row, by name: :func:`total` and :func:`logsumexp` of expressions of
-        the similarity ``s``, and of ``pair.target``, ``pair.same``, ``pair.other`` and ``pair.every``."""
+        the similarity ``s``, of ``pair.target``, ``pair.same``, ``pair.other`` and ``pair.every``, and of the values
+        ``pair.row.name`` and ``pair.column.name``."""
         raise NotImplementedError(f"{type(self).__name__} must define terms(self, s, pair)")
 
     def loss(self, row, column=None) -> Tensor:
         """The loss of every row, ``[N]``, of the terms of its own pairs: ``row.name``, ``[N]`` in fp64. Plain torch.
 
-        A scaled loss finds the scale in ``row.logit_scale``.
+        A scaled loss finds the scale in ``row.logit_scale``, one with values those of the row by their names.
 
         Default: the sum of the terms. Then, and if all are totals, one sweep over the pairs yields loss and gradients.
         """
@@ -78,12 +84,36 @@ class Facts:
 
     ``every``: all pairs. ``target``: the row's own column. ``same``: of one group (label, or id); where there are no
     groups, the target. ``other``: those that are not ``same``. In a batch no row is in a pair with itself.
+
+    ``row``, ``column``: the values that calls give for them, by name.
     """
 
     every, target, same, other = (Expr("fact", name) for name in ("every", "target", "same", "other"))
 
+    def __init__(self, row_values: tuple[str, ...] = (), column_values: tuple[str, ...] = ()):
+        self.row, self.column = _Given("row", row_values), _Given("column", column_values)
+
     def __getattr__(self, name: str):
-        raise AttributeError(f"pair has no {name!r}: there are pair.every, pair.target, pair.same and pair.other")
+        raise AttributeError(
+            f"pair has no {name!r}: there are pair.every, pair.target, pair.same, pair.other, pair.row and pair.column"
+        )
+
+
+class _Given:
+    """The values that calls give for the row, or for the column, of a pair."""
+
+    def __init__(self, side: str, names: tuple[str, ...]):
+        self._side = side
+        for name in names:
+            setattr(self, name, Expr(side, name))
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"pair.{self._side} has no value {name!r}: the class names what calls give, {self._side}_values = "
+            f'"{name}", (in a batch row_values, of which the columns have the same)'
+        )
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ class Writer:
         parameter: a format for the number of a parameter.
     """
 
+    of_row, of_column = "row_{}", "column_{}"  # formats for the number of a value of the row, or the column
+
     def __init__(self, definition: Definition, roots: list[Expr], notation: dict[str, str], parameter: str):
-        self.parameters, self.notation, self.parameter = definition.parameters, notation, parameter
+        self.definition, self.notation, self.parameter = definition, notation, parameter
         self.lines: list[str] = []
         self._names: dict[Expr, str] = {}
         self._uses = Counter(roots)
@@ -45,13 +47,17 @@ class Writer:
             case "constant":
                 return repr(e.args[0]) if abs(e.args[0]) < float("inf") else f'float("{e.args[0]}")'
             case "parameter":
-                return self.parameter.format(self.parameters.index(e.args[0]))
+                return self.parameter.format(self.definition.parameters.index(e.args[0]))
             case "logit":
                 return "(s * scale)"
             case "s" | "scale":
                 return e.op
             case "fact":
                 return e.args[0]
+            case "row":
+                return self.of_row.format(self.definition.cls.row_values.index(e.args[0]))
+            case "column":
+                return self.of_column.format(self.definition.column_values.index(e.args[0]))
         if e in self._names:
             return self._names[e]
         return self.named(e, self.notation[e.op].format(*map(self.text, e.args)))
@@ -83,8 +89,16 @@ def tuple_of(parts: list[str]) -> str:
 
 
 def parameters_text(definition: Definition) -> str:
-    """A line that says which parameter is ``role_0``, ``role_1``, ..."""
-    return ", ".join(f"role_{k}: {name}" for k, name in enumerate(definition.parameters)) or "no parameters"
+    """A line that says which parameter is ``role_0``, ``role_1``, ..., and which value ``row_0`` or ``column_0``."""
+    named = {"role": definition.parameters, "row": definition.cls.row_values, "column": definition.column_values}
+    texts = (f"{kind}_{k}: {name}" for kind, names in named.items() for k, name in enumerate(names))
+    return ", ".join(texts) or "no parameters"
+
+
+def values_text(definition: Definition) -> list[str]:
+    """The names of the values of a pair's row, then of its column."""
+    rows, columns = len(definition.cls.row_values), len(definition.column_values)
+    return [*(f"row_{k}" for k in range(rows)), *(f"column_{k}" for k in range(columns))]
 
 
 def load(definition: Definition, notation: str, text: str) -> ModuleType:

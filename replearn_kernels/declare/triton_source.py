@@ -11,7 +11,7 @@ from functools import cache
 
 from .definition import Definition, Term, places
 from .expressions import Expr
-from .printing import INFIX, Writer, function, indented, load, parameters_text, tuple_of
+from .printing import INFIX, Writer, function, indented, load, parameters_text, tuple_of, values_text
 
 _HEAD = '''"""{name}: printed from the declaration of {cls}. {parameters}."""
 
@@ -22,7 +22,9 @@ from replearn_kernels.triton_kernels.declared import (
     every_pairs, fold, maximum, merged, minimum, other_pairs, rate_of, relu, same_pairs, share, sigmoid, signed,
     softplus, target_pairs,
 )
-from replearn_kernels.triton_kernels.tiles import LOWEST, Epilogue, table_quantity
+from replearn_kernels.triton_kernels.tiles import (
+    LOWEST, Epilogue, table_quantity, value_of_columns, value_of_rows,
+)
 '''
 NOTATION = INFIX | {
     "not": "({} == 0)", "where": "tl.where({}, {}, {})", "detach": "{}", "exp": "tl.exp({})", "log": "tl.log({})",
@@ -43,6 +45,7 @@ def source_of(definition: Definition) -> str:
     functions = _empty(definition), _reduce(definition), _merge(definition), _weights(definition)
     options = {
         "takes_roles": bool(definition.parameters),
+        "takes_values": bool(definition.cls.row_values or definition.column_values),
         "folds_columns": definition.one_sweep and definition.cls.batch,
         "additive": all(term.kind == "total" for term in definition.terms),
     }
@@ -58,7 +61,8 @@ def _block_sizes(definition: Definition) -> str:
     """The name by which ``triton_kernels/configs.py`` knows them: of what a block's rows and columns hold."""
     quantities = sum(term.statistics for term in definition.terms) * (2 if definition.has_columns else 1)
     several = sum(term.kind == "logsumexp" for term in definition.terms) > 1
-    return "declared_large" if several or quantities > 6 else "declared"
+    takes_values = definition.cls.row_values or definition.column_values
+    return "declared_large" if several or takes_values or quantities > 6 else "declared"
 
 
 def _writer(definition: Definition, roots: list[Expr]) -> Writer:
@@ -105,7 +109,10 @@ def _reduce(definition: Definition) -> str:
     if definition.one_sweep:
         writer.let("zero", f"tl.zeros_like({parts[0]})")
     lines = *writer.lines, f"return {tuple_of(parts + _weight(definition))}"
-    return _function("reduce(s, row, column, inputs, AXIS: tl.constexpr)", *_facts(definition), *lines)
+    given = _values(definition)
+    if definition.has_sides:
+        given = [*indented(given, "if AXIS == 1:"), *indented(_values(definition, seen_from_columns=True), "else:")]
+    return _function("reduce(s, row, column, inputs, AXIS: tl.constexpr)", *_facts(definition), *given, *lines)
 
 
 def _merge(definition: Definition) -> str:
@@ -123,10 +130,27 @@ def _merge(definition: Definition) -> str:
 
 
 def _weights(definition: Definition) -> str:
+    if not definition.has_sides:
+        return _weights_of(definition, "weights", "row", "column")
+    sum_of_both = [
+        "w = weights_of_rows(s, row, column, inputs)",
+        *indented(["w += weights_of_columns(s, row, column, inputs)"], "if inputs.column_table is not None:"),
+        "return w",
+    ]
+    functions = (
+        _weights_of(definition, "weights_of_rows", "row"),
+        _weights_of(definition, "weights_of_columns", "column", seen_from_columns=True),
+        _function("weights(s, row, column, inputs)", *sum_of_both),
+    )
+    return "\n\n".join(functions)
+
+
+def _weights_of(definition: Definition, name: str, *sides: str, seen_from_columns: bool = False) -> str:
+    """W by the coefficients of these sides."""
     terms = [term for term in definition.terms if term.slope is not None]
     writer = _writer(definition, [e for t in terms for e in (t.rest, t.factor, t.over, t.slope)])
     if definition.one_sweep:
-        _let_shared(writer, definition, lambda side: _quantity(side, len(definition.terms)))
+        _let_shared(writer, definition, sides, lambda side: _quantity(side, len(definition.terms)))
     writer.let("w", "tl.zeros_like(s)")
     for term, place in places(definition.terms, "coefficients"):
         if term.slope is None:
@@ -135,18 +159,23 @@ def _weights(definition: Definition) -> str:
             v, rate = f"{term.name}_v", f"{term.name}_rate"
             writer.let(v, _signed(writer, term))
             writer.let(rate, _rate(writer, term))
-            _let_shared(writer, definition, lambda side, v=v, rate=rate, place=place: _share(v, rate, side, place))
+            _let_shared(
+                writer, definition, sides, lambda side, v=v, rate=rate, place=place: _share(v, rate, side, place)
+            )
         elif not definition.one_sweep:
-            _let_shared(writer, definition, lambda side, place=place: _quantity(side, place))
+            _let_shared(writer, definition, sides, lambda side, place=place: _quantity(side, place))
         part = "shared" if term.slope.constant == 1 else f"shared * {writer.text(term.slope)}"
         writer.let("w", f"w + tl.where({writer.text(term.over)}, {part}, 0.0)")
-    return _function("weights(s, row, column, inputs)", *_facts(definition), *writer.lines, "return w")
+    lines = *_facts(definition), *_values(definition, seen_from_columns), *writer.lines, "return w"
+    return _function(f"{name}(s, row, column, inputs)", *lines)
 
 
-def _let_shared(writer: Writer, definition: Definition, of_side: Callable[[str], str]) -> None:
+def _let_shared(
+    writer: Writer, definition: Definition, sides: tuple[str, ...], of_side: Callable[[str], str]
+) -> None:
     """What a term's slope is multiplied by: the row's, and where columns have terms the column's."""
-    writer.let("shared", of_side("row"))
-    if definition.has_columns:
+    writer.let("shared", of_side(sides[0]))
+    if definition.has_columns and len(sides) == 2:
         writer.lines += indented([f"shared += {of_side('column')}"], "if inputs.column_table is not None:")
 
 
@@ -164,6 +193,15 @@ def _facts(definition: Definition) -> list[str]:
     """The lines that form the facts of a tile's pairs, as far as the loss reads them."""
     facts = [name for name in ("every", "target", "same", "other") if name in definition.facts]
     return [f"{name} = {name}_pairs(row, column, inputs)" for name in facts]
+
+
+def _values(definition: Definition, seen_from_columns: bool = False) -> list[str]:
+    """The lines that load what the call gives for rows and columns; of the latter a pair's row is the tile's column."""
+    sides = [("row", definition.cls.row_values), ("column", definition.column_values)]
+    loads = [f"value_of_{side}s({side}, inputs, {k})" for side, names in sides for k in range(len(names))]
+    if seen_from_columns:
+        loads = loads[len(definition.cls.row_values) :] + loads[: len(definition.cls.row_values)]
+    return [f"{name} = {load}" for name, load in zip(values_text(definition), loads)]
 
 
 def _weight(definition: Definition) -> list[str]:

@@ -23,7 +23,7 @@ from .validation import check_values
 
 _INPUTS = (
     "Tensor query, Tensor[] keys, Tensor? own, Tensor? target, Tensor? row_group, Tensor? column_group, "
-    "Tensor logit_scale, Tensor? logit_bias"
+    "Tensor logit_scale, Tensor? logit_bias, Tensor? row_values, Tensor? column_values"
 )
 _CONFIG = (  # needs_grad is a list of bools, which torch.jit.trace cannot record
     "str objective, float[] parameters, str reduction, str backend, int memory_budget, int[] needs_grad, bool any_size"
@@ -149,11 +149,13 @@ class _Form(NamedTuple):
     target: bool
     row_group: bool
     column_group: bool
+    row_values: bool
+    column_values: bool
 
     @classmethod
     def of(cls, inputs: Inputs) -> _Form:
-        _, keys, own, target, row_group, column_group, _, bias = inputs
-        there = (tensor is not None for tensor in (own, bias, target, row_group, column_group))
+        _, keys, own, target, row_group, column_group, _, bias, *values = inputs
+        there = (tensor is not None for tensor in (own, bias, target, row_group, column_group, *values))
         return cls(len(keys), *there)
 
     def split(self, tensors) -> tuple[Inputs, list[Tensor]]:
@@ -162,14 +164,14 @@ class _Form(NamedTuple):
         query, keys = next(left), [next(left) for _ in range(self.keys)]
         own = next(left) if self.own else None
         scale, bias = next(left), next(left) if self.bias else None
-        indices = (next(left) if there else None for there in self[3:])
-        return Inputs(query, keys, own, *indices, scale, bias), list(left)
+        target, row_group, column_group, *values = (next(left) if there else None for there in self[3:])
+        return Inputs(query, keys, own, target, row_group, column_group, scale, bias, *values), list(left)
 
 
 def _flat(inputs: Inputs) -> list[Tensor]:
     """The tensors in a row: those that may get a gradient, then the others."""
-    indices = inputs.target, inputs.row_group, inputs.column_group
-    return [*inputs.differentiable, *(tensor for tensor in indices if tensor is not None)]
+    others = inputs.target, inputs.row_group, inputs.column_group, inputs.row_values, inputs.column_values
+    return [*inputs.differentiable, *(tensor for tensor in others if tensor is not None)]
 
 
 class _PairLoss(torch.autograd.Function):

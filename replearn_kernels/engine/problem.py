@@ -26,6 +26,8 @@ class Inputs(NamedTuple):
     column_group: Tensor | None  # [M] int64, of the first keys
     logit_scale: Tensor  # 0-d
     logit_bias: Tensor | None  # 0-d
+    row_values: Tensor | None = None  # [values, N] in the dtype of the statistics: what a declared loss reads of rows
+    column_values: Tensor | None = None  # [values, M] of columns; where the rows are compared with each other None
 
     @property
     def features(self) -> list[Tensor]:
@@ -71,6 +73,8 @@ class Problem:
     squares: Tensor | None = None  # [N]: |x_i|^2 of the centred rows
     isolated: Tensor | None = None  # [N]: what is added to the squared distances of row i
     inverse_norms: Tensor | None = None  # [N]: the rows are the queries times these
+    row_values: Tensor | None = None  # [values, N]
+    column_values: Tensor | None = None  # [values, M], of the first source
     group_size: int = 0  # of every group, whose numbers fit 32 bits then; 0: groups are any
     _numbers: Tensor | None = None
     _positive_counts: Tensor | None = None
@@ -105,7 +109,7 @@ class Problem:
         return cls(
             query, tuple(sources), target, row_group, column_group, number_of(inputs.logit_scale), bias,
             given_rows, squares, isolated, _inverse_norms(query) if objective.unit_features else None,
-            objective.group_size,
+            inputs.row_values, inputs.row_values if inputs.is_batch else inputs.column_values, objective.group_size,
         )  # fmt: skip
 
     @property
@@ -206,6 +210,7 @@ class Problem:
         return replace(
             self, query=self.query[rows], sources=sources, given_target=self.target[rows], row_group=row_group,
             inverse_norms=None if self.inverse_norms is None else self.inverse_norms[rows],
+            row_values=None if self.row_values is None else self.row_values[:, rows],
         )  # fmt: skip
 
     def unit_query(self, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -234,7 +239,12 @@ class Problem:
         groups = (None, None)
         if self.row_group is not None:
             groups = self.row_group[tile.rows], self.column_group[tile.columns]
-        return Pairs(self.scale, self.bias, target, *groups, tile.columns.start, tile.diagonal)
+        values = (None, None)
+        if self.row_values is not None:
+            values = self.row_values[:, tile.rows], values[1]
+        if self.column_values is not None:
+            values = values[0], self.column_values[:, tile.columns]
+        return Pairs(self.scale, self.bias, target, *groups, tile.columns.start, tile.diagonal, *values)
 
     def points(self, tile: Tile, squared: bool) -> Points:
         """What turns the tile's products into distances."""
@@ -287,6 +297,13 @@ class Pairs(NamedTuple):
     column_group: Tensor | None  # [C]
     first_column: int  # of the tile, counted like the targets
     diagonal: bool  # the columns are the rows: the entries (i, i) are no pairs
+    row_values: Tensor | None = None  # [values, R], of a declared loss, the only one that reads them
+    column_values: Tensor | None = None  # [values, C]
+
+    @property
+    def of_any_loss(self) -> tuple:
+        """What passes of all losses take."""
+        return self[:7]
 
     def inside(self, width: int) -> tuple[Tensor, Tensor]:
         """Which rows have their target in this tile, ``[R]``, and its column there, ``[R, 1]`` (0 where not).

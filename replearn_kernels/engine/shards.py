@@ -68,6 +68,7 @@ class Shard(Problem):
     layout: Layout | None = None
     global_target: Tensor | None = None  # given_target counts from the first column of the own rank
     groups: tuple[Tensor, ...] = ()  # of the columns of every rank
+    values: tuple[Tensor, ...] = ()  # of the columns of every rank
     objective: Objective | None = None
     centre: Tensor | None = None  # of the rows of all ranks, where similarities are distances
 
@@ -85,6 +86,8 @@ class Shard(Problem):
             shard.given_target = shard.global_target - layout.first_column(world.rank)
         if shard.column_group is not None:
             shard.groups = tuple(world.gather(shard.column_group, layout.columns))
+        if shard.column_values is not None:
+            shard.values = tuple(world.gather(shard.column_values, layout.columns))
         return shard
 
     def visit(self, rank: int, features: Tensor, needs_grad: bool) -> Problem:
@@ -98,6 +101,8 @@ class Shard(Problem):
             given_target=self.target[rows] + shift,
             row_group=None if self.row_group is None else self.row_group[rows],
             column_group=self.groups[rank][columns] if self.groups else None,
+            row_values=None if self.row_values is None else self.row_values[:, rows],
+            column_values=self.values[rank][:, columns] if self.values else None,
         )
 
     def meet_rows(self, rank: int, given_rows: Tensor) -> Problem:
@@ -109,7 +114,9 @@ class Shard(Problem):
         visiting = given_rows[columns]
         query, squares, isolated = self._centred(visiting)
         query = torch.cat([self.query[rows], query])
-        groups = torch.cat([self.row_group[rows], self.groups[rank][columns]])
+        groups, values = torch.cat([self.row_group[rows], self.groups[rank][columns]]), None
+        if self.values:
+            values = torch.cat([self.row_values[:, rows], self.values[rank][:, columns]], dim=1)
         return _Meeting(
             query=query,
             sources=(VisitingRows(query, False, has_positives=True, first=rows.stop - rows.start),),
@@ -121,6 +128,8 @@ class Shard(Problem):
             given_rows=torch.cat([self.given_rows[rows], visiting]),
             squares=torch.cat([self.squares[rows], squares]),
             isolated=None if isolated is None else torch.cat([self.isolated[rows], isolated]),
+            row_values=values,
+            column_values=values,
         )
 
     def _centred(self, given_rows: Tensor):

@@ -61,7 +61,7 @@ class Objective(ABC):
     one_tile_parameters: tuple | None = None
     """What the native call for a whole problem of one tile takes; None if there is none."""
 
-    def native_roles(self, dtype: torch.dtype) -> tuple:
+    def native_roles(self, dtype: torch.dtype, pairs: Pairs) -> tuple:
         """The roles as the native passes over similarities of this dtype take them."""
         return self.roles
 

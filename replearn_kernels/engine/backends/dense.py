@@ -154,8 +154,9 @@ class CppBackend(TorchBackend):
 
     def _native(self, sweep: str, matrices: tuple[Tensor, ...], problem: Problem, tile: Tile, *rest) -> Step:
         operator = getattr(torch.ops.replearn_kernels, f"{self.objective.family}_{sweep}_").default
-        roles = self.objective.native_roles(matrices[0].dtype)
-        return partial(operator, *matrices, *self._pairs(problem, tile), *roles, *rest)
+        pairs = self._pairs(problem, tile)
+        roles = self.objective.native_roles(matrices[0].dtype, pairs)
+        return partial(operator, *matrices, *pairs.of_any_loss, *roles, *rest)
 
     def _pairs(self, problem: Problem, tile: Tile) -> Pairs:
         pairs = super()._pairs(problem, tile)

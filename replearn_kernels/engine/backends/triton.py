@@ -353,7 +353,10 @@ class TritonBackend(Backend):
         if isinstance(tile.source, BatchColumns) and is_by_sums(self.objective, tile.query.dtype):
             numbers = problem.group_numbers  # of 32 bits, of the own rows
             pairs = pairs._replace(row_group=numbers[tile.rows], column_group=numbers[tile.columns])
-        return TileInputs.of(tile.shape, *pairs, row_table, column_table, self._roles, own=own)
+        values = (pairs.row_values, pairs.column_values) if self._epilogue.takes_values else None
+        return TileInputs.of(
+            tile.shape, *pairs.of_any_loss, row_table, column_table, self._roles, own=own, values=values
+        )
 
     def _points(self, problem: Problem, tile: Tile) -> tuple[Points | None, bool]:
         """The points of a loss over distances, and whether over their squares."""

@@ -1,0 +1,231 @@
+"""Values of rows and columns in declared losses: how they are named, how a call gives them, what is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from declared_cases import CASES, Graded, OwnMargins, Regression, Sampled, inputs_of
+from metric_cases import LABELS, assert_same, small_batch_tiles
+from test_declare_expressions import RandomExpressions
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from replearn_kernels.declare import PairLoss, equal, exp, fuse, logsumexp, relu, total, where
+from replearn_kernels.declare.algebra import is_symmetric, seen_from_column
+from replearn_kernels.declare.definition import definition_of
+from replearn_kernels.declare.expressions import Expr
+from replearn_kernels.declare.objective import objective_of
+
+S, ROW, COLUMN = Expr("s"), Expr("row", "x"), Expr("column", "x")
+ROW_Y, COLUMN_Y = Expr("row", "y"), Expr("column", "y")
+
+
+@pytest.mark.parametrize(
+    "e",
+    [
+        S, exp(S) + 2, abs(ROW - COLUMN), (ROW - COLUMN) ** 2, (ROW - COLUMN) ** 4, ROW + COLUMN, S * (ROW * COLUMN),
+        equal(ROW, COLUMN), ~equal(ROW, COLUMN), abs(ROW - COLUMN) < abs(COLUMN_Y - ROW_Y), relu(ROW + COLUMN - S),
+        (ROW > 1) & (COLUMN > 1), where((ROW > 1) | (COLUMN > 1), ROW_Y * COLUMN_Y, S), exp(-abs(ROW - COLUMN)) * S,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_terms_without_sides(e):
+    assert is_symmetric(e)
+
+
+@pytest.mark.parametrize(
+    "e",
+    [
+        ROW, COLUMN * S, ROW - COLUMN, ROW > COLUMN, ROW / COLUMN, relu(ROW - COLUMN), (ROW - COLUMN) ** 3,
+        where(ROW > 1, COLUMN, S), abs(ROW - COLUMN_Y), (ROW > 1) & (COLUMN_Y > 1), ROW * COLUMN_Y, abs(ROW - 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_terms_with_sides(e):
+    assert not is_symmetric(e)
+    assert seen_from_column(seen_from_column(e)) is e
+
+
+def test_losses_with_sides():
+    sides = {cls: definition_of(cls, ()).has_sides for cls in (Graded, OwnMargins, Regression, Sampled)}
+    assert sides == {Graded: True, OwnMargins: True, Regression: False, Sampled: False}
+
+
+@dataclass(frozen=True)
+class Random(PairLoss):
+    """A loss of random terms of a batch with two values."""
+
+    seed: int
+    a: float = 0.3
+
+    batch, row_values = True, ("x", "y")
+
+    def terms(self, s, pair):
+        values = pair.row.x, pair.column.x, pair.row.y, pair.column.y
+        make = RandomExpressions(self.seed, s, *values, self.a)
+        condition = make.condition(1)
+        return {
+            "t": total(make.value(3), where=make.random.choice([condition, pair.same & condition, pair.every])),
+            "u": logsumexp(self.a * (make.value(2) + s) + pair.column.x),
+            "v": logsumexp(-s - make.value(1), where=make.random.choice([pair.other, pair.every & ~condition])),
+        }
+
+    def loss(self, row):
+        return row.x * row.t / 20 + row.u + torch.where(row.v > -torch.inf, row.v * row.y, 0)
+
+
+def random_results(seed: int, backend: str, dtype=torch.float64) -> list[torch.Tensor]:
+    x, _, labels, _ = inputs_of(23, 6, LABELS["pairs"](23), dtype=dtype)
+    leaf, values = x.clone().requires_grad_(), {"x": x[:, 0] + 1.1, "y": x[:, 1].sign()}
+    loss = fuse(Random(seed), backend=backend, memory_budget=0)
+    value = loss(leaf, labels, row_values=values)
+    return [value.detach(), *torch.autograd.grad(value, leaf)]
+
+
+@pytest.mark.parametrize(
+    ("seed", "backend"), [*((seed, "torch") for seed in range(30)), *((seed, "cpp") for seed in range(5))]
+)
+def test_random_losses_are_those_of_eager(seed, backend):
+    with small_batch_tiles(8):
+        assert_same(random_results(seed, backend), random_results(seed, "eager"), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "cpp"])
+def test_any_layout_and_dtype_of_values(backend):
+    """Slices, transposes, one value for all, half precision and truth values are numbers like others."""
+    x, y, _, _ = inputs_of(19, 4, torch.zeros(19, dtype=torch.int64))
+    plain = torch.tensor([0.0, 1.0, 1.0]).repeat(7)[:19]
+    columns = {"log_q": torch.full((19,), 0.5), "weight": plain + 1}
+    others = {"log_q": torch.tensor(0.5).expand(19), "weight": torch.stack([plain + 1, plain], 1)[:, 0]}
+    loss, results = fuse(Sampled(), backend=backend), []
+    for skipped, of_columns in ((plain, columns), (plain.bool(), others), (plain.bfloat16(), columns)):
+        row_values = {"weight": plain.double() + 1, "skipped": skipped}
+        results.append(loss(x, y, 2.0, row_values=row_values, column_values=of_columns))
+    assert results[0] == results[1] == results[2]
+
+
+def rows(n: int = 4) -> torch.Tensor:
+    return torch.eye(n)
+
+
+def sampled(row_values, column_values) -> torch.Tensor:
+    return fuse(Sampled())(rows(), rows(), row_values=row_values, column_values=column_values)
+
+
+ONES = torch.ones(4)
+OF_ROWS, OF_COLUMNS = {"weight": ONES, "skipped": ONES}, {"log_q": ONES, "weight": ONES}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: sampled(None, OF_COLUMNS), ValueError, r"row_values must give .* Sampled .*weight, skipped.*got none"),
+        (lambda: sampled(OF_ROWS, {"log_q": ONES}), ValueError, r"column_values must give .*log_q, weight.*got log_q"),
+        (lambda: sampled(OF_ROWS | {"x": ONES}, OF_COLUMNS), ValueError, "got weight, skipped, x"),
+        (lambda: sampled((ONES, ONES), OF_COLUMNS), TypeError, "row_values must be a dict of tensors by name, got tup"),
+        (lambda: sampled(OF_ROWS | {"weight": 1.0}, OF_COLUMNS), TypeError, r"row_values\['weight'\] must be a tensor"),
+        (lambda: sampled(OF_ROWS | {"weight": ONES[:3]}, OF_COLUMNS), ValueError, r"must have shape \(4,\).*\(3,\)"),
+        (lambda: sampled(OF_ROWS | {"weight": rows()}, OF_COLUMNS), ValueError, r"must have shape \(4,\)"),
+        (lambda: sampled(OF_ROWS, OF_COLUMNS | {"log_q": ONES.long()}), TypeError, "floating-point or bool, got"),
+        (lambda: sampled(OF_ROWS, OF_COLUMNS | {"log_q": ONES.cfloat()}), TypeError, "must be floating-point or bool"),
+        (lambda: sampled(OF_ROWS | {"weight": ONES.to("meta")}, OF_COLUMNS), ValueError, "device cpu, got meta"),
+        (
+            lambda: sampled(OF_ROWS | {"weight": ONES.clone().requires_grad_()}, OF_COLUMNS), ValueError,
+            r"row_values\['weight'\] requires a gradient, which values do not get: pass row_values\['weight'\].detach",
+        ),
+        (lambda: fuse(Graded())(rows()), ValueError, "row_values must give the values that Graded names"),
+        (lambda: fuse(Graded())(rows(), column_values={}), TypeError, "unexpected keyword argument 'column_values'"),
+        (
+            lambda: CASES["toy clip"].call(rows(), rows(), None, 1.0, row_values={"x": ONES}), TypeError,
+            "unexpected keyword argument 'row_values'",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_values(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_values_that_require_a_gradient_nobody_asks_for():
+    with torch.no_grad():
+        assert sampled(OF_ROWS | {"weight": ONES.clone().requires_grad_()}, OF_COLUMNS).isfinite()
+
+
+def declared(term, **attributes) -> None:
+    attributes = {"row_values": ("x",)} | attributes
+    members = attributes | {"terms": lambda self, s, pair: {"t": term(s, pair)}}
+    fuse(dataclass(frozen=True)(type("Bad", (PairLoss,), members))())
+
+
+@pytest.mark.parametrize(
+    ("term", "attributes", "message"),
+    [
+        (lambda s, p: total(p.row.y), {}, r'pair.row has no value \'y\'.*row_values = "y", \(in a batch'),
+        (lambda s, p: total(p.column.x), {}, "pair.column has no value 'x'"),
+        (lambda s, p: total(s), {"row_values": "x"}, r"Bad.row_values must be a tuple of names, ..weight.,., got 'x'"),
+        (lambda s, p: total(s), {"row_values": ["x"]}, "must be a tuple of names"),
+        (lambda s, p: total(s), {"row_values": ("a b",)}, "a value needs a name of its own, an ASCII identifier"),
+        (lambda s, p: total(s), {"row_values": ("logit_scale",)}, "a value needs a name of its own"),
+        (lambda s, p: total(s), {"row_values": ("x", "x")}, "names a value twice: x, x"),
+        (lambda s, p: total(s), {"row_values": ("t",)}, "t is a value that calls give: a term needs another name"),
+        (lambda s, p: total(s), {"column_values": ("t",)}, "t is a value that calls give"),
+        (lambda s, p: total(s), {"column_values": ("x",), "batch": True}, "columns of a batch are its rows: give"),
+        (lambda s, p: total(s), {"row_value": ("x",)}, "did you mean row_values"),
+        (lambda s, p: total(s, where=p.row.x == s), {}, r"equal\(a, b\) what they come to"),
+        (lambda s, p: total(s, where=p.row.x == 1), {}, r"row.x == 1: .*equal\(a, b\)"),
+        (lambda s, p: total(s * p.row), {}, "takes expressions and numbers, got _Given"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_declared(term, attributes, message):
+    with pytest.raises((TypeError, ValueError, AttributeError), match=message):
+        declared(term, **attributes)
+
+
+@dataclass(frozen=True)
+class OtherCamera(PairLoss):
+    """Pairs of one person and another camera, as whole numbers tell."""
+
+    batch, row_values = True, ("person", "camera")
+
+    def terms(self, s, pair):
+        one_person = torch.eq(pair.row.person, pair.column.person)
+        return {"s": total(s, where=one_person & torch.ne(pair.row.camera, pair.column.camera))}
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "cpp"])
+def test_equal_numbers(backend):
+    """NaN is no number: it equals none, not even itself."""
+    x = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    person, camera = torch.arange(40) % 5, torch.arange(40) // 7 % 3
+    values = {"person": person.double(), "camera": camera.double()}
+    values["person"][::9] = torch.nan
+    together = values["person"].unsqueeze(1) == values["person"]
+    expected = torch.where(together & (camera.unsqueeze(1) != camera), x @ x.t(), 0).sum(1)
+    with small_batch_tiles(16):
+        found = fuse(OtherCamera(), reduction="none", backend=backend)(x, row_values=values)
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_graph_for_all_sizes():
+    torch._dynamo.reset()
+    loss, counter = fuse(Graded(), backend="torch"), CompileCounterWithBackend("aot_eager")
+    compiled, graphs = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter), []
+    for n in (5, 12, 31):
+        x, _, labels, _ = inputs_of(n, 4, torch.arange(n) % 3)
+        values = {"grade": labels.double(), "weight": x[:, 0] + 2}
+        ours, plain = (x.clone().requires_grad_() for _ in range(2))
+        compiled(ours, row_values=values).backward()
+        loss(plain, row_values=values).backward()
+        torch.testing.assert_close(ours.grad, plain.grad)
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * 3
+
+
+def test_the_operator_with_values():
+    x, y, labels, scale = (t.clone() for t in inputs_of(6, 4, torch.arange(6) % 2))
+    values = torch.rand(2, 6, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64)
+    features = [t.requires_grad_() for t in (x, y, scale)]
+    arguments = features[0], [features[1]], None, None, None, None, features[2], None, *values
+    config = objective_of(Sampled()).name, [0.0], "mean", "torch", 2**20, [1, 1, 1], False
+    torch.library.opcheck(torch.ops.replearn_kernels.pair_loss.default, (*arguments, *config))
