@@ -187,6 +187,19 @@ class OwnMargins(PairLoss):
 
 
 @dataclass(frozen=True)
+class Spread(PairLoss):
+    """A batch of distances without labels."""
+
+    batch, similarity = True, "distance"
+
+    def terms(self, d, pair):
+        return {"near": logsumexp(-2 * d)}
+
+    def loss(self, row):
+        return torch.where(row.near > -math.inf, row.near, 0)
+
+
+@dataclass(frozen=True)
 class Regression(PairLoss):
     """One sweep over a batch, of terms that are the same from either side of a pair."""
 

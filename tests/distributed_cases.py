@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from declared_cases import Contrastive, Graded, Margin, OwnMargins, Regression, Sampled, SigLip, Squares
+from declared_cases import Contrastive, Graded, Margin, OwnMargins, Regression, Sampled, SigLip, Spread, Squares
 from torch import Tensor
 
 from replearn_kernels import (
@@ -159,6 +159,7 @@ LOSSES = {
         b.x, b.y, b.scale, query_group=b.labels, key_group=b.labels
     ),
     "declared_over_distances": lambda b, **k: fuse(Contrastive(1.3), **k)(b.x, b.labels),
+    "declared_over_distances_without_labels": lambda b, **k: fuse(Spread(), **k)(b.x),
     "declared_mean_over_weights": lambda b, **k: fuse(Squares(), **k)(b.x, b.labels),
     "declared_by_values": lambda b, **k: fuse(Graded(), **k)(b.x, row_values=numbers(b, "grade", "weight")),
     "declared_in_one_sweep_by_values": lambda b, **k: fuse(Regression(), **k)(

@@ -1,4 +1,4 @@
-"""Losses that are declared: circle, multi-similarity, InfoNCE with hard negatives."""
+"""Losses that are declared: circle, multi-similarity, InfoNCE with hard negatives, sampled softmax."""
 
 import math
 from functools import partial
@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from bench.cases.batch import bare_products, without_self
 from bench.cases.inputs import paired_features
 from bench.cases.metric import class_members, labelled_embeddings
-from bench.harness import Case
-from replearn_kernels import circle_loss, hard_negative_loss, multi_similarity_loss
+from bench.harness import Case, Inputs
+from replearn_kernels import circle_loss, hard_negative_loss, multi_similarity_loss, sampled_softmax_loss
 
-BACKENDS = ("auto", "triton", "torch", "eager")
 MARGIN, GAMMA = 0.4, 80.0
 ALPHA, BETA, BASE = 2.0, 50.0, 0.5
 HARDNESS = 1.0
@@ -68,6 +67,28 @@ def hard_negatives_by_logarithms(query, key, logit_scale):
     return -F.logsigmoid(positive - weighted - math.log(len(query) - 1)).mean()
 
 
+def sampled_features(n: int, d: int, dtype: torch.dtype, device: str) -> Inputs:
+    """Queries and the products that they belong to, of a tenth as many as there are, the first ones most often."""
+    inputs = paired_features(("query", "key"), n, d, dtype, device)
+    probability = 1 / torch.arange(1, n // 10 + 2)
+    product = probability.multinomial(n, replacement=True, generator=torch.Generator().manual_seed(1))
+    inputs["product"] = product.to(device)
+    inputs["log_probability"] = (probability / probability.sum()).log()[product].to(device)
+    return inputs
+
+
+def sampled_softmax_dense(query, key, logit_scale, product, log_probability):
+    logits = logit_scale * query @ key.T - log_probability
+    duplicate = without_self(product[:, None] == product, False)
+    return F.cross_entropy(logits.masked_fill(duplicate, -math.inf), torch.arange(len(query), device=query.device))
+
+
+def sampled_softmax(query, key, logit_scale, product, log_probability, **options):
+    return sampled_softmax_loss(
+        query, key, key_group=product, key_log_probability=log_probability, logit_scale=logit_scale, **options
+    )
+
+
 circle = partial(circle_loss, margin=MARGIN, gamma=GAMMA, normalize=False)
 multi_similarity = partial(multi_similarity_loss, alpha=ALPHA, beta=BETA, base=BASE, normalize=False)
 hard_negatives = partial(hard_negative_loss, beta=HARDNESS)
@@ -79,7 +100,6 @@ CIRCLE = Case(
     ours={"ours": circle, "ours_budget_0": partial(circle, memory_budget=0)},
     dense={"where": partial(circle_dense, log_sums), "gathered": partial(circle_dense, log_sums_gathered)},
     products={"products_2": bare_products},
-    backends=BACKENDS,
 )
 MULTI_SIMILARITY = Case(
     name="multi_similarity",
@@ -91,7 +111,6 @@ MULTI_SIMILARITY = Case(
         "gathered": partial(multi_similarity_dense, log_sums_gathered),
     },
     products={"products_2": bare_products},
-    backends=BACKENDS,
 )
 HARD_NEGATIVES = Case(
     name="hard_negatives",
@@ -99,5 +118,11 @@ HARD_NEGATIVES = Case(
     make_inputs=partial(paired_features, ("query", "key")),
     ours={"ours": hard_negatives, "ours_budget_0": partial(hard_negatives, memory_budget=0)},
     dense={"exponentials": hard_negatives_by_exponentials, "logarithms": hard_negatives_by_logarithms},
-    backends=BACKENDS,
+)
+SAMPLED_SOFTMAX = Case(
+    name="sampled_softmax",
+    title="Sampled softmax",
+    make_inputs=sampled_features,
+    ours={"ours": sampled_softmax, "ours_budget_0": partial(sampled_softmax, memory_budget=0)},
+    dense={"cross entropy": sampled_softmax_dense},
 )

@@ -114,9 +114,8 @@ class Shard(Problem):
         visiting = given_rows[columns]
         query, squares, isolated = self._centred(visiting)
         query = torch.cat([self.query[rows], query])
-        groups, values = torch.cat([self.row_group[rows], self.groups[rank][columns]]), None
-        if self.values:
-            values = torch.cat([self.row_values[:, rows], self.values[rank][:, columns]], dim=1)
+        groups = torch.cat([self.row_group[rows], self.groups[rank][columns]]) if self.groups else None
+        values = torch.cat([self.row_values[:, rows], self.values[rank][:, columns]], dim=1) if self.values else None
         return _Meeting(
             query=query,
             sources=(VisitingRows(query, False, has_positives=True, first=rows.stop - rows.start),),
