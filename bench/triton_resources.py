@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -24,6 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from bench.triton_sources import digest_of
 from bench.triton_variants import NO_PRODUCTS, OF_TABLES, OUTPUTS, PRODUCTS, VARIANTS, launch
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.csv"
@@ -63,6 +64,7 @@ class Row:
     shared_bytes: int
     matrix: int
     instruction: str
+    source: str  # of triton_sources.py
     triton: str
     date: str
 
@@ -102,6 +104,11 @@ def cases() -> list[Case]:
     return found
 
 
+def epilogue_name(variant: str) -> str:
+    """Of kernels of any variant "any"."""
+    return VARIANTS[variant].epilogue if variant in VARIANTS else variant
+
+
 # -- compilation --------------------------------------------------------------------------------------------------
 
 
@@ -130,22 +137,43 @@ def compiling(target: GPUTarget) -> Iterator[list]:
         yield compiled
 
 
-def measure(case: Case) -> Row:
+@contextmanager
+def launching(target: GPUTarget) -> Iterator[list[tuple[JITFunction, tuple, dict]]]:
+    """Launches inside end before they compile anything; the list receives (kernel, arguments, options)."""
+    launched = []
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", _Driver(target)),
+        mock.patch.object(JITFunction, "run", lambda self, *args, **options: launched.append((self, args, options))),
+    ):
+        yield launched
+
+
+def _launch(case: Case, listening: Callable) -> tuple:
+    """What ``listening`` (:func:`compiling` or :func:`launching`) receives of the case's launch."""
     dtype, precision = PRODUCTS[case.product]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        with compiling(TARGETS[case.target]) as compiled:
+        with listening(TARGETS[case.target]) as received:
             launch(VARIANTS.get(case.variant), case.kernel, dtype)
     finally:
         torch.set_float32_matmul_precision(before)
-    kernel, options = compiled["finish" in case.kernel]
+    return received["finish" in case.kernel]
+
+
+def source_of(case: Case) -> str:
+    """A digest of what the case's kernel is compiled from: another one, another kernel."""
+    return digest_of(*_launch(case, launching))
+
+
+def measure(case: Case) -> Row:
+    kernel, options = _launch(case, compiling)
     read = _read_amdgcn if case.target == PORTABILITY else _read_cubin
     registers, spills, matrix = read(kernel, MATRIX_INSTRUCTION[case.target])
     return Row(
         case.variant, case.kernel, case.product, case.target, _describe(options),
         registers, spills, kernel.metadata.shared, matrix, MATRIX_INSTRUCTION[case.target] if matrix else "",
-        triton.__version__, datetime.now(timezone.utc).date().isoformat(),
+        source_of(case), triton.__version__, datetime.now(timezone.utc).date().isoformat(),
     )  # fmt: skip
 
 
@@ -224,12 +252,12 @@ def _programs_of_clip(rows: list[Row]) -> str:
 def main(output: Path | None = None, processes: int = 2, missing: bool = False, by_version: bool = False) -> None:
     """Compile every kernel for every GPU, write the table, and exit with 1 if a kernel spills or does not fit.
 
-    ``--missing``: only what the table has no row of yet. The others stay, so this is for new kernels alone.
+    ``--missing``: only kernels of which the table has no row, or one of other sources. The other rows stay.
     ``--by-version``: to a table of this Triton's own, which stands beside that of the pinned Triton from then on.
     """
     output = output or (results_of_this_version() if by_version else committed())
     known = {row.case: row for row in load(output)} if missing else {}
-    new = [case for case in cases() if case not in known]
+    new = [case for case in cases() if case not in known or known[case].source != source_of(case)]
     with ProcessPoolExecutor(processes) as pool:
         known |= zip(new, pool.map(measure, new))
     rows = [known[case] for case in cases()]

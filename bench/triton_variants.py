@@ -87,13 +87,15 @@ class Variant:
             return ROLES.get(self.epilogue, ())
         return (0.5,) * len(objective_of(self.loss).definition.parameters)
 
-    def values(self, rows: int, columns: int) -> tuple[torch.Tensor | None, torch.Tensor | None] | None:
-        """What calls of a declared loss give for rows and columns."""
-        if not self.functions.takes_values:
+    def given(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...] | None:
+        """What calls of a declared loss give for rows and columns: values, and features of the guide."""
+        if not self.functions.takes_given:
             return None
         definition = objective_of(self.loss).definition
         counts = (len(definition.cls.row_values), rows), (len(definition.column_values), columns)
-        return tuple(torch.empty(shape) if shape[0] else None for shape in counts)
+        values = (torch.empty(shape) if shape[0] else None for shape in counts)
+        guides = (torch.empty(size, 384, dtype=dtype) if definition.cls.guide else None for size in (rows, columns))
+        return *values, *guides
 
     def kernels(self, product: str, target: str) -> list[str]:
         """Those that a GPU has a config for. "weights apart": the weights kernel that tells blocks apart."""
@@ -301,7 +303,7 @@ def _inputs(variant: Variant, query, key, row_table=None, column_table=None, gro
         ids(variant.target == "given", rows, torch.int64), ids(variant.groups, rows, group_dtype),
         ids(variant.groups, columns, group_dtype),
         16, variant.diagonal, row_table, column_table, variant.roles,
-        own=16 if variant.target == "own" else None, values=variant.values(rows, columns),
+        own=16 if variant.target == "own" else None, given=variant.given(rows, columns, query.dtype),
     )  # fmt: skip
 
 

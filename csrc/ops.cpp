@@ -77,10 +77,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
         "float factor, Tensor(c!) row_table, Tensor(d!) column_table" POINTS GRADIENTS ") -> ()");
   m.def("semi_hard_statistics_(Tensor(a!) v, " PAIRS "Tensor(b!) row_table, Tensor(c!)? column_table" POINTS ") -> ()");
   m.def("declared_statistics_(Tensor(a!) s, " PAIRS
-        "int passes, Tensor parameters, Tensor? row_values, Tensor? column_values, Tensor(b!) row_table, "
+        "int passes, Tensor parameters, Tensor? row_values, Tensor? column_values, Tensor? guide, Tensor(b!) row_table, "
         "Tensor(c!)? column_table" POINTS ") -> ()");
   m.def("declared_weights_(Tensor(a!) s, Tensor(b!) out, " PAIRS
-        "int passes, Tensor parameters, Tensor? row_values, Tensor? column_values, Tensor(c!) row_table, "
+        "int passes, Tensor parameters, Tensor? row_values, Tensor? column_values, Tensor? guide, Tensor(c!) row_table, "
         "Tensor(d!)? column_table" POINTS GRADIENTS ") -> ()");
   m.def("load_declared_passes(str path, bool is_double) -> int");
 #undef PAIRS

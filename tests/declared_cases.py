@@ -229,6 +229,56 @@ class Sampled(PairLoss):
         return row.weight > 1.2
 
 
+@dataclass(frozen=True)
+class Filtered(PairLoss):
+    """Rows and columns by the similarities of a guide, in conditions, terms and slopes."""
+
+    scaled, symmetric, guide, row_values = True, True, "cosine", ("threshold",)
+
+    def terms(self, logit, pair):
+        return {
+            "every": logsumexp(logit + pair.guide / 2, where=pair.target | (pair.guide < pair.row.threshold)),
+            "own": total(logit * exp(pair.guide), where=pair.target),
+        }
+
+    def loss(self, row, column):
+        return (row.every + column.every) / 2 - row.own
+
+
+@dataclass(frozen=True)
+class Guided(PairLoss):
+    """A batch of distances, with products of a guide."""
+
+    batch, similarity, guide, row_values = True, "distance", "product", ("weight",)
+
+    def terms(self, d, pair):
+        return {
+            "near": total(d**2 * pair.guide * pair.row.weight, where=pair.same),
+            "far": logsumexp(-d * (1 + pair.guide**2), where=pair.every & (pair.guide > -0.5)),
+        }
+
+    def loss(self, row):
+        return row.near + torch.where(row.far > -math.inf, row.far, 0)
+
+
+@dataclass(frozen=True)
+class Imitation(PairLoss):
+    """One sweep over a batch whose products are to be those of a guide."""
+
+    batch, guide = True, "product"
+
+    def terms(self, s, pair):
+        return {"error": total((s - pair.guide) ** 2)}
+
+
+def _guides(labels: Tensor, width: int = 3) -> tuple[Tensor, Tensor]:
+    """Features of rows and columns that no other input has, in which rows of one label are near."""
+    place = torch.arange(len(labels), device=labels.device).double().unsqueeze(1)
+    k = torch.arange(1, width + 1, device=labels.device)
+    rows, columns = ((labels.unsqueeze(1) * k + shift + 0.3 * place).sin() for shift in (0.0, 0.5))
+    return rows, columns
+
+
 def _numbers(labels: Tensor, count: int) -> list[Tensor]:
     """Some numbers for every row: quarters from 1 on, in which rows of one label differ."""
     place = torch.arange(len(labels), device=labels.device)
@@ -428,6 +478,37 @@ def _sampled_numbers(labels: Tensor) -> tuple[Tensor, ...]:
     return weight, skipped > 1.4, log_q, column_weight
 
 
+def _filtered(x, y, labels, scale):
+    logits, losses, (threshold,) = scale * x @ y.t(), [], _numbers(labels, 1)
+    threshold = threshold - 1
+    rows, columns = (F.normalize(t, dim=1) for t in _guides(labels))
+    guide = rows @ columns.t()
+    for i in range(len(x)):
+        kept = [j for j in range(len(y)) if j == i or guide[i, j] < threshold[i]]
+        of_column = [j for j in range(len(x)) if j == i or guide[j, i] < threshold[j]]
+        row = (logits[i, kept] + guide[i, kept] / 2).logsumexp(0)
+        column = (logits[of_column, i] + guide[of_column, i] / 2).logsumexp(0)
+        losses.append((row + column) / 2 - logits[i, i] * guide[i, i].exp())
+    return _rows(x, losses), len(x)
+
+
+def _guided(x, y, labels, scale):
+    d, losses, (weight,), guide = distances(x), [], _numbers(labels, 1), _guides(labels)[0]
+    guide = guide @ guide.t()
+    for i in range(len(x)):
+        positives, _ = others(labels.tolist(), i)
+        kept = [j for j in range(len(x)) if j != i and guide[i, j] > -0.5]
+        loss = (d[i, positives] ** 2 * guide[i, positives] * weight[i]).sum()
+        losses.append(loss + (-d[i, kept] * (1 + guide[i, kept] ** 2)).logsumexp(0) if kept else loss)
+    return _rows(x, losses), len(x)
+
+
+def _imitation(x, y, labels, scale):
+    guide = _guides(labels)[0]
+    errors = (x @ x.t() - guide @ guide.t()) ** 2
+    return _rows(x, [errors[i].sum() - errors[i, i] for i in range(len(x))]), len(x)
+
+
 # -- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +535,12 @@ def _call_sampled(x, y, labels, scale, **k):
     weight, skipped, log_q, column_weight = _sampled_numbers(labels)
     rows, columns = {"weight": weight, "skipped": skipped}, {"log_q": log_q, "weight": column_weight}
     return fuse(Sampled(), **k)(x, y, scale, row_values=rows, column_values=columns)
+
+
+def _call_filtered(x, y, labels, scale, **k):
+    (threshold,), (rows, columns) = _numbers(labels, 1), _guides(labels)
+    loss = fuse(Filtered(), **k)
+    return loss(x, y, scale, row_values={"threshold": threshold - 1}, row_guide=rows, column_guide=columns)
 
 
 CASES = {
@@ -498,6 +585,16 @@ CASES = {
     "toy own margins": Case(_with_numbers(OwnMargins()), _own_margins, batch=True),
     "toy regression": Case(_with_numbers(Regression()), _regression, True, batch=True),
     "toy sampled": Case(_call_sampled, _sampled, True),
+    "toy filtered": Case(_call_filtered, _filtered, True),
+    "toy guided": Case(
+        lambda x, y, labels, scale, **k: fuse(Guided(), **k)(
+            x, labels, row_values={"weight": _numbers(labels, 1)[0]}, row_guide=_guides(labels)[0]
+        ),
+        _guided, batch=True,
+    ),
+    "toy imitation": Case(
+        lambda x, y, labels, scale, **k: fuse(Imitation(), **k)(x, row_guide=_guides(labels)[0]), _imitation, batch=True
+    ),
     "toy everything": Case(
         _of_pairs(Everything(), by_group=True), lambda x, *rest: _everything(x, *rest, range(len(x))), True
     ),

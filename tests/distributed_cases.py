@@ -7,7 +7,20 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from declared_cases import Contrastive, Graded, Margin, OwnMargins, Regression, Sampled, SigLip, Spread, Squares
+from declared_cases import (
+    Contrastive,
+    Filtered,
+    Graded,
+    Guided,
+    Imitation,
+    Margin,
+    OwnMargins,
+    Regression,
+    Sampled,
+    SigLip,
+    Spread,
+    Squares,
+)
 from torch import Tensor
 
 from replearn_kernels import (
@@ -172,6 +185,14 @@ LOSSES = {
         b.x, b.y, b.scale, target=b.target, row_values=numbers(b, "weight", "skipped"),
         column_values=numbers(b, "log_q", "weight"),
     ),
+    "declared_by_a_guide": lambda b, **k: fuse(Filtered(), **k)(
+        b.x, b.y, b.scale, target=b.target, row_values=numbers(b, "threshold"), row_guide=b.own.detach()[:, 0],
+        column_guide=b.own.detach()[:, 1],
+    ),
+    "declared_over_distances_by_a_guide": lambda b, **k: fuse(Guided(), **k)(
+        b.x, b.labels, row_values=numbers(b, "weight"), row_guide=b.own.detach()[:, 0]
+    ),
+    "declared_in_one_sweep_by_a_guide": lambda b, **k: fuse(Imitation(), **k)(b.x, row_guide=b.own.detach().flatten(1)),
     "sup_con_views": lambda b, **k: sup_con_loss(b.views, temperature=0.3, **k),
 }
 

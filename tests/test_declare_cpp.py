@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from declared_cases import Contrastive, Everything, Graded
+from declared_cases import Contrastive, Everything, Graded, Imitation
 from metric_cases import small_batch_tiles
 
 import replearn_kernels as rk
@@ -56,6 +56,7 @@ template <typename T>
 struct Loss {{
   static constexpr int kTerms = 2, kParameters = 2;
   static constexpr int kRowValues = 0, kColumnValues = 0;
+  static constexpr bool kReadsGuide = false;
   static constexpr bool kIsTotal[] = {{false, false}}, kHasSlope[] = {{true, true}};
   static constexpr bool kOneSweep = false, kHasSides = false;
   T sign[kTerms], steepness[kTerms];  // of the terms' factors
@@ -524,19 +525,19 @@ class TestOperators:
         tables = torch.zeros(3, 4), None
         with pytest.raises(RuntimeError, match="there are no passes 123456"):
             parameters = torch.zeros(0, dtype=torch.float64)
-            self.ops.declared_statistics_(torch.zeros(4, 4), *self.pairs, 123456, parameters, None, None, *tables)
+            self.ops.declared_statistics_(torch.zeros(4, 4), *self.pairs, 123456, parameters, None, None, None, *tables)
 
     def test_of_another_dtype_or_shape(self):
         number, parameters = self.roles_of(Small())
         with pytest.raises(RuntimeError, match="of another dtype"):
             s = torch.zeros(4, 4, dtype=torch.float64)
-            self.ops.declared_statistics_(s, *self.pairs, number, parameters, None, None, s, None)
+            self.ops.declared_statistics_(s, *self.pairs, number, parameters, None, None, None, s, None)
         s, table = torch.zeros(4, 4), torch.zeros(3, 4)
         with pytest.raises(RuntimeError, match="row_table must have 3 rows, got 2"):
-            self.ops.declared_statistics_(s, *self.pairs, number, parameters, None, None, table[:2], None)
+            self.ops.declared_statistics_(s, *self.pairs, number, parameters, None, None, None, table[:2], None)
         with pytest.raises(RuntimeError, match="parameters must be a contiguous float64 CPU tensor with 0 entries"):
             one = torch.zeros(1, dtype=torch.float64)
-            self.ops.declared_statistics_(s, *self.pairs, number, one, None, None, table, None)
+            self.ops.declared_statistics_(s, *self.pairs, number, one, None, None, None, table, None)
 
     def roles_of(self, loss):
         pairs = Pairs(*self.pairs)
@@ -545,8 +546,8 @@ class TestOperators:
     @pytest.mark.parametrize(
         ("rows", "columns", "message"),
         [
-            (None, torch.zeros(2, 3), "row_values must be a tensor of 2 values, or none"),
-            (torch.zeros(2, 4), None, "column_values must be a tensor of 2 values, or none"),
+            (None, torch.zeros(2, 3), "row_values must be a tensor$"),
+            (torch.zeros(2, 4), None, "column_values must be a tensor$"),
             (torch.zeros(1, 4), torch.zeros(2, 3), "row_values must have 2 rows, got 1"),
             (torch.zeros(2, 4), torch.zeros(2, 4), "column_values must have 3 columns, got 4"),
             (torch.zeros(2, 4), torch.zeros(2, 3).double(), "column_values must have the tile's dtype"),
@@ -556,9 +557,24 @@ class TestOperators:
         number, parameters = self.roles_of(Graded())
         s, tables = torch.zeros(4, 3), (torch.zeros(5, 4), None)
         with pytest.raises(RuntimeError, match=message):
-            self.ops.declared_statistics_(s, *self.pairs, number, parameters, rows, columns, *tables)
+            self.ops.declared_statistics_(s, *self.pairs, number, parameters, rows, columns, None, *tables)
         with pytest.raises(RuntimeError, match=message):
-            self.ops.declared_weights_(s, s, *self.pairs, number, parameters, rows, columns, *tables)
+            self.ops.declared_weights_(s, s, *self.pairs, number, parameters, rows, columns, None, *tables)
+
+    @pytest.mark.parametrize(
+        ("loss", "guide", "message"),
+        [
+            (Imitation(), None, "guide must be a tensor$"),
+            (Imitation(), torch.zeros(3, 4), "guide must have 4 rows, got 3"),
+            (Imitation(), torch.zeros(4, 4).double(), "guide must have the tile's dtype"),
+            (Small(), torch.zeros(4, 4), "guide must be none: the loss reads none"),
+        ],
+    )
+    def test_of_another_guide(self, loss, guide, message):
+        number, parameters = self.roles_of(loss)
+        s, tables = torch.zeros(4, 4), (torch.zeros(2 if isinstance(loss, Imitation) else 3, 4), None)
+        with pytest.raises(RuntimeError, match=message):
+            self.ops.declared_statistics_(s, *self.pairs, number, parameters, None, None, guide, *tables)
 
     def test_of_no_library(self, tmp_path):
         with pytest.raises(RuntimeError, match="could not load"):

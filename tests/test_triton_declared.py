@@ -144,8 +144,8 @@ import triton
 import triton.language as tl
 
 from replearn_kernels.triton_kernels.declared import (
-    every_pairs, fold, maximum, merged, minimum, other_pairs, rate_of, relu, same_pairs, share, sigmoid, signed,
-    softplus, target_pairs,
+    every_pairs, fold, guide_tile, maximum, merged, minimum, other_pairs, rate_of, relu, same_pairs, share, sigmoid,
+    signed, softplus, target_pairs,
 )
 from replearn_kernels.triton_kernels.tiles import (
     LOWEST, Epilogue, table_quantity, value_of_columns, value_of_rows,
@@ -194,5 +194,5 @@ def weights(s, row, column, inputs):
     return w
 
 
-EPILOGUE = Epilogue("declared", empty, reduce, merge, weights, takes_roles=False, takes_values=False, folds_columns=False, additive=False)
+EPILOGUE = Epilogue("declared", empty, reduce, merge, weights, takes_roles=False, takes_given=False, folds_columns=False, additive=False)
 """  # noqa: E501

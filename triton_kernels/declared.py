@@ -3,12 +3,15 @@
 import triton
 import triton.language as tl
 
+from .configs import INTERPRETED
 from .sigmoid import log1p, reciprocal
 from .softmax import rate_of as rate_of
 from .softmax import signed as signed
-from .tiles import HIGHEST, LOWEST, inside_tile, is_target, load_vector, same_group
+from .tiles import HIGHEST, LOWEST, inside_tile, is_target, load_vector, same_group, similarity_tile
 
 every_pairs = inside_tile
+_GUIDE_BLOCK_K = tl.constexpr(32)  # features of the guide at a time
+_UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's dot takes the bits of bf16 for integers
 
 
 @triton.jit
@@ -33,6 +36,33 @@ def same_pairs(row, column, inputs):
 @triton.jit
 def other_pairs(row, column, inputs):
     return inside_tile(row, column, inputs) & (same_pairs(row, column, inputs) == 0)
+
+
+@triton.jit
+def guide_tile(row, column, inputs):
+    """The guide's similarities of all entries: a product of its own, in the dtype of the guide's features.
+
+    ``row`` and ``column`` are a column and a row of a tile, or the reverse in a tile that is transposed. fp32 features
+    are multiplied in fp32 whatever the setting for products is: who filters by a threshold reads single digits.
+    """
+    rows, columns = tl.reshape(row, [row.numel]), tl.reshape(column, [column.numel])
+    if row.shape[0] == 1:
+        return _products(
+            inputs.column_guide, inputs.column_guide_stride, columns, inputs.columns,
+            inputs.row_guide, inputs.row_guide_stride, rows, inputs.rows, inputs.guide_width,
+        )  # fmt: skip
+    else:
+        return _products(
+            inputs.row_guide, inputs.row_guide_stride, rows, inputs.rows,
+            inputs.column_guide, inputs.column_guide_stride, columns, inputs.columns, inputs.guide_width,
+        )  # fmt: skip
+
+
+@triton.jit
+def _products(x, x_stride, x_index, x_size, y, y_stride, y_index, y_size, width):
+    """``x[x_index] @ y[y_index].T``; of what is past the edge, some row's."""
+    x_index, y_index = tl.minimum(x_index, x_size - 1), tl.minimum(y_index, y_size - 1)
+    return similarity_tile(x, x_stride, x_index, y, y_stride, y_index, width, _GUIDE_BLOCK_K, "ieee", _UPCAST)
 
 
 @triton.jit

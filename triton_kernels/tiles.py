@@ -46,7 +46,7 @@ class Epilogue:
     merge: Callable
     weights: Callable | None = None
     takes_roles: bool = False  # of the objective, as ``inputs.role_0``, ...
-    takes_values: bool = False  # which the call gives for rows and columns: :func:`value_of_rows`, ...
+    takes_given: bool = False  # what the call gives for rows and columns: :func:`value_of_rows`, :func:`guide_tile`
     reads_tables: bool = False  # ``reduce`` reads the tables that its statistics go to, as ``inputs.row_table``, ...
     folds_columns: bool = False  # where one sweep does all, statistics of the columns come with W too
     per_part: int = 0  # positives of a row, if the tables tell of each, that one launch sees
@@ -101,12 +101,12 @@ class TileInputs(NamedTuple):
     @classmethod
     def of(
         cls, shape, scale, bias=0.0, target=None, row_group=None, column_group=None, first_column=0, diagonal=False,
-        row_table=None, column_table=None, roles=(), reference=None, own=None, values=None,
+        row_table=None, column_table=None, roles=(), reference=None, own=None, given=None,
     ) -> TileInputs:  # fmt: skip
         """Scalars are numbers (on a GPU only a bias of 0) or 0-d tensors; tables may have any row stride.
 
-        ``values``: of an epilogue that takes them, (of rows, of columns): fp32 ``[values, rows]`` and ``[values,
-        columns]``, or None.
+        ``given``: of an epilogue that takes it, each a tensor or None: fp32 values of rows ``[values, rows]``, of
+        columns ``[values, columns]``, and the guide's features of either, ``[rows, g]`` and ``[columns, g]``.
         """
         if not isinstance(bias, Tensor):
             bias = scalar(bias) if bias else None
@@ -115,12 +115,12 @@ class TileInputs(NamedTuple):
             *shape, scalar(scale), bias, target, own, row_group, column_group, first_column, int(diagonal),
             row_table, row_stride, column_table, column_stride, reference,
         )  # fmt: skip
-        if not roles and values is None:
+        if not roles and given is None:
             return cls._make(fields)
-        if values is not None:
-            of_rows, of_columns = ((None, 0) if table is None else (table, table.stride(0)) for table in values)
-            fields = *fields, *of_rows, *of_columns
-        return _with_more(len(roles), values is not None)._make((*fields, *map(float, roles)))
+        if given is not None:
+            strides = (0 if t is None else t.stride(0) for t in given)
+            fields = *fields, *given, *strides, 0 if given[2] is None else given[2].shape[1]
+        return _with_more(len(roles), given is not None)._make((*fields, *map(float, roles)))
 
     @property
     def roles(self) -> tuple[float, ...]:
@@ -129,10 +129,11 @@ class TileInputs(NamedTuple):
 
 
 @cache
-def _with_more(roles: int, with_values: bool) -> type[TileInputs]:
+def _with_more(roles: int, with_given: bool) -> type[TileInputs]:
     """The inputs of an epilogue that takes more: in fields of their own, as no tuple may hold another."""
-    values = ("row_values", "row_values_stride", "column_values", "column_values_stride") if with_values else ()
-    inputs = namedtuple("TileInputs", (*TileInputs._fields, *values, *(f"role_{k}" for k in range(roles))))
+    tensors = ("row_values", "column_values", "row_guide", "column_guide") if with_given else ()
+    given = (*tensors, *(f"{name}_stride" for name in tensors), *["guide_width"] * with_given)
+    inputs = namedtuple("TileInputs", (*TileInputs._fields, *given, *(f"role_{k}" for k in range(roles))))
     inputs.roles = TileInputs.roles  # no class derived from it: Triton reads the fields off the class itself
     return inputs
 

@@ -10,9 +10,9 @@
 
 namespace {
 
+using replearn::DeclaredGiven;
 using replearn::DeclaredNumbers;
 using replearn::DeclaredTable;
-using replearn::DeclaredValues;
 using replearn::Group;
 using replearn::kSlabRows;
 using replearn::Tile;
@@ -20,10 +20,11 @@ using replearn::Tile;
 #include "vector.h"
 #include "vector_loops.inl"
 
-// A vector of similarities, which of its lanes are pairs, and of which kind, and the values of their rows and columns.
+// A vector of similarities, those of the guide, which lanes are pairs, and of which kind, and the values of their rows
+// and columns.
 template <typename T, int RowValues, int ColumnValues>
 struct Pairs {
-  Vec<T> s;
+  Vec<T> s, guide;
   Bits<T> every, target, same, other;
   Vec<T> row[RowValues + 1], column[ColumnValues + 1];
 };

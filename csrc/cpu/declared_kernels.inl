@@ -32,7 +32,7 @@ inline Bits<T> columns_of(Part part) {
 
 // One row and a vector of columns; SeenFromColumns: with the values of row and columns exchanged.
 template <bool SeenFromColumns, typename T, typename Count>
-inline auto pairs_of(const Tile<T>& tile, DeclaredValues<T> given, int64_t i, int64_t j, Count count) {
+inline auto pairs_of(const Tile<T>& tile, DeclaredGiven<T> given, int64_t i, int64_t j, Count count) {
   Pairs<T, Terms::kRowValues, Terms::kColumnValues> pairs;
   pairs.s = load(tile.s + i * tile.stride + j, count);
   const Bits<T> lane = lane_index<T>(0);
@@ -49,6 +49,7 @@ inline auto pairs_of(const Tile<T>& tile, DeclaredValues<T> given, int64_t i, in
     pairs.row[k] = SeenFromColumns ? load(given.columns[k] + j, count) : splat<T>(given.rows[k][i]);
   for (int k = 0; k < Terms::kColumnValues; ++k)
     pairs.column[k] = SeenFromColumns ? splat<T>(given.rows[k][i]) : load(given.columns[k] + j, count);
+  if (Terms::kReadsGuide) pairs.guide = load(given.guide[i] + j, count);
   return pairs;
 }
 
@@ -60,7 +61,7 @@ struct Values {
 };
 
 template <bool Slopes, int R, bool SeenFromColumns = false, typename T, typename Count>
-inline Values<T, R> values_of(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, int64_t first,
+inline Values<T, R> values_of(const Loss<T>& loss, const Tile<T>& tile, DeclaredGiven<T> given, int64_t first,
                               int64_t j, Count count) {
   Values<T, R> values;
   for (int r = 0; r < R; ++r) {
@@ -80,7 +81,7 @@ inline Values<T, R> values_of(const Loss<T>& loss, const Tile<T>& tile, Declared
 // The terms of the same pairs as the columns' tables take them: the rows' own, unless those are seen otherwise.
 template <bool Slopes, bool Columns, int R, typename T, typename Count>
 inline decltype(auto) seen_from_columns(const Values<T, R>& values, const Loss<T>& loss, const Tile<T>& tile,
-                                        DeclaredValues<T> given, int64_t first, int64_t j, Count count) {
+                                        DeclaredGiven<T> given, int64_t first, int64_t j, Count count) {
   if constexpr (Columns && Terms::kHasSides)
     return values_of<Slopes, R, true>(loss, tile, given, first, j, count);
   else
@@ -96,7 +97,7 @@ inline void add(T* to, Vec<T> v) {
 
 // Totals and maxima, added to what the rows had; a row's sum of exponentials is brought to its new maximum.
 template <bool Columns, int R, typename T>
-inline void first_reading(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, int64_t first,
+inline void first_reading(const Loss<T>& loss, const Tile<T>& tile, DeclaredGiven<T> given, int64_t first,
                           DeclaredTable<T> rows, DeclaredTable<T> partial) {
   Vec<T> folded[kTerms][R];
   for (int k = 0; k < kTerms; ++k)
@@ -130,7 +131,7 @@ inline void first_reading(const Loss<T>& loss, const Tile<T>& tile, DeclaredValu
 
 // Sums of exponentials, against the maxima.
 template <bool Columns, int R, typename T>
-inline void second_reading(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, int64_t first,
+inline void second_reading(const Loss<T>& loss, const Tile<T>& tile, DeclaredGiven<T> given, int64_t first,
                            DeclaredTable<T> rows, DeclaredTable<T> partial) {
   Vec<T> sums[kTerms][R] = {};
   for_vectors<T>(0, tile.columns, [&](int64_t j, auto count) {
@@ -167,7 +168,7 @@ inline void set_empty(DeclaredTable<T> partial, int64_t columns) {
 }
 
 template <bool Columns, typename T>
-inline void fold_tile(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, DeclaredTable<T> rows,
+inline void fold_tile(const Loss<T>& loss, const Tile<T>& tile, DeclaredGiven<T> given, DeclaredTable<T> rows,
                       DeclaredTable<T> partial) {
   if (Columns) set_empty(partial, tile.columns);
   for_rows(tile.rows, [&](int64_t i, auto at_once) {
@@ -180,7 +181,7 @@ inline void fold_tile(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T
 }
 
 template <typename T>
-void fold(const Tile<T>& tile, DeclaredNumbers numbers, DeclaredValues<T> given, DeclaredTable<T> rows,
+void fold(const Tile<T>& tile, DeclaredNumbers numbers, DeclaredGiven<T> given, DeclaredTable<T> rows,
           DeclaredTable<T> partial) {
   const Loss<T> loss(numbers);
   if (partial.data)
@@ -233,7 +234,7 @@ void prepare(DeclaredTable<T> table, int64_t count, DeclaredTable<T> prepared) {
 }
 
 template <bool Columns, bool Partial, int R, typename T>
-inline void weights_rows(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, int64_t first, T* out,
+inline void weights_rows(const Loss<T>& loss, const Tile<T>& tile, DeclaredGiven<T> given, int64_t first, T* out,
                          int64_t out_stride, DeclaredTable<T> rows, DeclaredTable<T> own, DeclaredTable<T> prepared,
                          DeclaredTable<T> partial) {
   Vec<T> sums[kTerms][R] = {};  // of totals, in one sweep
@@ -280,7 +281,7 @@ inline void weights_rows(const Loss<T>& loss, const Tile<T>& tile, DeclaredValue
 }
 
 template <bool Columns, bool Partial, typename T>
-inline void weights_tile(const Loss<T>& loss, const Tile<T>& tile, DeclaredValues<T> given, T* out,
+inline void weights_tile(const Loss<T>& loss, const Tile<T>& tile, DeclaredGiven<T> given, T* out,
                          int64_t out_stride, DeclaredTable<T> rows, DeclaredTable<T> own, DeclaredTable<T> prepared,
                          DeclaredTable<T> partial) {
   if (Partial) set_empty(partial, tile.columns);
@@ -290,7 +291,7 @@ inline void weights_tile(const Loss<T>& loss, const Tile<T>& tile, DeclaredValue
 }
 
 template <typename T>
-void weights(const Tile<T>& tile, DeclaredNumbers numbers, DeclaredValues<T> given, T* out, int64_t out_stride,
+void weights(const Tile<T>& tile, DeclaredNumbers numbers, DeclaredGiven<T> given, T* out, int64_t out_stride,
              DeclaredTable<T> rows, DeclaredTable<T> prepared, DeclaredTable<T> partial) {
   const Loss<T> loss(numbers);
   constexpr int kQuantities = Terms::kOneSweep ? 1 : coefficients_before(kTerms);
@@ -313,6 +314,7 @@ constexpr replearn::DeclaredPasses<T> kPasses = {
     Terms::kColumnValues,
     statistics_before(kTerms) + Terms::kOneSweep,
     Terms::kOneSweep ? kTerms + 1 : coefficients_before(kTerms),
+    Terms::kReadsGuide,
     Terms::kOneSweep,
     fold<T>,
     merge<T>,

@@ -24,9 +24,9 @@ std::vector<Loaded>& loaded() {
   return all;
 }
 
-// The values that a call gives, or none.
-struct GivenValues {
-  const std::optional<Tensor>&rows, &columns;
+// What a call gives for rows, columns and pairs, each a tensor or none.
+struct Given {
+  const std::optional<Tensor>&rows, &columns, &guide;
 };
 
 template <typename T>
@@ -53,17 +53,19 @@ DeclaredTable<T> table_of(const Tensor& t, const char* name, int64_t quantities,
 }
 
 template <typename T>
-DeclaredTable<const T> values_of(const std::optional<Tensor>& t, const char* name, int64_t values, int64_t count) {
-  STD_TORCH_CHECK(t.has_value() == (values > 0), name, " must be a tensor of ", values, " values, or none");
+DeclaredTable<const T> given_of(const std::optional<Tensor>& t, const char* name, bool needed, int64_t rows,
+                                int64_t columns) {
+  STD_TORCH_CHECK(t.has_value() == needed, name, needed ? " must be a tensor" : " must be none: the loss reads none");
   if (!t) return {};
-  check_matrix<T>(*t, name, values, count);
+  check_matrix<T>(*t, name, rows, columns);
   return {static_cast<const T*>(t->const_data_ptr()), t->stride(0)};
 }
 
 template <typename T>
-DeclaredValues<T> values_of(const DeclaredPasses<T>& passes, const Tile<T>& tile, const GivenValues& given) {
-  return {values_of<T>(given.rows, "row_values", passes.row_values, tile.rows),
-          values_of<T>(given.columns, "column_values", passes.column_values, tile.columns)};
+DeclaredGiven<T> given_of(const DeclaredPasses<T>& passes, const Tile<T>& tile, const Given& given) {
+  return {given_of<T>(given.rows, "row_values", passes.row_values > 0, passes.row_values, tile.rows),
+          given_of<T>(given.columns, "column_values", passes.column_values > 0, passes.column_values, tile.columns),
+          given_of<T>(given.guide, "guide", passes.reads_guide, tile.rows, tile.columns)};
 }
 
 // Statistics of the columns from every slab, and their sum in the slabs' order.
@@ -94,38 +96,40 @@ DeclaredTable<T> from_row(DeclaredTable<T> table, int64_t first) {
 }
 
 template <typename T>
-DeclaredValues<T> from_row(DeclaredValues<T> values, int64_t first) {
-  return {values.rows.data ? from_row(values.rows, first) : values.rows, values.columns};
+DeclaredGiven<T> from_row(DeclaredGiven<T> given, int64_t first) {
+  if (given.rows.data) given.rows.data += first;
+  if (given.guide.data) given.guide.data = given.guide[first];
+  return given;
 }
 
 template <typename T>
-void statistics(const Tensor& s, const Pairs& pairs, int64_t number, const Tensor& parameters, const GivenValues& given,
+void statistics(const Tensor& s, const Pairs& pairs, int64_t number, const Tensor& parameters, const Given& given,
                 const Tensor& row_table, const std::optional<Tensor>& column_table, const GivenPoints& points) {
   const DeclaredPasses<T>& passes = passes_of<T>(number);
   const Tile<T> tile = tile_of<T>(s, pairs);
   const Distances<T> distances(points, tile);
   const DeclaredNumbers numbers = numbers_of(passes, pairs.scale, parameters);
-  const DeclaredValues<T> values = values_of(passes, tile, given);
+  const DeclaredGiven<T> of_tile = given_of(passes, tile, given);
   const auto rows = table_of<T>(row_table, "row_table", passes.statistics, tile.rows);
   const Partials<T> partials(passes, tile, column_table.has_value());
   DeclaredTable<T> columns{};
   if (column_table) columns = table_of<T>(*column_table, "column_table", passes.statistics, tile.columns);
   for_slabs(tile, [&](int64_t k, int64_t first, const Tile<T>& slab) {
     distances.form(slab, first);
-    passes.fold(slab, numbers, from_row(values, first), from_row(rows, first), partials.of_slab(k));
+    passes.fold(slab, numbers, from_row(of_tile, first), from_row(rows, first), partials.of_slab(k));
   });
   if (column_table) partials.merge(numbers, columns);
 }
 
 template <typename T>
 void weights(const Tensor& s, const Tensor& out, const Pairs& pairs, int64_t number, const Tensor& parameters,
-             const GivenValues& given, const Tensor& row_table, const std::optional<Tensor>& column_table,
+             const Given& given, const Tensor& row_table, const std::optional<Tensor>& column_table,
              const GivenPoints& points, const GivenGradients& gradients) {
   const DeclaredPasses<T>& passes = passes_of<T>(number);
   const Tile<T> tile = tile_of<T>(s, pairs);
   check_matrix<T>(out, "out", tile.rows, tile.columns);
   const DeclaredNumbers numbers = numbers_of(passes, pairs.scale, parameters);
-  const DeclaredValues<T> values = values_of(passes, tile, given);
+  const DeclaredGiven<T> of_tile = given_of(passes, tile, given);
   const auto rows = table_of<T>(row_table, "row_table", passes.coefficients, tile.rows);
   const int64_t padded = padded_columns(tile.columns);
   const Buffer<T> memory(column_table ? std::max<int64_t>(passes.coefficients, 1) * padded : 0);
@@ -143,7 +147,7 @@ void weights(const Tensor& s, const Tensor& out, const Pairs& pairs, int64_t num
   DistanceChain<T> chain(distances, gradients, tile, w, stride);
   for_slabs(tile, [&](int64_t k, int64_t first, const Tile<T>& slab) {
     if (!gradients.formed) distances.form(slab, first);
-    passes.weights(slab, numbers, from_row(values, first), w + first * stride, stride, from_row(rows, first), prepared,
+    passes.weights(slab, numbers, from_row(of_tile, first), w + first * stride, stride, from_row(rows, first), prepared,
                    partials.of_slab(k));
     chain.apply(k, first, slab);
   });
@@ -171,27 +175,29 @@ int64_t load_declared_passes(std::string path, bool is_double) {
 void declared_statistics_(Tensor s, double scale, double bias, std::optional<Tensor> target,
                           std::optional<Tensor> row_group, std::optional<Tensor> column_group, int64_t first_column,
                           bool diagonal, int64_t passes, Tensor parameters, std::optional<Tensor> row_values,
-                          std::optional<Tensor> column_values, Tensor row_table, std::optional<Tensor> column_table,
-                          std::optional<Tensor> rows, std::optional<Tensor> columns, std::optional<Tensor> row_squares,
-                          std::optional<Tensor> column_squares, bool squared_distances) {
+                          std::optional<Tensor> column_values, std::optional<Tensor> guide, Tensor row_table,
+                          std::optional<Tensor> column_table, std::optional<Tensor> rows, std::optional<Tensor> columns,
+                          std::optional<Tensor> row_squares, std::optional<Tensor> column_squares,
+                          bool squared_distances) {
   const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
   const GivenPoints points{rows, columns, row_squares, column_squares, squared_distances};
   const auto run = is_double(s) ? statistics<double> : statistics<float>;
-  run(s, pairs, passes, parameters, {row_values, column_values}, row_table, column_table, points);
+  run(s, pairs, passes, parameters, {row_values, column_values, guide}, row_table, column_table, points);
 }
 
 void declared_weights_(Tensor s, Tensor out, double scale, double bias, std::optional<Tensor> target,
                        std::optional<Tensor> row_group, std::optional<Tensor> column_group, int64_t first_column,
                        bool diagonal, int64_t passes, Tensor parameters, std::optional<Tensor> row_values,
-                       std::optional<Tensor> column_values, Tensor row_table, std::optional<Tensor> column_table,
-                       std::optional<Tensor> rows, std::optional<Tensor> columns, std::optional<Tensor> row_squares,
-                       std::optional<Tensor> column_squares, bool squared_distances, bool formed, std::optional<Tensor> row_points, std::optional<Tensor> d_rows,
+                       std::optional<Tensor> column_values, std::optional<Tensor> guide, Tensor row_table,
+                       std::optional<Tensor> column_table, std::optional<Tensor> rows, std::optional<Tensor> columns,
+                       std::optional<Tensor> row_squares, std::optional<Tensor> column_squares, bool squared_distances,
+                       bool formed, std::optional<Tensor> row_points, std::optional<Tensor> d_rows,
                        std::optional<Tensor> column_points, std::optional<Tensor> d_columns) {
   const Pairs pairs{scale, bias, target, row_group, column_group, first_column, diagonal};
   const GivenPoints points{rows, columns, row_squares, column_squares, squared_distances};
   const GivenGradients gradients{formed, row_points, d_rows, column_points, d_columns};
   const auto run = is_double(s) ? weights<double> : weights<float>;
-  run(s, out, pairs, passes, parameters, {row_values, column_values}, row_table, column_table, points, gradients);
+  run(s, out, pairs, passes, parameters, {row_values, column_values, guide}, row_table, column_table, points, gradients);
 }
 
 }  // namespace replearn

@@ -12,7 +12,7 @@ from ..engine.operators import refuse_forward_mode, refuse_wrapped
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import Inputs, statistics_dtype
 from ..engine.world import World
-from ..functional.call import Options, check_groups, check_pair, run
+from ..functional.call import Options, autocast, check_groups, check_pair, run
 from ..functional.metric import labelled_batch
 from ..functional.rows import unit_rows
 from .formula import dense_loss
@@ -27,6 +27,7 @@ def batch_loss(
     *,
     logit_scale: float | Tensor = 1.0,
     row_values: Mapping[str, Tensor] | None = None,
+    row_guide: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool,
     backend: str = "auto",
@@ -43,6 +44,7 @@ def batch_loss(
     inputs = inputs._replace(
         logit_scale=validation.check_scale("logit_scale", logit_scale, inputs.query),
         row_values=_values(loss, "row_values", row_values, inputs.query, inputs.query, group),
+        row_guide=_guides(loss, {"row_guide": row_guide}, inputs.query, inputs.query, group)[0],
     )
     return _run(loss, objective, inputs, options)
 
@@ -58,6 +60,8 @@ def pair_loss(
     logit_scale: float | Tensor = 1.0,
     row_values: Mapping[str, Tensor] | None = None,
     column_values: Mapping[str, Tensor] | None = None,
+    row_guide: Tensor | None = None,
+    column_guide: Tensor | None = None,
     reduction: str = "mean",
     normalize: bool,
     backend: str = "auto",
@@ -78,6 +82,7 @@ def pair_loss(
     values = (
         _values(loss, "row_values", row_values, query, query, group),
         _values(loss, "column_values", column_values, key, query, group),
+        *_guides(loss, {"row_guide": row_guide, "column_guide": column_guide}, query, key, group),
     )
     options = Options.of(reduction, backend, memory_budget, query, group, strategy, objective.why_no_passes(query))
     if validation.check_flag("normalize", normalize):
@@ -124,6 +129,36 @@ def check_value(name: str, value: Tensor, count: int, query: Tensor) -> Tensor:
         raise ValueError(f"{name} requires a gradient, which values do not get: pass {name}.detach()")
     refuse_forward_mode(value)
     return value
+
+
+def _guides(
+    loss: PairLoss, guides: dict[str, Tensor | None], query: Tensor, key: Tensor, group: World | None
+) -> tuple[Tensor | None, ...]:
+    """The features of the guide, of rows and columns, by the caller's names."""
+    if not loss.guide:
+        if given := [name for name, guide in guides.items() if guide is not None]:
+            raise ValueError(f"{given[0]}: {type(loss).__name__} has no guide, whose features these would be")
+        return (None,) * len(guides)
+    for (name, guide), features in zip(guides.items(), (query, key)):
+        if guide is None:
+            raise ValueError(f"{name} is needed: {type(loss).__name__} has a guide")
+        validation.check_features(name, guide)
+        if guide.shape[0] != features.shape[0]:
+            raise ValueError(f"{name} must have {features.shape[0]} rows, as the features, got {guide.shape[0]}")
+        if guide.device != features.device:
+            raise ValueError(f"{name} must be on the features' device {features.device}, got {guide.device}")
+        if guide.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, which a guide does not get: pass {name}.detach()")
+        refuse_forward_mode(guide)
+    if group is not None:
+        refuse_wrapped(*guides.values())
+    (first, rows), *others = zip(guides, autocast(*guides.values()))
+    for name, columns in others:
+        validation.check_alike(name, columns, first, rows)
+    of_all = (rows, *(columns for _, columns in others))
+    if rows.dtype == torch.float64:  # as wide as the statistics at most
+        of_all = tuple(guide.to(statistics_dtype(query.dtype)) for guide in of_all)
+    return tuple(map(unit_rows, of_all)) if loss.guide == "cosine" else of_all
 
 
 def _objective(loss: PairLoss, by_group: bool) -> Declared:

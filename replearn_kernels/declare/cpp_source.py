@@ -62,6 +62,7 @@ def source_of(definition: Definition) -> str:
     members = [
         f"static constexpr int kTerms = {len(terms)}, kParameters = {len(definition.parameters)};",
         f"static constexpr int kRowValues = {row_values}, kColumnValues = {column_values};",
+        f"static constexpr bool kReadsGuide = {_word(bool(definition.cls.guide))};",
         f"static constexpr bool kIsTotal[] = {{{kinds}}}, kHasSlope[] = {{{slopes}}};",
         f"static constexpr bool kOneSweep = {_word(definition.one_sweep)}, kHasSides = {_word(definition.has_sides)};",
         "T sign[kTerms], steepness[kTerms];  // of the terms' factors",
@@ -108,7 +109,7 @@ class _OfNumbers(Writer):
 class _OfPairs(Writer):
     """Of a vector of pairs. ``shared``: the names of numbers that it takes from all of them."""
 
-    of_row, of_column = "pair.row[{}]", "pair.column[{}]"
+    of_row, of_column, guide = "pair.row[{}]", "pair.column[{}]", "pair.guide"
 
     def __init__(self, definition: Definition, roots: list[Expr]):
         super().__init__(definition, roots, _OF_PAIRS, "role_{}")

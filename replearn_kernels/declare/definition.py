@@ -17,7 +17,7 @@ from .expressions import Expr, number
 from .pair_loss import Facts, PairLoss, Reduction
 
 _RESERVED = (
-    "batch", "scaled", "symmetric", "similarity", "row_values", "column_values", "terms", "loss", "counted",
+    "batch", "scaled", "symmetric", "similarity", "row_values", "column_values", "guide", "terms", "loss", "counted",
 )  # fmt: skip
 SIMILARITIES = ("product", "cosine", "distance", "squared_distance")
 
@@ -85,6 +85,11 @@ class Definition:
     def column_values(self) -> tuple[str, ...]:
         """The names of the values of a column: of a batch, those of its rows."""
         return self.cls.row_values if self.cls.batch else self.cls.column_values
+
+    @property
+    def takes_given(self) -> bool:
+        """Whether calls give something for rows, columns or pairs beside what every loss takes."""
+        return bool(self.cls.row_values or self.column_values or self.cls.guide)
 
     @property
     def has_sides(self) -> bool:
@@ -210,7 +215,7 @@ def definition_of(cls: type[PairLoss], options: tuple[bool | int | str, ...]) ->
 def _defined(cls: type[PairLoss], options: tuple, parameters: tuple[str, ...]) -> Definition:
     symbolic = instance_of(cls, dict(options) | {name: Expr("parameter", name) for name in parameters})
     variable = Expr("logit" if cls.scaled else "s")
-    pair = Facts(cls.row_values, cls.row_values if cls.batch else cls.column_values)
+    pair = Facts(cls.row_values, cls.row_values if cls.batch else cls.column_values, bool(cls.guide))
     # The engine's similarities are larger the nearer two rows are: distances come negative.
     reductions = symbolic.terms(-variable if "distance" in cls.similarity else variable, pair)
     _check_reductions(cls, reductions)
@@ -219,7 +224,7 @@ def _defined(cls: type[PairLoss], options: tuple, parameters: tuple[str, ...]) -
     facts = frozenset(e.args[0] for e in walk(roots) if e.op == "fact")
     if cls.batch and "target" in facts:
         raise TypeError(f"{cls.__name__}: rows of a batch have no target; use pair.same and pair.other")
-    settings = cls.batch, cls.scaled, cls.symmetric, cls.similarity, cls.row_values, cls.column_values
+    settings = cls.batch, cls.scaled, cls.symmetric, cls.similarity, cls.row_values, cls.column_values, cls.guide
     structure = repr((cls.__qualname__, settings, options, parameters)) + _listing(terms)
     if not cls.__module__.startswith("replearn_kernels."):  # of ours the name says enough
         structure += _text_of(cls.loss) + _text_of(cls.counted)
@@ -294,6 +299,8 @@ def _check_class(cls: type[PairLoss]) -> None:
         raise ValueError(f"{cls.__name__}: the columns of a batch are its rows: give names to row_values alone")
     if cls.similarity not in SIMILARITIES:
         raise ValueError(f"{cls.__name__}.similarity must be one of {', '.join(SIMILARITIES)}, got {cls.similarity!r}")
+    if cls.guide not in ("", "product", "cosine"):
+        raise ValueError(f'{cls.__name__}.guide must be "product" or "cosine", or "" for none, got {cls.guide!r}')
     if "distance" in cls.similarity and not cls.batch:
         raise ValueError(f"{cls.__name__}: distances are those of a batch: set batch = True, or take products")
     if "distance" in cls.similarity and cls.scaled:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 MASKS = frozenset(("fact", "always", "gt", "ge", "lt", "le", "and", "or", "not"))
 """Operations whose value is true or false."""
-ATOMS = frozenset(("constant", "parameter", "scale", "s", "logit", "fact", "always", "row", "column"))
-_OF_PAIRS = frozenset(("s", "logit", "fact", "row", "column"))
+ATOMS = frozenset(("constant", "parameter", "scale", "s", "logit", "fact", "always", "row", "column", "guide"))
+_OF_PAIRS = frozenset(("s", "logit", "fact", "row", "column", "guide"))
 _known: WeakValueDictionary = WeakValueDictionary()
 
 
@@ -170,7 +170,7 @@ class Expr:
         return ours(*args, **kwargs)
 
     def __repr__(self) -> str:
-        if self.op in ("s", "logit", "scale"):
+        if self.op in ("s", "logit", "scale", "guide"):
             return self.op
         if self.op in ("row", "column"):
             return f"{self.op}.{self.args[0]}"

@@ -9,7 +9,7 @@ from .. import reference
 from ..engine.problem import Inputs, statistics_dtype
 from .definition import Given, check_rows
 from .objective import Declared
-from .on_tensors import Facts, terms_of_tile, values_of_tile
+from .on_tensors import Facts, given_of_tile, terms_of_tile
 from .pair_loss import PairLoss
 
 
@@ -19,8 +19,8 @@ def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: s
     similarities, target = _similarities(inputs, objective), _targets(inputs)
     facts = _facts(inputs, similarities, target if objective.uses_target else None)
     column_values = inputs.row_values if inputs.is_batch else inputs.column_values
-    values = values_of_tile(inputs.row_values, column_values)
-    terms = terms_of_tile(definition.terms, objective.functions, similarities, scale, objective.values, facts, values)
+    of_pairs = given_of_tile(_guide(inputs, similarities.dtype), inputs.row_values, column_values)
+    terms = terms_of_tile(definition.terms, objective.functions, similarities, scale, objective.values, facts, of_pairs)
     offsets = dict(zip(terms, objective.functions.offsets(None, scale, *objective.values)))
 
     def of(name: str, dim: int) -> Tensor:
@@ -47,6 +47,14 @@ def _similarities(inputs: Inputs, objective: Declared) -> Tensor:
         return inputs.query.to(dtype) @ keys.to(dtype).t()
     squares = reference.squared_distances(inputs)
     return -(reference.safe_sqrt(squares) if objective.by_distance == "distance" else squares)
+
+
+def _guide(inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
+    """The similarities of the guide's features."""
+    if inputs.row_guide is None:
+        return None
+    of_columns = inputs.row_guide if inputs.is_batch else inputs.column_guide
+    return inputs.row_guide.to(dtype) @ of_columns.to(dtype).t()
 
 
 def _targets(inputs: Inputs) -> Tensor:

@@ -127,6 +127,7 @@ class FusedBatchLoss(_FusedLoss):
         logit_scale: float | Tensor = 1.0,
         *,
         row_values: Mapping[str, Tensor] | None = None,
+        row_guide: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch.
 
@@ -138,6 +139,7 @@ class FusedBatchLoss(_FusedLoss):
                 element, which gets a gradient.
             row_values: of a loss that names ``row_values``: by those names tensors ``[N]``, floating-point or bool, on
                 the features' device. They are read in fp32 (fp64 for fp64 embeddings), and get no gradient.
+            row_guide: of a loss with a ``guide``: ``[N, g]``, any floating dtype; it gets no gradient.
 
         Returns:
             The loss, in fp32 (fp64 for fp64 embeddings). Without rows 0, with zero gradients.
@@ -146,7 +148,9 @@ class FusedBatchLoss(_FusedLoss):
             TypeError, ValueError: an argument is not as above.
             RuntimeError: the backend asked for is not available here.
         """
-        keywords = {"logit_scale": _scale(self.loss, logit_scale), "row_values": row_values}
+        keywords = {
+            "logit_scale": _scale(self.loss, logit_scale), "row_values": row_values, "row_guide": row_guide
+        }  # fmt: skip
         return self._call(batch_loss, embeddings, labels, **keywords)
 
 
@@ -165,6 +169,8 @@ class FusedPairLoss(_FusedLoss):
         key_group: Tensor | None = None,
         row_values: Mapping[str, Tensor] | None = None,
         column_values: Mapping[str, Tensor] | None = None,
+        row_guide: Tensor | None = None,
+        column_guide: Tensor | None = None,
     ) -> Tensor:
         """The loss of queries against keys.
 
@@ -180,6 +186,8 @@ class FusedPairLoss(_FusedLoss):
             row_values, column_values: of a loss that names ``row_values``, ``column_values``: by those names tensors
                 ``[N]`` of the queries, and ``[M]`` of the keys, floating-point or bool, on the features' device. They
                 are read in fp32 (fp64 for fp64 features), and get no gradient.
+            row_guide, column_guide: of a loss with a ``guide``: ``[N, g]`` and ``[M, g]``, of one floating dtype; they
+                get no gradient.
 
         Returns:
             The loss, in fp32 (fp64 for fp64 features). Without queries 0, with zero gradients.
@@ -190,7 +198,7 @@ class FusedPairLoss(_FusedLoss):
         """
         keywords = {
             "target": target, "query_group": query_group, "key_group": key_group, "row_values": row_values,
-            "column_values": column_values,
+            "column_values": column_values, "row_guide": row_guide, "column_guide": column_guide,
         }  # fmt: skip
         return self._call(pair_loss, query, key, **keywords, logit_scale=_scale(self.loss, logit_scale))
 

@@ -36,7 +36,7 @@ from ..objectives.base import Objective, steepness
 from ..objectives.softmax import fold_sum_exp, logarithms, merge_sum_exp
 from .cpp_passes import number_of, why_none
 from .definition import Definition, Given, Term, check_rows, definition_of, fields_of, instance_of, places, scalar
-from .on_tensors import TermOfTile, facts_of_tile, terms_of_tile, values_of_tile
+from .on_tensors import TermOfTile, facts_of_tile, given_of_tile, terms_of_tile
 from .pair_loss import PairLoss
 from .torch_source import functions_of
 from .triton_source import epilogue_of
@@ -80,9 +80,9 @@ class Declared(Objective):
     def roles(self) -> tuple[float, ...]:
         return tuple(self.values)
 
-    def native_roles(self, dtype: torch.dtype, pairs: Pairs) -> tuple[int, Tensor, Tensor | None, Tensor | None]:
+    def native_roles(self, dtype: torch.dtype, pairs: Pairs) -> tuple:
         parameters = torch.tensor(self.values, dtype=torch.float64, device="cpu")
-        return number_of(self.name, dtype), parameters, pairs.row_values, pairs.column_values
+        return number_of(self.name, dtype), parameters, pairs.row_values, pairs.column_values, pairs.guide
 
     def why_no_passes(self, features: Tensor) -> Callable[[], str | None]:
         """What asks why there are no passes in C++ for these features; None says that there are."""
@@ -234,7 +234,7 @@ class Declared(Objective):
         self, s: Tensor, pairs: Pairs, with_slopes: bool = False, seen_from_columns: bool = False
     ) -> dict[str, TermOfTile]:
         facts = facts_of_tile(pairs, s, self.definition.facts)
-        given = values_of_tile(pairs.row_values, pairs.column_values, seen_from_columns)
+        given = given_of_tile(pairs.guide, pairs.row_values, pairs.column_values, seen_from_columns)
         return terms_of_tile(
             self.definition.terms, self.functions, s, pairs.scale, self.values, facts, given, with_slopes
         )

@@ -55,22 +55,23 @@ def terms_of_tile(
     terms: tuple[Term, ...], functions: ModuleType, s: Tensor, scale: float | Tensor, parameters: list[float],
     facts: Facts, given: list[Tensor], with_slopes: bool = False,
 ) -> dict[str, TermOfTile]:  # fmt: skip
-    """By the terms' names, of similarities ``s[R, C]``; ``functions``: those printed for the terms; ``given``: the
-    values of rows and columns, of :func:`values_of_tile`."""
+    """By the terms' names, of similarities ``s[R, C]``; ``functions``: those printed for the terms; ``given``: by
+    the call, of :func:`given_of_tile`."""
     factors = functions.factors(None, scale, *parameters)
     function = functions.values_and_slopes if with_slopes else functions.values
     parts = function(s, scale, *parameters, *facts, *given)
     return {term.name: TermOfTile(s, term, *of) for term, *of in zip(terms, factors, *parts)}
 
 
-def values_of_tile(
-    row_values: Tensor | None, column_values: Tensor | None, seen_from_columns: bool = False
+def given_of_tile(
+    guide: Tensor | None, row_values: Tensor | None, column_values: Tensor | None, seen_from_columns: bool = False
 ) -> list[Tensor]:
-    """Values ``[values, R]`` and ``[values, C]`` as a tile ``[R, C]`` takes them: the row's first, then the column's;
-    ``seen_from_columns``: the other way round."""
+    """What calls give for a tile ``[R, C]`` as its terms take it: the guide's similarities, then values ``[values, R]``
+    and ``[values, C]``, the row's first, then the column's; ``seen_from_columns``: the other way round."""
     rows = [] if row_values is None else list(row_values.unsqueeze(2))
     columns = [] if column_values is None else list(column_values.unsqueeze(1))
-    return [*columns, *rows] if seen_from_columns else [*rows, *columns]
+    of_pairs = [] if guide is None else [guide]
+    return [*of_pairs, *columns, *rows] if seen_from_columns else [*of_pairs, *rows, *columns]
 
 
 def facts_of_tile(pairs: Pairs, s: Tensor, needed: frozenset[str]) -> Facts:

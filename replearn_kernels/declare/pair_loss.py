@@ -29,6 +29,8 @@ class PairLoss:
     ``row_values = ()``, ``column_values = ()``: names of numbers that calls give for every row, and for every column
         (of a batch for its rows, which are the columns). ``terms`` finds them in ``pair.row.name`` and
         ``pair.column.name``, ``loss`` in ``row.name`` (and ``column.name``). They get no gradient.
+    ``guide = ""``: or "product" or "cosine": of other features, which calls give for rows and columns: those of a
+        teacher, say. ``terms`` finds this second similarity in ``pair.guide``. It gets no gradient.
 
     Example, the circle loss of Sun et al. 2020::
 
@@ -56,11 +58,12 @@ class PairLoss:
     similarity = "product"
     row_values: tuple[str, ...] = ()
     column_values: tuple[str, ...] = ()
+    guide = ""
 
     def terms(self, s: Expr, pair: Facts) -> dict[str, Reduction]:
         """What is summed over the pairs of every row, by name: :func:`total` and :func:`logsumexp` of expressions of
-        the similarity ``s``, of ``pair.target``, ``pair.same``, ``pair.other`` and ``pair.every``, and of the values
-        ``pair.row.name`` and ``pair.column.name``."""
+        the similarity ``s``, of ``pair.target``, ``pair.same``, ``pair.other`` and ``pair.every``, of the values
+        ``pair.row.name`` and ``pair.column.name``, and of the second similarity ``pair.guide``."""
         raise NotImplementedError(f"{type(self).__name__} must define terms(self, s, pair)")
 
     def loss(self, row, column=None) -> Tensor:
@@ -85,15 +88,19 @@ class Facts:
     ``every``: all pairs. ``target``: the row's own column. ``same``: of one group (label, or id); where there are no
     groups, the target. ``other``: those that are not ``same``. In a batch no row is in a pair with itself.
 
-    ``row``, ``column``: the values that calls give for them, by name.
+    ``row``, ``column``: the values that calls give for them, by name. ``guide``: their other features' similarity.
     """
 
     every, target, same, other = (Expr("fact", name) for name in ("every", "target", "same", "other"))
 
-    def __init__(self, row_values: tuple[str, ...] = (), column_values: tuple[str, ...] = ()):
+    def __init__(self, row_values: tuple[str, ...] = (), column_values: tuple[str, ...] = (), has_guide: bool = False):
         self.row, self.column = _Given("row", row_values), _Given("column", column_values)
+        if has_guide:
+            self.guide = Expr("guide")
 
     def __getattr__(self, name: str):
+        if name == "guide":
+            raise AttributeError('there is no pair.guide: the class says of what, guide = "cosine" or "product"')
         raise AttributeError(
             f"pair has no {name!r}: there are pair.every, pair.target, pair.same, pair.other, pair.row and pair.column"
         )

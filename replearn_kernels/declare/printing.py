@@ -32,6 +32,7 @@ class Writer:
     """
 
     of_row, of_column = "row_{}", "column_{}"  # formats for the number of a value of the row, or the column
+    guide = "guide"
 
     def __init__(self, definition: Definition, roots: list[Expr], notation: dict[str, str], parameter: str):
         self.definition, self.notation, self.parameter = definition, notation, parameter
@@ -54,6 +55,8 @@ class Writer:
                 return e.op
             case "fact":
                 return e.args[0]
+            case "guide":
+                return self.guide
             case "row":
                 return self.of_row.format(self.definition.cls.row_values.index(e.args[0]))
             case "column":

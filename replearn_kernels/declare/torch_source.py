@@ -1,7 +1,7 @@
 """A declared loss printed as functions of tensors; what they are written in.
 
 Facts are ``[R, C]`` bool, or True or False where all pairs of a tile are alike; values of rows ``[R, 1]``, of columns
-``[1, C]``; numbers that all pairs share are Python's or 0-d tensors.
+``[1, C]``; the guide's similarities ``[R, C]``; numbers that all pairs share are Python's or 0-d tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def source_of(definition: Definition) -> str:
     """The text of the module."""
     terms = definition.terms
     roles = "".join(f", role_{k}" for k in range(len(definition.parameters)))
-    pair = f"(s, scale{roles}, {', '.join([*FACTS, *values_text(definition)])})"
+    given = ", ".join([*FACTS, *["guide"] * bool(definition.cls.guide), *values_text(definition)])
+    pair = f"(s, scale{roles}, {given})"
     slopes = [Expr("constant", 0.0) if term.slope is None else term.slope for term in terms]
     groups = {
         f"factors(s, scale{roles})": [[term.factor for term in terms]],

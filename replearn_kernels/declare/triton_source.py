@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 
 from replearn_kernels.triton_kernels.declared import (
-    every_pairs, fold, maximum, merged, minimum, other_pairs, rate_of, relu, same_pairs, share, sigmoid, signed,
-    softplus, target_pairs,
+    every_pairs, fold, guide_tile, maximum, merged, minimum, other_pairs, rate_of, relu, same_pairs, share, sigmoid,
+    signed, softplus, target_pairs,
 )
 from replearn_kernels.triton_kernels.tiles import (
     LOWEST, Epilogue, table_quantity, value_of_columns, value_of_rows,
@@ -45,7 +45,7 @@ def source_of(definition: Definition) -> str:
     functions = _empty(definition), _reduce(definition), _merge(definition), _weights(definition)
     options = {
         "takes_roles": bool(definition.parameters),
-        "takes_values": bool(definition.cls.row_values or definition.column_values),
+        "takes_given": definition.takes_given,
         "folds_columns": definition.one_sweep and definition.cls.batch,
         "additive": all(term.kind == "total" for term in definition.terms),
     }
@@ -61,8 +61,7 @@ def _block_sizes(definition: Definition) -> str:
     """The name by which ``triton_kernels/configs.py`` knows them: of what a block's rows and columns hold."""
     quantities = sum(term.statistics for term in definition.terms) * (2 if definition.has_columns else 1)
     several = sum(term.kind == "logsumexp" for term in definition.terms) > 1
-    takes_values = definition.cls.row_values or definition.column_values
-    return "declared_large" if several or takes_values or quantities > 6 else "declared"
+    return "declared_large" if several or definition.takes_given or quantities > 6 else "declared"
 
 
 def _writer(definition: Definition, roots: list[Expr]) -> Writer:
@@ -190,9 +189,10 @@ def _share(v: str, rate: str, side: str, place: int) -> str:
 
 
 def _facts(definition: Definition) -> list[str]:
-    """The lines that form the facts of a tile's pairs, as far as the loss reads them."""
+    """The lines that form the facts of a tile's pairs, as far as the loss reads them, and the guide's similarities."""
     facts = [name for name in ("every", "target", "same", "other") if name in definition.facts]
-    return [f"{name} = {name}_pairs(row, column, inputs)" for name in facts]
+    lines = [f"{name} = {name}_pairs(row, column, inputs)" for name in facts]
+    return [*lines, "guide = guide_tile(row, column, inputs)"] if definition.cls.guide else lines
 
 
 def _values(definition: Definition, seen_from_columns: bool = False) -> list[str]:

@@ -106,7 +106,7 @@ class BatchColumns(SharedColumns):
             query = tile.query[strip]
             count_product(query, out.shape[1] - strip.start)
             yield partial(torch.mm, query, columns[:, strip.start :], out=out[strip, strip.start :])
-            yield partial(_mirror_, out[strip, strip])
+            yield partial(mirror_, out[strip, strip])
             if strip.stop < out.shape[0]:
                 yield partial(out[strip.stop :, strip].copy_, out[strip, strip.stop :].t())
 
@@ -175,7 +175,7 @@ class OwnColumns:
             yield partial(torch.mul, weights.unsqueeze(2), tile.query.unsqueeze(1), out=outer)
 
 
-def _mirror_(square: Tensor) -> None:
+def mirror_(square: Tensor) -> None:
     """What is above the diagonal, over what is below it.
 
     BLAS may round <x_i, x_j> and <x_j, x_i> differently (MKL: up to 11 rows in fp32, at most sizes in fp64). One is the

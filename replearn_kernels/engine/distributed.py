@@ -201,16 +201,22 @@ class _Run:
 
 
 class _RowsAndColumns(Tour):
-    """Blocks of features, beginning with those of the own rank."""
+    """Blocks of features, beginning with those of the own rank, and tables that come with them."""
 
     def __init__(self, run: _Run, kept: KeptTiles):
         self.run, self.shard, self.kept = run, run.shard, kept
-        self.block = [run.shard.travelling]
+        self.block = run.shard.travelling
+        self.matrices = len(self.block)  # the features, and maybe the guide's; what comes after them are tables
 
     def new_block(self, rank: int) -> list[Tensor]:
-        features, *tables = self.block
+        features, tables = self.split(self.block)
         columns = self.run.layout.columns[rank]
-        return [features.new_empty(columns, features.shape[1]), *(t.new_empty(t.shape[0], columns) for t in tables)]
+        features = (t.new_empty(columns, t.shape[1]) for t in features)
+        return [*features, *(t.new_empty(t.shape[0], columns) for t in tables)]
+
+    def split(self, block: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """A block's features, ``[M, d]`` each, and its tables, ``[quantities, M]``."""
+        return block[: self.matrices], block[self.matrices :]
 
     def new_carried(self, rank: int) -> list[Tensor]:
         return self.new_shares(rank)
@@ -230,7 +236,7 @@ class _StatisticsTour(_RowsAndColumns):
 
     def new_shares(self, rank: int) -> list[Tensor]:
         if self.run.objective.prepares:
-            return self.new_block(rank)[1:]
+            return self.split(self.new_block(rank))[1]
         table = self.run.new_column_table(rank)
         return [] if table is None else [table]
 
@@ -239,16 +245,17 @@ class _StatisticsTour(_RowsAndColumns):
 
     def visit(self, rank: int, block: list[Tensor]) -> list[Tensor]:
         shares, (rows, columns) = self.new_shares(rank), self.run.layout.region(rank)
-        for share, prepared in zip(shares, block[1:]):
+        features, tables = self.split(block)
+        for share, prepared in zip(shares, tables):
             share.copy_(prepared)
         if self.run.objective.by_distance:
-            problem = self.shard.meet_rows(rank, block[0])
+            problem = self.shard.meet_rows(rank, *features)
             table = torch.cat([self.run.new_tables()[0][:, rows], shares[0][:, columns]], dim=1)
             fold_statistics(problem, self.run.plan(problem), self.run.runner, self.kept, (table, None))
             self.merge([self.tables[0][:, rows]], [table[:, : problem.rows]])
             shares[0][:, columns] = table[:, problem.rows :]
             return shares
-        problem = self.shard.visit(rank, block[0], needs_grad=False)
+        problem = self.shard.visit(rank, False, *features)
         tables = self.tables[0][:, rows], shares[0][:, columns] if shares else None
         fold_statistics(problem, self.run.plan(problem), self.run.runner, self.kept, tables)
         return shares
@@ -284,20 +291,21 @@ class _GradientsTour(_RowsAndColumns):
         shares = [features.new_zeros(shape, dtype=dtype)] if self.carries_gradient else []
         if not self.carries_table:
             return shares
-        return [*shares, *(self.new_block(rank)[1:] or [self.run.new_column_table(rank)])]
+        return [*shares, *(self.split(self.new_block(rank))[1] or [self.run.new_column_table(rank)])]
 
     def at_home(self) -> None:
         self._sweep(self.shard, self.coefficients, self.gradients)
 
     def visit(self, rank: int, block: list[Tensor]) -> list[Tensor]:
         shares, (rows, columns) = self.new_shares(rank), self.run.layout.region(rank)
-        of_columns = shares[1] if self.carries_table else block[1] if len(block) > 1 else None
-        if self.carries_table and len(block) > 1:
-            of_columns.copy_(block[1])
+        features, tables = self.split(block)
+        of_columns = shares[1] if self.carries_table else tables[0] if tables else None
+        if self.carries_table and tables:
+            of_columns.copy_(tables[0])
         if self.run.objective.by_distance:
-            self._visit_rows(self.shard.meet_rows(rank, block[0]), rows, columns, of_columns, shares[0])
+            self._visit_rows(self.shard.meet_rows(rank, *features), rows, columns, of_columns, shares[0])
             return shares
-        problem = self.shard.visit(rank, block[0], self.carries_gradient)
+        problem = self.shard.visit(rank, self.carries_gradient, *features)
         coefficients = self.coefficients[0][:, rows], None if of_columns is None else of_columns[:, columns]
         d_query = None if self.gradients.query is None else self.gradients.query[rows]
         into = Gradients(d_query, [shares[0][columns] if self.carries_gradient else None])

@@ -23,7 +23,8 @@ from .validation import check_values
 
 _INPUTS = (
     "Tensor query, Tensor[] keys, Tensor? own, Tensor? target, Tensor? row_group, Tensor? column_group, "
-    "Tensor logit_scale, Tensor? logit_bias, Tensor? row_values, Tensor? column_values"
+    "Tensor logit_scale, Tensor? logit_bias, Tensor? row_values, Tensor? column_values, "
+    "Tensor? row_guide, Tensor? column_guide"
 )
 _CONFIG = (  # needs_grad is a list of bools, which torch.jit.trace cannot record
     "str objective, float[] parameters, str reduction, str backend, int memory_budget, int[] needs_grad, bool any_size"
@@ -151,11 +152,13 @@ class _Form(NamedTuple):
     column_group: bool
     row_values: bool
     column_values: bool
+    row_guide: bool
+    column_guide: bool
 
     @classmethod
     def of(cls, inputs: Inputs) -> _Form:
-        _, keys, own, target, row_group, column_group, _, bias, *values = inputs
-        there = (tensor is not None for tensor in (own, bias, target, row_group, column_group, *values))
+        _, keys, own, target, row_group, column_group, _, bias, *given = inputs
+        there = (tensor is not None for tensor in (own, bias, target, row_group, column_group, *given))
         return cls(len(keys), *there)
 
     def split(self, tensors) -> tuple[Inputs, list[Tensor]]:
@@ -164,13 +167,14 @@ class _Form(NamedTuple):
         query, keys = next(left), [next(left) for _ in range(self.keys)]
         own = next(left) if self.own else None
         scale, bias = next(left), next(left) if self.bias else None
-        target, row_group, column_group, *values = (next(left) if there else None for there in self[3:])
-        return Inputs(query, keys, own, target, row_group, column_group, scale, bias, *values), list(left)
+        target, row_group, column_group, *given = (next(left) if there else None for there in self[3:])
+        return Inputs(query, keys, own, target, row_group, column_group, scale, bias, *given), list(left)
 
 
 def _flat(inputs: Inputs) -> list[Tensor]:
     """The tensors in a row: those that may get a gradient, then the others."""
-    others = inputs.target, inputs.row_group, inputs.column_group, inputs.row_values, inputs.column_values
+    _, _, _, target, row_group, column_group, _, _, *given = inputs
+    others = target, row_group, column_group, *given
     return [*inputs.differentiable, *(tensor for tensor in others if tensor is not None)]
 
 

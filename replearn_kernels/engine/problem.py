@@ -28,6 +28,8 @@ class Inputs(NamedTuple):
     logit_bias: Tensor | None  # 0-d
     row_values: Tensor | None = None  # [values, N] in the dtype of the statistics: what a declared loss reads of rows
     column_values: Tensor | None = None  # [values, M] of columns; where the rows are compared with each other None
+    row_guide: Tensor | None = None  # [N, g]: of the rows, of whose products a declared loss reads too
+    column_guide: Tensor | None = None  # [M, g] of columns; where the rows are compared with each other None
 
     @property
     def features(self) -> list[Tensor]:
@@ -75,6 +77,8 @@ class Problem:
     inverse_norms: Tensor | None = None  # [N]: the rows are the queries times these
     row_values: Tensor | None = None  # [values, N]
     column_values: Tensor | None = None  # [values, M], of the first source
+    row_guide: Tensor | None = None  # [N, g]: other features, of the same dtype for rows and columns
+    column_guide: Tensor | None = None  # [M, g]
     group_size: int = 0  # of every group, whose numbers fit 32 bits then; 0: groups are any
     _numbers: Tensor | None = None
     _positive_counts: Tensor | None = None
@@ -103,13 +107,15 @@ class Problem:
             None if t is None else t.contiguous() for t in (inputs.target, inputs.row_group, inputs.column_group)
         )
         column_group = row_group if inputs.is_batch else column_group
+        guides = inputs.row_guide, inputs.row_guide if inputs.is_batch else inputs.column_guide
         if objective.own_positives:
             target = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
         bias = 0.0 if inputs.logit_bias is None else number_of(inputs.logit_bias)
         return cls(
             query, tuple(sources), target, row_group, column_group, number_of(inputs.logit_scale), bias,
             given_rows, squares, isolated, _inverse_norms(query) if objective.unit_features else None,
-            inputs.row_values, inputs.row_values if inputs.is_batch else inputs.column_values, objective.group_size,
+            inputs.row_values, inputs.row_values if inputs.is_batch else inputs.column_values,
+            *(None if t is None else _rows_contiguous(t) for t in guides), objective.group_size,
         )  # fmt: skip
 
     @property
@@ -211,6 +217,7 @@ class Problem:
             self, query=self.query[rows], sources=sources, given_target=self.target[rows], row_group=row_group,
             inverse_norms=None if self.inverse_norms is None else self.inverse_norms[rows],
             row_values=None if self.row_values is None else self.row_values[:, rows],
+            row_guide=None if self.row_guide is None else self.row_guide[rows],
         )  # fmt: skip
 
     def unit_query(self, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -299,6 +306,7 @@ class Pairs(NamedTuple):
     diagonal: bool  # the columns are the rows: the entries (i, i) are no pairs
     row_values: Tensor | None = None  # [values, R], of a declared loss, the only one that reads them
     column_values: Tensor | None = None  # [values, C]
+    guide: Tensor | None = None  # [R, C]: products of other features, which a backend has formed
 
     @property
     def of_any_loss(self) -> tuple:

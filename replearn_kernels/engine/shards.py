@@ -90,7 +90,7 @@ class Shard(Problem):
             shard.values = tuple(world.gather(shard.column_values, layout.columns))
         return shard
 
-    def visit(self, rank: int, features: Tensor, needs_grad: bool) -> Problem:
+    def visit(self, rank: int, needs_grad: bool, features: Tensor, guide: Tensor | None = None) -> Problem:
         """The problem of the own rows and the columns of ``rank``: of the region that is compared here."""
         rows, columns = self.layout.region(rank)
         shift = self.layout.first_column(self.layout.world.rank) - self.layout.first_column(rank)
@@ -103,9 +103,11 @@ class Shard(Problem):
             column_group=self.groups[rank][columns] if self.groups else None,
             row_values=None if self.row_values is None else self.row_values[:, rows],
             column_values=self.values[rank][:, columns] if self.values else None,
+            row_guide=None if self.row_guide is None else self.row_guide[rows],
+            column_guide=None if guide is None else guide[columns],
         )
 
-    def meet_rows(self, rank: int, given_rows: Tensor) -> Problem:
+    def meet_rows(self, rank: int, given_rows: Tensor, guide: Tensor | None = None) -> Problem:
         """The same where similarities are distances: both ranks' rows of the region as one batch, the own ones first.
 
         Only tiles of own rows and visiting columns are walked.
@@ -115,6 +117,7 @@ class Shard(Problem):
         query, squares, isolated = self._centred(visiting)
         query = torch.cat([self.query[rows], query])
         groups = torch.cat([self.row_group[rows], self.groups[rank][columns]]) if self.groups else None
+        guide = None if guide is None else torch.cat([self.row_guide[rows], guide[columns]])
         values = torch.cat([self.row_values[:, rows], self.values[rank][:, columns]], dim=1) if self.values else None
         return _Meeting(
             query=query,
@@ -129,15 +132,18 @@ class Shard(Problem):
             isolated=None if isolated is None else torch.cat([self.isolated[rows], isolated]),
             row_values=values,
             column_values=values,
+            row_guide=guide,
+            column_guide=guide,
         )
 
     def _centred(self, given_rows: Tensor):
         return centred(given_rows, self.objective.unit_rows, self.centre)
 
     @property
-    def travelling(self) -> Tensor:
-        """What the other ranks need of the columns."""
-        return (self.sources[0].features if self.given_rows is None else self.given_rows).contiguous()
+    def travelling(self) -> list[Tensor]:
+        """What the other ranks need of the columns: their features, and those of the guide if there is one."""
+        features = self.sources[0].features if self.given_rows is None else self.given_rows
+        return [t.contiguous() for t in (features, self.column_guide) if t is not None]
 
     @property
     def is_batch(self) -> bool:

@@ -78,6 +78,7 @@ class _Buffer:
 kept = Held(least_bytes=32 * 2**20)  # similarities, from one sweep to the other
 tile = Held(least_bytes=_HUGE_PAGE)  # the products of one tile, or their W
 distances = Held(least_bytes=_HUGE_PAGE)  # the distances of one tile, where they are needed beside W
+guide = Held(least_bytes=_HUGE_PAGE)  # the guide's similarities of one tile
 rows = Held(least_bytes=_HUGE_PAGE, count=2)  # normalised or stacked, of both sides, from the forward call to the other
 
 
@@ -87,5 +88,5 @@ def empty_cache() -> None:
 
     A loss whose backward pass is still to come keeps what it needs.
     """
-    for held in (kept, tile, distances, rows):
+    for held in (kept, tile, distances, guide, rows):
         held.drop()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import distances, workspace
-from ..columns import Step, Tile
+from ..columns import Step, Tile, mirror_, part
 from ..counters import count_product
 from ..problem import Pairs, Problem, statistics_dtype
 from .base import Backend, coefficients_of, statistics_of
@@ -43,6 +43,7 @@ class TorchBackend(Backend):
     def statistics_steps(self, problem: Problem, tile: Tile, kept: Tensor | None, statistics) -> Iterator[Step]:
         s = self._tile_buffer(tile) if kept is None else kept
         yield from tile.source.products(tile, s)
+        yield from self._guide_steps(problem, tile)
         yield self._statistics_pass(problem, tile, s, *statistics_of(tile, *statistics))
 
     def gradient_steps(
@@ -53,6 +54,7 @@ class TorchBackend(Backend):
             # Distances are needed beside the weights.
             s = self._tile_buffer(tile, "distances") if self.objective.by_distance else w
             yield from tile.source.products(tile, s)
+        yield from self._guide_steps(problem, tile)
         tables = coefficients_of(tile, *coefficients)
         if self.objective.by_distance:
             yield self._distance_weights_pass(problem, tile, s, kept is not None, w, d_query, *tables)
@@ -97,7 +99,21 @@ class TorchBackend(Backend):
         return problem.points(tile, self.objective.by_distance == "square")
 
     def _pairs(self, problem: Problem, tile: Tile) -> Pairs:
-        return problem.pairs(tile, self.objective.uses_target)
+        pairs = problem.pairs(tile, self.objective.uses_target)
+        return pairs if problem.row_guide is None else pairs._replace(guide=self._tile_buffer(tile, "guide"))
+
+    def _guide_steps(self, problem: Problem, tile: Tile) -> Iterator[Step]:
+        """The guide's products, to where :meth:`_pairs` says that they are."""
+        if problem.row_guide is not None:
+            rows, columns = part(problem.row_guide, tile.rows), part(problem.column_guide, tile.columns)
+            yield partial(self._form_guide, rows, columns, tile.diagonal, self._tile_buffer(tile, "guide"))
+
+    @staticmethod
+    def _form_guide(rows: Tensor, columns: Tensor, diagonal: bool, out: Tensor) -> None:
+        count_product(rows, len(columns))
+        torch.mm(rows.to(out.dtype), columns.to(out.dtype).t(), out=out)
+        if diagonal:  # what the sweeps ask of a pair they ask it from either end
+            mirror_(out)
 
     def _tile_buffer(self, tile: Tile, purpose: str = "tile") -> Tensor:
         """Room for the tile, the same memory for all: a fresh buffer per tile would leave the caches."""

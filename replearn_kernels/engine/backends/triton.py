@@ -30,6 +30,7 @@ from ...triton_kernels import (
     update_statistics,
 )
 from ...triton_kernels.configs import Ring, by_tma, kernel_settings, ring_of
+from ...triton_kernels.tiles import aligned
 from .. import products
 from ..columns import BatchColumns, OwnColumns, Source, Step, Tile, run
 from ..counters import count_product, is_counting
@@ -71,6 +72,7 @@ class TritonBackend(Backend):
         self._counter: Tensor | None = None
         self._uniform = False  # rows of a group have the same positive weight
         self._ranges: tuple[Tensor, Tensor] | None = None
+        self._aligned: tuple[Problem, Tensor, Tensor] | None = None
 
     @staticmethod
     def repeats(query: Tensor) -> bool:
@@ -353,10 +355,23 @@ class TritonBackend(Backend):
         if isinstance(tile.source, BatchColumns) and is_by_sums(self.objective, tile.query.dtype):
             numbers = problem.group_numbers  # of 32 bits, of the own rows
             pairs = pairs._replace(row_group=numbers[tile.rows], column_group=numbers[tile.columns])
-        values = (pairs.row_values, pairs.column_values) if self._epilogue.takes_values else None
+        given = None
+        if self._epilogue.takes_given:
+            given = pairs.row_values, pairs.column_values, *self._guides(problem, tile)
         return TileInputs.of(
-            tile.shape, *pairs.of_any_loss, row_table, column_table, self._roles, own=own, values=values
+            tile.shape, *pairs.of_any_loss, row_table, column_table, self._roles, own=own, given=given
         )
+
+    def _guides(self, problem: Problem, tile: Tile) -> tuple[Tensor | None, Tensor | None]:
+        """The guide's features of the tile, whose rows vector loads can read: a copy where they could not."""
+        if problem.row_guide is None:
+            return None, None
+        if self._aligned is None or self._aligned[0] is not problem:
+            rows = aligned(problem.row_guide)
+            columns = rows if problem.column_guide is problem.row_guide else aligned(problem.column_guide)
+            self._aligned = problem, rows, columns
+        _, rows, columns = self._aligned
+        return rows[tile.rows], columns[tile.columns]
 
     def _points(self, problem: Problem, tile: Tile) -> tuple[Points | None, bool]:
         """The points of a loss over distances, and whether over their squares."""
