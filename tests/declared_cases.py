@@ -275,7 +275,7 @@ def _guides(labels: Tensor, width: int = 3) -> tuple[Tensor, Tensor]:
     """Features of rows and columns that no other input has, in which rows of one label are near."""
     place = torch.arange(len(labels), device=labels.device).double().unsqueeze(1)
     k = torch.arange(1, width + 1, device=labels.device)
-    rows, columns = ((labels.unsqueeze(1) * k + shift + 0.3 * place).sin() for shift in (0.0, 0.5))
+    rows, columns = ((labels.unsqueeze(1) + shift + 0.3 * place * k).sin() + 0.1 * k for shift in (0.0, 0.5))
     return rows, columns
 
 
@@ -383,6 +383,35 @@ def sampled_softmax(x, y, labels, scale):
         kept = [j for j in range(len(y)) if j == i or labels[j] != labels[i]]
         losses.append(weight[i] * (corrected[kept].logsumexp(0) - corrected[i]))
     return _rows(x, losses), weight.sum().item()
+
+
+def soft_targets(x, y, labels, scale, symmetric=False):
+    logits, (rows, columns) = scale * x @ y.t(), _guides(labels)
+    guide, losses = 2.5 * rows @ columns.t(), []
+    for i in range(len(x)):
+        loss = -(guide[i].softmax(0) * logits[i].log_softmax(0)).sum()
+        of_column = -(guide[:, i].softmax(0) * logits[:, i].log_softmax(0)).sum()
+        losses.append((loss + of_column) / 2 if symmetric else loss)
+    return _rows(x, losses), len(x)
+
+
+def gist(x, y, labels, scale, negatives=False):
+    """sentence-transformers' formula."""
+    (a, p), (ga, gp) = (F.normalize(t, dim=1) for t in (x, y)), (F.normalize(t, dim=1) for t in _guides(labels))
+    own, losses = (ga * gp).sum(1), []
+    scores = [(a @ p.t(), ga @ gp.t()), (a @ a.t(), ga @ ga.t()), (p @ p.t(), gp @ gp.t())]
+    if negatives:
+        scores.append((a @ F.normalize(_guides(labels, x.shape[1])[1], dim=1).t(), ga @ gp.flip(1).t()))
+    for i in range(len(x)):
+        limit = own[i] * 0.9 if negatives else own[i]
+        kept = [
+            similarity[i, j] * scale
+            for kind, (similarity, guide) in enumerate(scores)
+            for j in range(len(y))
+            if (kind == 0 and j == i) or (not (kind in (1, 2) and j == i) and guide[i, j] <= limit)
+        ]
+        losses.append(torch.stack(kept).logsumexp(0) - scale * (a[i] @ p[i]))
+    return _rows(x, losses), len(x)
 
 
 def _clip(x, y, labels, scale):
@@ -537,6 +566,18 @@ def _call_sampled(x, y, labels, scale, **k):
     return fuse(Sampled(), **k)(x, y, scale, row_values=rows, column_values=columns)
 
 
+def _call_soft_targets(x, y, labels, scale, **k):
+    return rk.soft_target_loss(x, y, *_guides(labels), logit_scale=scale, guide_scale=2.5, **k)
+
+
+def _call_gist(x, y, labels, scale, negatives=False, **k):
+    rows, columns = _guides(labels)
+    if negatives:
+        negative = _guides(labels, x.shape[1])[1].to(x.dtype)
+        k |= {"negative": negative, "negative_guide": columns.flip(1), "relative_margin": True, "margin": 0.1}
+    return rk.gist_loss(x, y, rows, columns, logit_scale=scale, **k)
+
+
 def _call_filtered(x, y, labels, scale, **k):
     (threshold,), (rows, columns) = _numbers(labels, 1), _guides(labels)
     loss = fuse(Filtered(), **k)
@@ -569,6 +610,16 @@ CASES = {
             logit_scale=scale, **k,
         ),
         sampled_softmax, True,
+    ),
+    "soft_target": Case(_call_soft_targets, soft_targets, True),
+    "soft_target, symmetric": Case(
+        lambda *inputs, **k: _call_soft_targets(*inputs, symmetric=True, **k),
+        lambda *inputs: soft_targets(*inputs, symmetric=True), True,
+    ),
+    "gist": Case(_call_gist, gist, True),
+    "gist, negatives": Case(
+        lambda *inputs, **k: _call_gist(*inputs, negatives=True, **k),
+        lambda *inputs: gist(*inputs, negatives=True), True,
     ),
     "toy clip": Case(_of_pairs(Clip()), _clip, True),
     "toy siglip": Case(_of_pairs(SigLip()), _siglip, True),

@@ -28,6 +28,7 @@ from replearn_kernels import (
     clip_loss,
     contrastive_loss,
     decoupled_contrastive_loss,
+    gist_loss,
     hard_negative_loss,
     info_nce_loss,
     lifted_structure_loss,
@@ -37,6 +38,7 @@ from replearn_kernels import (
     nt_xent_loss,
     sampled_softmax_loss,
     siglip_loss,
+    soft_target_loss,
     sup_con_loss,
     triplet_margin_loss,
 )
@@ -166,6 +168,19 @@ LOSSES = {
     ),
     "sampled_softmax_target": lambda b, **k: sampled_softmax_loss(
         b.x, b.y, target=b.target, query_group=b.labels, key_group=b.labels, logit_scale=b.scale, **k
+    ),
+    "soft_target": lambda b, **k: soft_target_loss(
+        b.x, b.y, b.own.detach()[:, 0], b.own.detach()[:, 1], logit_scale=b.scale, guide_scale=1.3, **k
+    ),
+    "soft_target_symmetric": lambda b, **k: soft_target_loss(
+        b.x, b.y, b.own.detach()[:, 0], b.own.detach()[:, 1], logit_scale=b.scale, symmetric=True, **k
+    ),
+    "gist": lambda b, **k: gist_loss(
+        b.x, b.y, b.own.detach()[:, 0], b.own.detach()[:, 1], logit_scale=b.scale, **k
+    ),
+    "gist_negatives": lambda b, **k: gist_loss(
+        b.x, b.y, b.own.detach()[:, 0], b.own.detach()[:, 1], negative=b.views[:, 0], negative_guide=b.y.detach(),
+        logit_scale=b.scale, contrast_positives=False, **k
     ),
     "declared_with_a_margin": lambda b, **k: fuse(Margin(), **k)(b.x, b.y, b.scale),
     "declared_in_one_sweep": lambda b, **k: fuse(SigLip(), **k)(

@@ -69,6 +69,9 @@ DECLARED = {
     "multi_positive": lambda x, y, labels, scale, **k: rk.multi_positive_clip_loss(
         x, y, scale, image_group=labels, **k
     ),
+    "soft_target": lambda x, y, labels, scale, **k: rk.soft_target_loss(
+        x, y, y[: len(x)].detach().flip(0), y.detach(), logit_scale=scale, guide_scale=5.0, **k
+    ),
     "sampled_softmax": lambda x, y, labels, scale, **k: rk.sampled_softmax_loss(
         x, y, key_log_probability=-(torch.arange(len(y), device=y.device) % 5).double(), query_weight=1.0 + labels % 3,
         logit_scale=scale, **k,

@@ -25,6 +25,7 @@ from replearn_kernels import (
     decoupled_contrastive_loss,
     dino_head_loss,
     dino_loss,
+    gist_loss,
     hard_negative_loss,
     info_nce_loss,
     lifted_structure_loss,
@@ -35,6 +36,7 @@ from replearn_kernels import (
     nt_xent_loss,
     sampled_softmax_loss,
     siglip_loss,
+    soft_target_loss,
     sup_con_loss,
     triplet_margin_loss,
 )
@@ -67,6 +69,12 @@ LOSSES = {
     ),
     "multi_positive": lambda x, y, labels, s: multi_positive_clip_loss(
         x, y, s, image_group=labels, memory_budget=BUDGET
+    ),
+    "soft_target": lambda x, y, labels, s: soft_target_loss(
+        x, y, y.detach(), x.detach(), logit_scale=s, guide_scale=3.0, symmetric=True, memory_budget=BUDGET
+    ),
+    "gist": lambda x, y, labels, s: gist_loss(
+        x, y, y.detach(), x.detach(), logit_scale=s, margin=0.1, memory_budget=BUDGET
     ),
     "sampled_softmax": lambda x, y, labels, s: sampled_softmax_loss(
         x, y, key_group=labels, key_log_probability=-y.detach()[:, 0].exp(), logit_scale=s, memory_budget=BUDGET

@@ -200,7 +200,7 @@ def test_calls_are_checked():
     x, y, labels, scale = inputs_of(6, 3, LABELS["pairs"](6))
     for call, message in (
         (lambda: fuse(Contrastive())(x, labels, 2.0), "Contrastive takes no logit_scale"),
-        (lambda: fuse(Contrastive())(x), "labels must be a torch.Tensor"),
+        (lambda: fuse(Contrastive())(x), "labels are needed: Contrastive tells"),
         (lambda: fuse(Clip())(x, y[:4]), "target is needed"),
         (lambda: fuse(SigLip())(x, y, query_group=labels), "must be given together"),
         (lambda: fuse(Clip())(x, y, temperature=0.1), "takes no temperature"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from declared_cases import CASES, Graded, OwnMargins, Regression, Sampled, inputs_of
+from declared_cases import CASES, Filtered, Graded, Imitation, OwnMargins, Regression, Sampled, Spread, inputs_of
 from metric_cases import LABELS, assert_same, small_batch_tiles
 from test_declare_expressions import RandomExpressions
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -113,6 +113,15 @@ def sampled(row_values, column_values) -> torch.Tensor:
     return fuse(Sampled())(rows(), rows(), row_values=row_values, column_values=column_values)
 
 
+def imitation(guide) -> torch.Tensor:
+    return fuse(Imitation())(rows(), row_guide=guide)
+
+
+def filtered(row_guide, column_guide) -> torch.Tensor:
+    values = {"threshold": torch.ones(4)}
+    return fuse(Filtered())(rows(), rows(), row_values=values, row_guide=row_guide, column_guide=column_guide)
+
+
 ONES = torch.ones(4)
 OF_ROWS, OF_COLUMNS = {"weight": ONES, "skipped": ONES}, {"log_q": ONES, "weight": ONES}
 
@@ -135,6 +144,16 @@ OF_ROWS, OF_COLUMNS = {"weight": ONES, "skipped": ONES}, {"log_q": ONES, "weight
             r"row_values\['weight'\] requires a gradient, which values do not get: pass row_values\['weight'\].detach",
         ),
         (lambda: fuse(Graded())(rows()), ValueError, "row_values must give the values that Graded names"),
+        (lambda: fuse(Imitation())(rows()), ValueError, "row_guide is needed: Imitation has a guide"),
+        (lambda: imitation(ONES), ValueError, "row_guide must have 2 dimensions"),
+        (lambda: imitation(rows(3)), ValueError, "row_guide must have 4 rows, as the features, got 3"),
+        (lambda: imitation(rows().long()), TypeError, "row_guide must be fp16, bf16, fp32 or fp64"),
+        (lambda: imitation(rows().to("meta")), ValueError, "row_guide must be on .* device cpu, got meta"),
+        (lambda: imitation(rows().requires_grad_()), ValueError, r"row_guide requires a gradient.*row_guide.detach"),
+        (lambda: fuse(Spread())(rows(), row_guide=rows()), ValueError, "row_guide: Spread has no guide"),
+        (lambda: filtered(rows(), rows().double()), TypeError, "column_guide and row_guide must have the same dtype"),
+        (lambda: filtered(rows(), rows()[:, :2]), ValueError, "column_guide and row_guide must have the same width"),
+        (lambda: filtered(rows(), None), ValueError, "column_guide is needed: Filtered has a guide"),
         (lambda: fuse(Graded())(rows(), column_values={}), TypeError, "unexpected keyword argument 'column_values'"),
         (
             lambda: CASES["toy clip"].call(rows(), rows(), None, 1.0, row_values={"x": ONES}), TypeError,
@@ -161,7 +180,7 @@ def declared(term, **attributes) -> None:
 @pytest.mark.parametrize(
     ("term", "attributes", "message"),
     [
-        (lambda s, p: total(p.row.y), {}, r'pair.row has no value \'y\'.*row_values = "y", \(in a batch'),
+        (lambda s, p: total(p.row.y), {}, r"no value 'y': there are x\. .*row_values = \(.y.,\)"),
         (lambda s, p: total(p.column.x), {}, "pair.column has no value 'x'"),
         (lambda s, p: total(s), {"row_values": "x"}, r"Bad.row_values must be a tuple of names, ..weight.,., got 'x'"),
         (lambda s, p: total(s), {"row_values": ["x"]}, "must be a tuple of names"),
@@ -174,7 +193,13 @@ def declared(term, **attributes) -> None:
         (lambda s, p: total(s), {"row_value": ("x",)}, "did you mean row_values"),
         (lambda s, p: total(s, where=p.row.x == s), {}, r"equal\(a, b\) what they come to"),
         (lambda s, p: total(s, where=p.row.x == 1), {}, r"row.x == 1: .*equal\(a, b\)"),
+        (lambda s, p: total(s, where=p.row.x != s), {}, r"equal\(a, b\) what they come to"),
+        (lambda s, p: total(s, where=p.row.x), {}, "takes conditions.*got row.x, which is a number: write row.x > 0"),
+        (lambda s, p: total(s, where=p.every & p.row.x), {}, "& takes conditions.*write row.x > 0"),
+        (lambda s, p: total(p.row.x % 10), {}, "row.x takes part in no operation but"),
         (lambda s, p: total(s * p.row), {}, "takes expressions and numbers, got _Given"),
+        (lambda s, p: total(p.guide), {}, 'no pair.guide: the class says of what, guide = "cosine" or "product"'),
+        (lambda s, p: total(p.guide), {"guide": "distance"}, 'guide must be "product" or "cosine", or "" for none'),
     ],
 )  # fmt: skip
 def test_values_that_cannot_be_declared(term, attributes, message):
@@ -205,6 +230,28 @@ def test_equal_numbers(backend):
     with small_batch_tiles(16):
         found = fuse(OtherCamera(), reduction="none", backend=backend)(x, row_values=values)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_guides_of_any_dtype_and_layout(backend, dtype):
+    """Rows of a guide are not rounded to the features' dtype, nor have they to be contiguous."""
+    x, guide, _, _ = inputs_of(19, 4, torch.zeros(19, dtype=torch.int64), dtype=torch.float32)
+    guide = guide.to(dtype)
+    expected = ((x @ x.t()).double() - (guide.double() @ guide.double().t())).square().fill_diagonal_(0).sum(1)
+    for given in (guide, guide.t().contiguous().t(), torch.stack([guide, guide], 1)[:, 0]):
+        with small_batch_tiles(8):
+            found = fuse(Imitation(), backend=backend, reduction="none")(x, row_guide=given)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_guide_under_autocast():
+    """As features, it enters the products in autocast's dtype."""
+    x, guide, _, _ = inputs_of(19, 4, torch.zeros(19, dtype=torch.int64), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fuse(Imitation())(x, row_guide=guide)
+    assert found == fuse(Imitation())(x.bfloat16(), row_guide=guide.bfloat16())
 
 
 def test_one_graph_for_all_sizes():

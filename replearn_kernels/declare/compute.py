@@ -37,6 +37,8 @@ def batch_loss(
 ) -> Tensor:
     """The rows of one batch with each other; see :class:`~replearn_kernels.declare.FusedBatchLoss`."""
     objective = _objective(loss, labels is not None)
+    if labels is None and objective.reads_groups:
+        raise TypeError(f"labels are needed: {type(loss).__name__} tells pairs of one label from others")
     inputs, options = labelled_batch(
         embeddings, labels, reduction, normalize, backend, memory_budget, group, strategy,
         needs_labels=objective.reads_groups, why_no_passes=objective.why_no_passes(embeddings),
@@ -142,23 +144,29 @@ def _guides(
     for (name, guide), features in zip(guides.items(), (query, key)):
         if guide is None:
             raise ValueError(f"{name} is needed: {type(loss).__name__} has a guide")
-        validation.check_features(name, guide)
-        if guide.shape[0] != features.shape[0]:
-            raise ValueError(f"{name} must have {features.shape[0]} rows, as the features, got {guide.shape[0]}")
-        if guide.device != features.device:
-            raise ValueError(f"{name} must be on the features' device {features.device}, got {guide.device}")
-        if guide.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient, which a guide does not get: pass {name}.detach()")
-        refuse_forward_mode(guide)
+        check_guide(name, guide, features)
     if group is not None:
         refuse_wrapped(*guides.values())
     (first, rows), *others = zip(guides, autocast(*guides.values()))
     for name, columns in others:
         validation.check_alike(name, columns, first, rows)
     of_all = (rows, *(columns for _, columns in others))
-    if rows.dtype == torch.float64:  # as wide as the statistics at most
+    if torch.float64 in (rows.dtype, query.dtype):  # as wide as the statistics
         of_all = tuple(guide.to(statistics_dtype(query.dtype)) for guide in of_all)
     return tuple(map(unit_rows, of_all)) if loss.guide == "cosine" else of_all
+
+
+def check_guide(name: str, guide: Tensor, features: Tensor) -> Tensor:
+    """The features that a guide has for the same rows; in fp64 if the others are."""
+    validation.check_features(name, guide)
+    if guide.shape[0] != features.shape[0]:
+        raise ValueError(f"{name} must have {features.shape[0]} rows, as the features, got {guide.shape[0]}")
+    if guide.device != features.device:
+        raise ValueError(f"{name} must be on the features' device {features.device}, got {guide.device}")
+    if guide.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which a guide does not get: pass {name}.detach()")
+    refuse_forward_mode(guide)
+    return guide.double() if features.dtype == torch.float64 else guide
 
 
 def _objective(loss: PairLoss, by_group: bool) -> Declared:

@@ -117,6 +117,11 @@ class Expr:
             return Expr("always", not condition.args[0])
         return condition.args[0] if condition.op == "not" else Expr("not", condition)
 
+    def _refuse_operation(self, *others):
+        raise TypeError(f"{self} takes part in no operation but {FUNCTIONS}")
+
+    __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __matmul__ = __rmatmul__ = _refuse_operation
+
     def __bool__(self):
         raise TypeError(
             f"{self} has no truth value when a loss is declared: terms() is called once, not for every pair. "
@@ -235,7 +240,11 @@ def mask(value, where: str) -> Expr:
     if isinstance(value, Expr) and value.is_mask:
         return value
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    hint = ": of two expressions == compares what they are, equal(a, b) what they come to" if value is False else ""
+    hint = ""
+    if isinstance(value, bool):
+        hint = ": of two expressions == compares what they are, equal(a, b) what they come to"
+    elif isinstance(value, Expr):
+        hint = f", which is a number: write {value} > 0"
     raise TypeError(f"{where} takes conditions (pair.same, s > 0.5, ...), got {got}{hint}")
 
 

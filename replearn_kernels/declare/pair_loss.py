@@ -110,16 +110,17 @@ class _Given:
     """The values that calls give for the row, or for the column, of a pair."""
 
     def __init__(self, side: str, names: tuple[str, ...]):
-        self._side = side
+        self._side, self._names = side, names
         for name in names:
             setattr(self, name, Expr(side, name))
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
             raise AttributeError(name)
+        there = ", ".join(self._names) or "none"
         raise AttributeError(
-            f"pair.{self._side} has no value {name!r}: the class names what calls give, {self._side}_values = "
-            f'"{name}", (in a batch row_values, of which the columns have the same)'
+            f"pair.{self._side} has no value {name!r}: there are {there}. The class names what calls give, "
+            f'{self._side}_values = ("{name}",); in a batch the columns have the row_values'
         )
 
 

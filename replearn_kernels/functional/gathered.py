@@ -109,6 +109,7 @@ def _meet(world: World, inputs: Inputs, objective: Objective, alike: dict) -> La
 
 
 def reduced(own: Tensor, counted: Tensor | int, reduction: str, world: World) -> Tensor:
+    """A rank's losses, reduced; ``counted``: what the mean is over, of all ranks."""
     if reduction == "none":
         return own
     if reduction == "sum":

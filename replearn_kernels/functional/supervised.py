@@ -107,7 +107,7 @@ def sup_con_loss(
     elif views != 3:
         raise ValueError("labels are needed for features [N, d]; only views [B, V, d] can do without")
     else:
-        labels = _own_samples(features.shape[0], features, group)
+        labels = own_samples(features.shape[0], features, group)
         # A graph may have a symbol for the number of views, and each rank a number of its own.
         if group is None and not torch.compiler.is_compiling():
             group_size = features.shape[1]
@@ -122,10 +122,10 @@ def check_views(z_i: Tensor, z_j: Tensor, world: World | None) -> tuple[list[Ten
     """Two views of every sample, checked, and the samples' numbers: those of the rows of z_i, then of z_j."""
     z_i, z_j = check_pair({"z_i": z_i, "z_j": z_j})
     validation.check_same_rows("z_i", z_i, "z_j", z_j)
-    return [z_i, z_j], _own_samples(z_i.shape[0], z_i, world).repeat(2)
+    return [z_i, z_j], own_samples(z_i.shape[0], z_i, world).repeat(2)
 
 
-def _own_samples(count: int, features: Tensor, world: World | None) -> Tensor:
+def own_samples(count: int, features: Tensor, world: World | None) -> Tensor:
     """A number for each sample, that no sample of another rank has."""
     samples = torch.arange(count, device=features.device)
     return samples if world is None else samples * world.size + world.rank

@@ -72,11 +72,11 @@ def sampled_softmax_loss(
         key: ``[M, d]``, of the same dtype and device.
         target: int64 ``[N]``, the key of each query, in ``[0, M)``. Default: query i's is key i, which needs M >= N.
         query_group, key_group: integers ``[N]`` and ``[M]``, any values: the number of the product, say, that is every
-            query's target, and that is every key. Other keys of a query's group than its target are left out. Default:
-            none is; and of ``query_group``, where there is no ``target``: the group of the query's key.
+            query's target, and that is every key. Other keys of a query's group than its target are left out. Without
+            groups none is. ``key_group`` is enough where there is no ``target``: query i then has the group of key i.
         key_log_probability: ``[M]``, floating-point: ``log q_j``, up to a number that all share. Default: 0, of keys
-            that are all equally likely.
-        query_weight: ``[N]``, floating-point, not negative: ``w_i``. Default 1.
+            that are all equally likely. +inf leaves a key out, as padding; -inf makes the loss NaN: count at least 1.
+        query_weight: ``[N]``, floating-point: ``w_i``, which nobody checks to be positive. Default 1.
         logit_scale: the inverse temperature, a float, or a tensor of one element, which gets a gradient. Default 1.
         reduction: "mean" (``sum(L) / sum(w)``; 0 where no query weighs anything), "sum", or "none": ``[N]``.
         normalize: L2-normalise both features first. Default False.
@@ -90,18 +90,22 @@ def sampled_softmax_loss(
 
     Raises:
         TypeError: an argument is not of the type or dtype above, or the features differ in dtype.
-        ValueError: wrong rank or shape, different widths or devices, groups of queries alone, a scale that is not
-            finite, an unknown reduction or backend, a negative budget.
+        ValueError: wrong rank or shape, different widths or devices, groups of queries alone, or of keys alone beside a
+            ``target``, a scale that is not finite, an unknown reduction or backend, a negative budget.
         RuntimeError: the backend asked for is not available here.
 
     Example::
 
         log_q = (count_of_item[item] / count_of_item.sum()).log()          # of the items of this batch
-        sampled_softmax_loss(user, item_features, key_group=item, key_log_probability=log_q).backward()
+        sampled_softmax_loss(
+            user, item_features, key_group=item, key_log_probability=log_q, logit_scale=log_scale.exp(), normalize=True
+        ).backward()
     """
     rows, columns = check_pair({"query": query, "key": key})
     validation.check_target(target, rows.shape[0], columns.shape[0], rows)
-    if query_group is None and key_group is not None and target is None:
+    if query_group is None and key_group is not None:
+        if target is not None:
+            raise ValueError("query_group is needed beside key_group and target: the group of every query's target")
         query_group = validation.check_labels("key_group", key_group, columns.shape[0], rows)[: rows.shape[0]]
     weight = _given("query_weight", query_weight, 1.0, rows.shape[0], rows)
     log_probability = _given("key_log_probability", key_log_probability, 0.0, columns.shape[0], rows)
