@@ -14,10 +14,12 @@ from replearn_kernels.declare.objective import objective_of
 from replearn_kernels.declare.triton_source import epilogue_of
 from replearn_kernels.pair_losses.circle import Circle
 from replearn_kernels.pair_losses.decoupled import Decoupled
+from replearn_kernels.pair_losses.gist import GistAmong, GistBetween
 from replearn_kernels.pair_losses.hard_negatives import HardNegatives
 from replearn_kernels.pair_losses.multi_positive import MultiPositiveClip
 from replearn_kernels.pair_losses.multi_similarity import MultiSimilarity
 from replearn_kernels.pair_losses.sampled_softmax import SampledSoftmax
+from replearn_kernels.pair_losses.soft_targets import SoftTargets, SymmetricSoftTargets
 from replearn_kernels.triton_kernels import (
     EPILOGUES,
     Epilogue,
@@ -167,6 +169,15 @@ VARIANTS = {
     "decoupled": Variant("declared", **OF_PAIRS, loss=Decoupled()),
     "hard_negatives": Variant("declared_large", target="own", fused=True, quantities=6, loss=HardNegatives(1.0, 0.1)),
     "sampled_softmax": Variant("declared_large", target="own", groups=True, fused=True, loss=SampledSoftmax()),
+    "soft_targets": Variant("declared_large", fused=True, loss=SoftTargets()),
+    "soft_targets symmetric": Variant(
+        "declared_large", columns=True, fused=True, quantities=4, loss=SymmetricSoftTargets()
+    ),
+    "gist": Variant("declared_large", target="own", fused=True, loss=GistBetween()),
+    "gist among": Variant("declared_large", **OF_PAIRS, loss=GistAmong(True, True, True)),
+    "gist among diagonal": Variant(
+        "declared_large", **OF_PAIRS, diagonal=True, first=False, loss=GistAmong(True, True, True)
+    ),
     "multi_positive": Variant("declared_large", **OF_PAIRS, fused=True, quantities=4, loss=MultiPositiveClip()),
 }
 
@@ -209,7 +220,7 @@ def launch(variant: Variant | None, kernel: str, dtype: torch.dtype, d: int | No
 def _launch_statistics(variant: Variant, kernel: str, query, key) -> None:
     epilogue, row_table, column_table = variant.functions, torch.empty(variant.quantities, len(query)), None
     if variant.columns and not variant.diagonal:
-        column_table = torch.empty(variant.quantities if variant.groups else 2, len(key))
+        column_table = torch.empty(variant.quantities if variant.groups or variant.loss else 2, len(key))
     read = (row_table, row_table if column_table is None else column_table) if epilogue.reads_tables else ()
     inputs = _inputs(variant, query, key, *read)
     if kernel == "statistics":

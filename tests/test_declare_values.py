@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from declared_cases import CASES, Filtered, Graded, Imitation, OwnMargins, Regre
 from metric_cases import LABELS, assert_same, small_batch_tiles
 from test_declare_expressions import RandomExpressions
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
-from replearn_kernels.declare import PairLoss, equal, exp, fuse, logsumexp, relu, total, where
+from replearn_kernels.declare import PairLoss, equal, exp, fuse, log, logsumexp, relu, total, where
 from replearn_kernels.declare.algebra import is_symmetric, seen_from_column
 from replearn_kernels.declare.definition import definition_of
 from replearn_kernels.declare.expressions import Expr
 from replearn_kernels.declare.objective import objective_of
+from replearn_kernels.engine import plan, schedules
 
 S, ROW, COLUMN = Expr("s"), Expr("row", "x"), Expr("column", "x")
 ROW_Y, COLUMN_Y = Expr("row", "y"), Expr("column", "y")
@@ -38,7 +41,8 @@ def test_terms_without_sides(e):
     "e",
     [
         ROW, COLUMN * S, ROW - COLUMN, ROW > COLUMN, ROW / COLUMN, relu(ROW - COLUMN), (ROW - COLUMN) ** 3,
-        where(ROW > 1, COLUMN, S), abs(ROW - COLUMN_Y), (ROW > 1) & (COLUMN_Y > 1), ROW * COLUMN_Y, abs(ROW - 1),
+        where(ROW > 1, COLUMN, S), abs(ROW - COLUMN_Y), abs(ROW / COLUMN), (ROW / COLUMN) ** 2,
+        (ROW > 1) & (COLUMN_Y > 1), ROW * COLUMN_Y, abs(ROW - 1),
     ],
     ids=str,
 )  # fmt: skip
@@ -91,13 +95,106 @@ def test_random_losses_are_those_of_eager(seed, backend):
         assert_same(random_results(seed, backend), random_results(seed, "eager"), rtol=1e-10, atol=1e-10)
 
 
+@dataclass(frozen=True)
+class OneWay(PairLoss):
+    """Whose condition alone has sides."""
+
+    batch, row_values = True, ("x",)
+
+    def terms(self, s, pair):
+        return {"s": total(s, where=pair.row.x > pair.column.x), "t": logsumexp(s, where=pair.row.x > pair.column.x)}
+
+    def loss(self, row):
+        return row.s + torch.where(row.t > -torch.inf, row.t, 0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_condition_with_sides(backend):
+    x, values = inputs_of(21, 4, torch.zeros(21, dtype=torch.int64))[0], {"x": torch.arange(21.0) * 7 % 21}
+    results = []
+    for by in ("eager", backend):
+        leaf = x.clone().requires_grad_()
+        with small_batch_tiles(8):
+            value = fuse(OneWay(), backend=by)(leaf, row_values=values)
+            results.append([value.detach(), *torch.autograd.grad(value, leaf)])
+    assert_same(results[1], results[0])
+
+
+@dataclass(frozen=True)
+class Priced(PairLoss):
+    """Of excluded pairs the term is not finite."""
+
+    batch, scaled, row_values = True, True, ("price",)
+
+    def terms(self, logit, pair):
+        priced = pair.column.price > 0
+        return {
+            "a": total(logit * log(pair.column.price), where=priced),
+            "b": logsumexp(logit / pair.column.price, where=priced),
+        }
+
+    def loss(self, row):
+        return row.a + torch.where(row.b > -torch.inf, row.b, 0)
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "cpp"])
+def test_what_is_excluded_need_not_be_finite(backend):
+    x, scale = inputs_of(21, 4, torch.zeros(21, dtype=torch.int64))[0].requires_grad_(), torch.tensor(2.0).double()
+    price = torch.arange(21).double() % 4 - 1
+    priced = (price > 0).nonzero().squeeze(1)
+    scale.requires_grad_()
+    with small_batch_tiles(8):
+        value = fuse(Priced(), backend=backend, reduction="sum")(x, None, scale, row_values={"price": price})
+        gradients = torch.autograd.grad(value, (x, scale))
+    losses = []
+    for i in range(21):
+        kept = priced[priced != i]
+        logits = scale * x[kept] @ x[i]
+        losses.append((logits * price[kept].log()).sum() + (logits / price[kept]).logsumexp(0))
+    expected = torch.stack(losses).sum()
+    torch.testing.assert_close(value, expected)
+    assert_same(gradients, torch.autograd.grad(expected, (x, scale)))
+
+
+@dataclass(frozen=True)
+class OwnLimits(PairLoss):
+    """No statistics of columns: values of rows alone, and a guide."""
+
+    row_values, guide = ("limit",), "product"
+
+    def terms(self, s, pair):
+        return {"s": logsumexp(s, where=pair.guide < pair.row.limit)}
+
+    def loss(self, row):
+        return torch.where(row.s > -torch.inf, row.s, 0) * row.limit
+
+
+def test_chunks_of_rows(monkeypatch):
+    """Both sweeps over one chunk of rows after another, each with its part of what the call gives."""
+    monkeypatch.setattr(plan, "_CHUNK_BYTES", (2000, 2000))
+    monkeypatch.setattr(plan, "_MIN_CHUNK_ROWS", 1)
+    chunks = mock.Mock(side_effect=schedules._row_chunks)
+    monkeypatch.setattr(schedules, "_row_chunks", chunks)
+    x, y, _, _ = inputs_of(40, 4, torch.zeros(40, dtype=torch.int64))
+    given = {"row_values": {"limit": torch.arange(40) % 7 / 4.0 - 1}, "row_guide": x.flip(0), "column_guide": y.flip(1)}
+    results = []
+    with small_batch_tiles(16):  # and no plan that was made before
+        for backend in ("eager", "torch", "cpp"):
+            leaves = [t.clone().requires_grad_() for t in (x, y)]
+            value = fuse(OwnLimits(), backend=backend, memory_budget=2000)(*leaves, **given)
+            results.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
+    assert chunks.call_count == 2
+
+
 @pytest.mark.parametrize("backend", ["eager", "torch", "cpp"])
 def test_any_layout_and_dtype_of_values(backend):
     """Slices, transposes, one value for all, half precision and truth values are numbers like others."""
     x, y, _, _ = inputs_of(19, 4, torch.zeros(19, dtype=torch.int64))
     plain = torch.tensor([0.0, 1.0, 1.0]).repeat(7)[:19]
     columns = {"log_q": torch.full((19,), 0.5), "weight": plain + 1}
-    others = {"log_q": torch.tensor(0.5).expand(19), "weight": torch.stack([plain + 1, plain], 1)[:, 0]}
+    others = {"weight": torch.stack([plain + 1, plain], 1)[:, 0], "log_q": torch.tensor(0.5).expand(19)}
     loss, results = fuse(Sampled(), backend=backend), []
     for skipped, of_columns in ((plain, columns), (plain.bool(), others), (plain.bfloat16(), columns)):
         row_values = {"weight": plain.double() + 1, "skipped": skipped}
@@ -136,6 +233,7 @@ OF_ROWS, OF_COLUMNS = {"weight": ONES, "skipped": ONES}, {"log_q": ONES, "weight
         (lambda: sampled(OF_ROWS | {"weight": 1.0}, OF_COLUMNS), TypeError, r"row_values\['weight'\] must be a tensor"),
         (lambda: sampled(OF_ROWS | {"weight": ONES[:3]}, OF_COLUMNS), ValueError, r"must have shape \(4,\).*\(3,\)"),
         (lambda: sampled(OF_ROWS | {"weight": rows()}, OF_COLUMNS), ValueError, r"must have shape \(4,\)"),
+        (lambda: sampled(OF_ROWS | {"weight": ONES.to_sparse()}, OF_COLUMNS), TypeError, "must be a dense"),
         (lambda: sampled(OF_ROWS, OF_COLUMNS | {"log_q": ONES.long()}), TypeError, "floating-point or bool, got"),
         (lambda: sampled(OF_ROWS, OF_COLUMNS | {"log_q": ONES.cfloat()}), TypeError, "must be floating-point or bool"),
         (lambda: sampled(OF_ROWS | {"weight": ONES.to("meta")}, OF_COLUMNS), ValueError, "device cpu, got meta"),
@@ -164,6 +262,25 @@ OF_ROWS, OF_COLUMNS = {"weight": ONES, "skipped": ONES}, {"log_q": ONES, "weight
 def test_wrong_values(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_values_with_a_tangent():
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(ONES, ONES)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            sampled(OF_ROWS | {"weight": dual}, OF_COLUMNS)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            imitation(forward_ad.make_dual(rows(), rows()))
+
+
+def test_names_tell_losses_apart():
+    """By values that formulas alone read, too, and by the guide."""
+    attributes = [{}, {"row_values": ("x",)}, {"row_values": ("y",)}, {"column_values": ("x",)}, {"guide": "product"}]
+    names = set()
+    for more in attributes:
+        members = {"terms": lambda self, s, pair: {"t": total(s)}} | more
+        names.add(definition_of(dataclass(frozen=True)(type("One", (PairLoss,), members)), ()).name)
+    assert len(names) == len(attributes)
 
 
 def test_values_that_require_a_gradient_nobody_asks_for():
@@ -197,6 +314,7 @@ def declared(term, **attributes) -> None:
         (lambda s, p: total(s, where=p.row.x), {}, "takes conditions.*got row.x, which is a number: write row.x > 0"),
         (lambda s, p: total(s, where=p.every & p.row.x), {}, "& takes conditions.*write row.x > 0"),
         (lambda s, p: total(p.row.x % 10), {}, "row.x takes part in no operation but"),
+        (lambda s, p: total(p.row.x), {}, "no term depends on the similarity"),
         (lambda s, p: total(s * p.row), {}, "takes expressions and numbers, got _Given"),
         (lambda s, p: total(p.guide), {}, 'no pair.guide: the class says of what, guide = "cosine" or "product"'),
         (lambda s, p: total(p.guide), {"guide": "distance"}, 'guide must be "product" or "cosine", or "" for none'),

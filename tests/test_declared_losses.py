@@ -138,6 +138,11 @@ def test_known_losses_declared():
         (CASES["toy contrastive"].call(x, y, labels, scale) / (n - 1), rk.contrastive_loss(x, labels, margin=1.3)),
         (rk.hard_negative_loss(x, y, beta=0.0, logit_scale=scale), rk.info_nce_loss(x, y, logit_scale=scale)),
         (rk.multi_positive_clip_loss(x, y, scale, image_group=torch.arange(n)), rk.clip_loss(x, y, scale)),
+        (rk.sampled_softmax_loss(x, y, logit_scale=scale), rk.info_nce_loss(x, y, logit_scale=scale)),
+        (
+            rk.gist_loss(x, y, x, y, logit_scale=scale, margin=-3.0, contrast_anchors=False, contrast_positives=False),
+            rk.info_nce_loss(x, y, logit_scale=scale, normalize=True),
+        ),
     ):
         torch.testing.assert_close(ours, known, rtol=1e-12, atol=0)
 
@@ -154,6 +159,44 @@ def test_more_keys_than_queries_and_given_targets():
         torch.testing.assert_close(fused, eager, rtol=1e-13, atol=0)
     expected = rk.info_nce_loss(x, y, target=target, logit_scale=0.5)
     torch.testing.assert_close(rk.hard_negative_loss(x, y, beta=0.0, target=target, logit_scale=0.5), expected)
+
+
+def test_groups_of_keys_alone():
+    """More keys than queries: query i has the group of key i."""
+    x, y = (torch.randn(n, 6, dtype=torch.float64) for n in (7, 12))
+    group = torch.tensor([0, 1, 2, 3, 0, 5, 6, 0, 1, 7, 8, 3])
+    expected = rk.sampled_softmax_loss(x, y, query_group=group[:7], key_group=group)
+    assert rk.sampled_softmax_loss(x, y, key_group=group) == expected
+    assert expected < rk.sampled_softmax_loss(x, y)
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "cpp"])
+def test_queries_and_keys_that_are_padding(backend):
+    """Weight 0 and log-probability +inf: as if they were not there."""
+    x, y = (torch.randn(9, 6, dtype=torch.float64).requires_grad_() for _ in range(2))
+    weight, log_probability = torch.ones(9), torch.zeros(9)
+    weight[7:], log_probability[7:] = 0, math.inf
+    padded = rk.sampled_softmax_loss(x, y, query_weight=weight, key_log_probability=log_probability, backend=backend)
+    alone = rk.sampled_softmax_loss(x[:7], y[:7], backend=backend)
+    torch.testing.assert_close(padded, alone)
+    assert_same(torch.autograd.grad(padded, (x, y)), torch.autograd.grad(alone, (x, y)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_student_that_is_its_teacher_learns_nothing(backend, scale, symmetric):
+    """The loss is the entropy of the probabilities, and its gradient 0, at any scale."""
+    x, y, _, _ = inputs_of(40, 8, EIGHTS(40))
+    leaf = x.clone().requires_grad_()
+    loss = rk.soft_target_loss(
+        leaf, y, x, y, logit_scale=scale, guide_scale=scale, symmetric=symmetric, backend=backend
+    )
+    logits = scale * x @ y.t()
+    entropies = [-(log.exp() * log).sum() / 40 for log in (logits.log_softmax(1), logits.log_softmax(0))]
+    expected = sum(entropies) / 2 if symmetric else entropies[0]
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
+    assert torch.autograd.grad(loss, leaf)[0].abs().max() < 1e-14 * scale**2
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -177,6 +220,15 @@ def test_one_row_that_is_not_finite_is_seen(name):
         (lambda x, y, n: rk.hard_negative_loss(x, y, target=n + 1), r"target must be in \[0, 8\), got 8"),
         (lambda x, y, n: rk.multi_positive_clip_loss(x, y[:5], 1.0, image_group=n), "same number of rows"),
         (lambda x, y, n: rk.multi_positive_clip_loss(x, y, 1.0, image_group=n[1:]), "image_group must have shape"),
+        (lambda x, y, n: rk.sampled_softmax_loss(x, y, key_group=n, target=n), "query_group is needed beside"),
+        (lambda x, y, n: rk.sampled_softmax_loss(x, y, query_group=n), "must be given together"),
+        (lambda x, y, n: rk.sampled_softmax_loss(x, y, query_weight=n[1:].double()), "query_weight must have shape"),
+        (lambda x, y, n: rk.soft_target_loss(x, y, x[1:], y), "query_guide must have 8 rows"),
+        (lambda x, y, n: rk.soft_target_loss(x, y, x, y[:, 1:]), "key_guide and query_guide must have the same width"),
+        (lambda x, y, n: rk.soft_target_loss(x, y, x, y, guide_scale=math.inf), "guide_scale must be finite"),
+        (lambda x, y, n: rk.gist_loss(x, y, x, y[1:]), "positive_guide must have 8 rows"),
+        (lambda x, y, n: rk.gist_loss(x, y[1:], x, y), "anchor and positive must have the same number of rows"),
+        (lambda x, y, n: rk.gist_loss(x, y, x, y, negative=x), "negative and negative_guide must be given together"),
         (lambda x, y, n: rk.decoupled_contrastive_loss(x, y, temperature=0.0), "temperature must be positive"),
         (lambda x, y, n: rk.decoupled_contrastive_loss(x, y[:3]), "same number of rows"),
     ],

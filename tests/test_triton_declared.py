@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from triton_harness import DTYPES, SMALL_BLOCKS, aot, blocks_for, gpu, interpret
 
 from bench.triton_resources import Case, measure
 from bench.triton_variants import VARIANTS, Variant
-from replearn_kernels.declare import fuse
+from replearn_kernels.declare import PairLoss, fuse, logsumexp, total
 from replearn_kernels.declare.objective import objective_of
 from replearn_kernels.triton_kernels.configs import use_config
 
@@ -36,6 +37,23 @@ def check(case, inputs, allowed: float, **options) -> None:
         assert relative_error(value, truth, size) <= relative_error(by_eager, truth, size) + allowed
 
 
+@dataclass(frozen=True)
+class Offered(PairLoss):
+    """Two values of rows, two of columns, and a guide."""
+
+    scaled, symmetric, guide = True, True, "product"
+    row_values, column_values = ("weight", "threshold"), ("price", "bonus")
+
+    def terms(self, logit, pair):
+        return {
+            "every": logsumexp(logit + pair.column.bonus, where=pair.target | (pair.guide > pair.row.threshold)),
+            "own": total(logit * pair.column.price, where=pair.target),
+        }
+
+    def loss(self, row, column):
+        return row.weight * (row.every - row.own) + column.price * column.every
+
+
 class TestInterpreter:
     pytestmark = interpreter
 
@@ -49,6 +67,26 @@ class TestInterpreter:
     def test_half_precision(self, name, dtype):
         with use_config(blocks_for(20)):
             check(CASES[name], inputs_of(37, 20, EIGHTS(37), dtype=dtype), 2 * tolerance(dtype, 80.0))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_more_keys_than_queries(self, dtype, small_tiles):
+        """Two values of each, and features of the guide of a width that no vector loads fit."""
+        generator = torch.Generator().manual_seed(0)
+        x, y, of_x, of_y = (torch.randn(n, d, generator=generator) for n, d in ((19, 20), (45, 20), (19, 7), (45, 7)))
+        rows, columns = ({name: torch.rand(n, generator=generator) for name in names} for n, names in (
+            (19, ("weight", "threshold")), (45, ("price", "bonus"))
+        ))  # fmt: skip
+        results = {}
+        for backend in ("triton", "eager", "exact"):
+            kind = torch.float64 if backend == "exact" else dtype
+            leaves = [t.to(dtype).to(kind).requires_grad_() for t in (x, y)]
+            guides = {"row_guide": of_x.to(dtype).to(kind), "column_guide": of_y.to(dtype).to(kind)}
+            loss = fuse(Offered(), backend="eager" if backend == "exact" else backend)
+            with use_config(blocks_for(20)):
+                value = loss(*leaves, 2.0, row_values=rows, column_values=columns, **guides)
+                results[backend] = [value.detach(), *torch.autograd.grad(value, leaves)]
+        for ours, eager, exact in zip(*results.values()):
+            assert relative_error(ours, exact) <= relative_error(eager, exact) + 2 * tolerance(dtype, 2.0)
 
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("name", ["circle", "debiased", "multi_positive", "toy contrastive", "toy squares"])

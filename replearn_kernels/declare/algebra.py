@@ -120,7 +120,8 @@ def seen_from_column(e: Expr) -> Expr:
 
 
 def is_symmetric(e: Expr) -> bool:
-    """Whether it is the same, bit by bit, for a pair and for that pair seen from its column: may say no where it is."""
+    """Whether it is the same, to the bit but for the sign of a 0, for a pair and for that pair seen from its column:
+    may say no where it is."""
     return _alike(e, seen_from_column(e))
 
 

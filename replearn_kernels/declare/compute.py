@@ -118,8 +118,9 @@ def check_value(name: str, value: Tensor, count: int, query: Tensor) -> Tensor:
     """Numbers of ``count`` rows or columns, as a call gives them."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    validation.check_dense(name, value)
     if value.shape != (count,):
-        raise ValueError(f"{name} must have shape ({count},), a number for every row, got {tuple(value.shape)}")
+        raise ValueError(f"{name} must have shape ({count},), got {tuple(value.shape)}")
     if not (value.dtype.is_floating_point or value.dtype == torch.bool):
         raise TypeError(
             f"{name} must be floating-point or bool, got {value.dtype}: .float() of it holds whole numbers up to "

@@ -220,6 +220,8 @@ def _defined(cls: type[PairLoss], options: tuple, parameters: tuple[str, ...]) -
     reductions = symbolic.terms(-variable if "distance" in cls.similarity else variable, pair)
     _check_reductions(cls, reductions)
     terms = tuple(Term.of(name, reduction, variable) for name, reduction in reductions.items())
+    if all(term.slope is None for term in terms):
+        raise ValueError(f"{cls.__name__}.terms: no term depends on the similarity, so that nothing has a gradient")
     roots = [e for r in reductions.values() for e in (r.of, r.over)]
     facts = frozenset(e.args[0] for e in walk(roots) if e.op == "fact")
     if cls.batch and "target" in facts:

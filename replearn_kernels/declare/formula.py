@@ -9,7 +9,7 @@ from .. import reference
 from ..engine.problem import Inputs, statistics_dtype
 from .definition import Given, check_rows
 from .objective import Declared
-from .on_tensors import Facts, given_of_tile, terms_of_tile
+from .on_tensors import Facts, TermOfTile, given_of_tile, terms_of_tile
 from .pair_loss import PairLoss
 
 
@@ -20,7 +20,8 @@ def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: s
     facts = _facts(inputs, similarities, target if objective.uses_target else None)
     column_values = inputs.row_values if inputs.is_batch else inputs.column_values
     of_pairs = given_of_tile(_guide(inputs, similarities.dtype), inputs.row_values, column_values)
-    terms = terms_of_tile(definition.terms, objective.functions, similarities, scale, objective.values, facts, of_pairs)
+    call = definition.terms, objective.functions, similarities, scale, objective.values, facts, of_pairs
+    terms = {name: _of_its_pairs_alone(term, *call) for name, term in terms_of_tile(*call).items()}
     offsets = dict(zip(terms, objective.functions.offsets(None, scale, *objective.values)))
 
     def of(name: str, dim: int) -> Tensor:
@@ -38,6 +39,16 @@ def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: s
     if objective.by_distance:
         losses = losses + reference.nan_of_rows(inputs)
     return reference.reduce(losses, reduction, None if count is None else count.to(losses.dtype))
+
+
+def _of_its_pairs_alone(term: TermOfTile, terms, functions, similarities, scale, *others) -> TermOfTile:
+    """The term formed anew, such that pairs that are not in it have no part in its gradient, not even 0 times
+    infinity: torch.where passes that on."""
+    if not isinstance(term.over, Tensor):
+        return term
+    s, scale = (torch.where(term.over, t, t.detach()) for t in (similarities, scale))
+    rest = terms_of_tile(terms, functions, s, scale, *others)[term.term.name].rest
+    return TermOfTile(s, term.term, term.factor, rest, term.over)
 
 
 def _similarities(inputs: Inputs, objective: Declared) -> Tensor:

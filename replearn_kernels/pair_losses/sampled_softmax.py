@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..declare import PairLoss, logsumexp, total
@@ -29,7 +30,7 @@ class SampledSoftmax(PairLoss):
         }
 
     def loss(self, row):
-        return row.weight * (row.all - row.own)
+        return torch.where(row.weight == 0, 0.0, row.weight * (row.all - row.own))  # whose own key may be padding
 
     def counted(self, row):
         return row.weight
@@ -76,7 +77,8 @@ def sampled_softmax_loss(
             groups none is. ``key_group`` is enough where there is no ``target``: query i then has the group of key i.
         key_log_probability: ``[M]``, floating-point: ``log q_j``, up to a number that all share. Default: 0, of keys
             that are all equally likely. +inf leaves a key out, as padding; -inf makes the loss NaN: count at least 1.
-        query_weight: ``[N]``, floating-point: ``w_i``, which nobody checks to be positive. Default 1.
+        query_weight: ``[N]``, floating-point: ``w_i``, which nobody checks to be positive. 0 leaves a query out,
+            whatever its own key is. Default 1.
         logit_scale: the inverse temperature, a float, or a tensor of one element, which gets a gradient. Default 1.
         reduction: "mean" (``sum(L) / sum(w)``; 0 where no query weighs anything), "sum", or "none": ``[N]``.
         normalize: L2-normalise both features first. Default False.
