@@ -249,7 +249,7 @@ OF_ROWS, OF_COLUMNS = {"weight": ONES, "skipped": ONES}, {"log_q": ONES, "weight
         (lambda: imitation(rows().to("meta")), ValueError, "row_guide must be on .* device cpu, got meta"),
         (lambda: imitation(rows().requires_grad_()), ValueError, r"row_guide requires a gradient.*row_guide.detach"),
         (lambda: fuse(Spread())(rows(), row_guide=rows()), ValueError, "row_guide: Spread has no guide"),
-        (lambda: filtered(rows(), rows().double()), TypeError, "column_guide and row_guide must have the same dtype"),
+        (lambda: filtered(rows(), rows().half()), TypeError, "column_guide and row_guide must have the same dtype"),
         (lambda: filtered(rows(), rows()[:, :2]), ValueError, "column_guide and row_guide must have the same width"),
         (lambda: filtered(rows(), None), ValueError, "column_guide is needed: Filtered has a guide"),
         (lambda: fuse(Graded())(rows(), column_values={}), TypeError, "unexpected keyword argument 'column_values'"),

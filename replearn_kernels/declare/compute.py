@@ -142,23 +142,20 @@ def _guides(
         if given := [name for name, guide in guides.items() if guide is not None]:
             raise ValueError(f"{given[0]}: {type(loss).__name__} has no guide, whose features these would be")
         return (None,) * len(guides)
-    for (name, guide), features in zip(guides.items(), (query, key)):
+    for name, guide in guides.items():
         if guide is None:
             raise ValueError(f"{name} is needed: {type(loss).__name__} has a guide")
-        check_guide(name, guide, features)
+    checked = [check_guide(name, guide, features) for (name, guide), features in zip(guides.items(), (query, key))]
     if group is not None:
-        refuse_wrapped(*guides.values())
-    (first, rows), *others = zip(guides, autocast(*guides.values()))
-    for name, columns in others:
-        validation.check_alike(name, columns, first, rows)
-    of_all = (rows, *(columns for _, columns in others))
-    if torch.float64 in (rows.dtype, query.dtype):  # as wide as the statistics
-        of_all = tuple(guide.to(statistics_dtype(query.dtype)) for guide in of_all)
-    return tuple(map(unit_rows, of_all)) if loss.guide == "cosine" else of_all
+        refuse_wrapped(*checked)
+    rows, *columns = autocast(*checked)
+    for of_columns in columns:
+        validation.check_alike("column_guide", of_columns, "row_guide", rows)
+    return tuple(map(unit_rows, (rows, *columns))) if loss.guide == "cosine" else (rows, *columns)
 
 
 def check_guide(name: str, guide: Tensor, features: Tensor) -> Tensor:
-    """The features that a guide has for the same rows; in fp64 if the others are."""
+    """The features that a guide has for the same rows, in any dtype; in that of the statistics if either is fp64."""
     validation.check_features(name, guide)
     if guide.shape[0] != features.shape[0]:
         raise ValueError(f"{name} must have {features.shape[0]} rows, as the features, got {guide.shape[0]}")
@@ -167,7 +164,8 @@ def check_guide(name: str, guide: Tensor, features: Tensor) -> Tensor:
     if guide.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, which a guide does not get: pass {name}.detach()")
     refuse_forward_mode(guide)
-    return guide.double() if features.dtype == torch.float64 else guide
+    is_wide = torch.float64 in (guide.dtype, features.dtype)
+    return guide.to(statistics_dtype(features.dtype)) if is_wide else guide
 
 
 def _objective(loss: PairLoss, by_group: bool) -> Declared:
