@@ -136,15 +136,15 @@ def gist_loss(
     has_negatives = negative is not None or negative_guide is not None
     parts = []
     if has_negatives or not any(among):
-        parts.append(_between(*given, logit_scale, **how))
+        parts.append(_gist_loss_between(*given, logit_scale, **how))
     if any(among):
-        of_both = _among(*given, logit_scale, not has_negatives, *among, **how)
+        of_both = _gist_loss_among(*given, logit_scale, not has_negatives, *among, **how)
         parts += of_both[: anchor.shape[0]], of_both[anchor.shape[0] :]
     losses = parts[0]
     for part in parts[1:]:
         losses = torch.logaddexp(losses, part)
     validation.check_reduction(reduction)
-    return _reduced(losses, reduction, group=group)
+    return _gist_loss_reduced(losses, reduction, group=group)
 
 
 class _Given(NamedTuple):
@@ -179,7 +179,7 @@ class _Given(NamedTuple):
 
 
 @in_group
-def _among(
+def _gist_loss_among(
     anchor, positive, anchor_guide, positive_guide, negative, negative_guide, margin, relative_margin, logit_scale,
     between: bool, anchors: bool, positives: bool, *, backend, memory_budget, group=None, strategy,
 ) -> Tensor:  # fmt: skip
@@ -198,7 +198,7 @@ def _among(
 
 
 @in_group
-def _between(
+def _gist_loss_between(
     anchor, positive, anchor_guide, positive_guide, negative, negative_guide, margin, relative_margin, logit_scale, *,
     backend, memory_budget, group=None, strategy,
 ) -> Tensor:  # fmt: skip
@@ -216,7 +216,7 @@ def _between(
 
 
 @in_group
-def _reduced(losses: Tensor, reduction: str, *, group=None) -> Tensor:
+def _gist_loss_reduced(losses: Tensor, reduction: str, *, group=None) -> Tensor:
     """The mean is over the anchors of all ranks."""
     if group is None:
         return reference.reduce(losses, reduction)

@@ -130,8 +130,9 @@ def soft_target_loss(
     both = validation.check_flag("symmetric", symmetric)
     how = {"backend": backend, "memory_budget": memory_budget, "group": group, "strategy": strategy}
     given = query, key, query_guide, key_guide, guide_scale, normalize
-    row_total, column_total = _guide_total(*given, False, **how), _guide_total(*given, True, **how) if both else None
-    return _cross_entropy(*given, row_total, column_total, logit_scale, reduction, **how)
+    row_total = _soft_target_loss_total(*given, False, **how)
+    column_total = _soft_target_loss_total(*given, True, **how) if both else None
+    return _soft_target_loss_of(*given, row_total, column_total, logit_scale, reduction, **how)
 
 
 class _Given(NamedTuple):
@@ -159,7 +160,7 @@ class _Given(NamedTuple):
 
 
 @in_group
-def _guide_total(
+def _soft_target_loss_total(
     query, key, query_guide, key_guide, guide_scale, normalize, of_columns: bool, *,
     backend, memory_budget, group=None, strategy,
 ) -> Tensor:  # fmt: skip
@@ -174,7 +175,7 @@ def _guide_total(
 
 
 @in_group
-def _cross_entropy(
+def _soft_target_loss_of(
     query, key, query_guide, key_guide, guide_scale, normalize, row_total: Tensor, column_total: Tensor | None,
     logit_scale, reduction, *, backend, memory_budget, group=None, strategy,
 ) -> Tensor:  # fmt: skip
