@@ -1,4 +1,4 @@
-"""Losses that are declared: circle, multi-similarity, InfoNCE with hard negatives, sampled softmax."""
+"""Losses that are declared: circle, multi-similarity, InfoNCE with hard negatives, sampled softmax, soft targets."""
 
 import math
 from functools import partial
@@ -7,14 +7,21 @@ import torch
 import torch.nn.functional as F
 
 from bench.cases.batch import bare_products, without_self
-from bench.cases.inputs import paired_features
+from bench.cases.inputs import paired_features, unit_rows
 from bench.cases.metric import class_members, labelled_embeddings
 from bench.harness import Case, Inputs
-from replearn_kernels import circle_loss, hard_negative_loss, multi_similarity_loss, sampled_softmax_loss
+from replearn_kernels import (
+    circle_loss,
+    hard_negative_loss,
+    multi_similarity_loss,
+    sampled_softmax_loss,
+    soft_target_loss,
+)
 
 MARGIN, GAMMA = 0.4, 80.0
 ALPHA, BETA, BASE = 2.0, 50.0, 0.5
 HARDNESS = 1.0
+TEACHER_SCALE = 20.0
 
 
 def log_sums(near, far, embeddings, labels):
@@ -89,9 +96,23 @@ def sampled_softmax(query, key, logit_scale, product, log_probability, **options
     )
 
 
+def taught_features(n: int, d: int, dtype: torch.dtype, device: str) -> Inputs:
+    """Images and texts, and a teacher's features of the same."""
+    inputs = paired_features(("query", "key"), n, d, dtype, device)
+    for seed, name in enumerate(("query_guide", "key_guide")):
+        inputs[name] = unit_rows(n, d, dtype, device, seed=2 + seed).detach()
+    return inputs
+
+
+def soft_targets_dense(query, key, logit_scale, query_guide, key_guide):
+    logits, probability = logit_scale * query @ key.T, (TEACHER_SCALE * query_guide @ key_guide.T).softmax(1)
+    return F.cross_entropy(logits, probability)
+
+
 circle = partial(circle_loss, margin=MARGIN, gamma=GAMMA, normalize=False)
 multi_similarity = partial(multi_similarity_loss, alpha=ALPHA, beta=BETA, base=BASE, normalize=False)
 hard_negatives = partial(hard_negative_loss, beta=HARDNESS)
+soft_targets = partial(soft_target_loss, guide_scale=TEACHER_SCALE)
 
 CIRCLE = Case(
     name="circle",
@@ -125,4 +146,11 @@ SAMPLED_SOFTMAX = Case(
     make_inputs=sampled_features,
     ours={"ours": sampled_softmax, "ours_budget_0": partial(sampled_softmax, memory_budget=0)},
     dense={"cross entropy": sampled_softmax_dense},
+)
+SOFT_TARGETS = Case(
+    name="soft_targets",
+    title="Soft targets",
+    make_inputs=taught_features,
+    ours={"ours": soft_targets, "ours_budget_0": partial(soft_targets, memory_budget=0)},
+    dense={"cross entropy": soft_targets_dense},
 )
