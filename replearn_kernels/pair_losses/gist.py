@@ -129,8 +129,7 @@ def gist_loss(
             guides = guide(anchors), guide(positives)
         gist_loss(model(anchors), model(positives), *guides).backward()
     """
-    flags = {"contrast_anchors": contrast_anchors, "contrast_positives": contrast_positives}
-    among = [validation.check_flag(name, value) for name, value in flags.items()]
+    among = _gist_loss_among_whom(contrast_anchors, contrast_positives, reduction, group=group)
     how = {"backend": backend, "memory_budget": memory_budget, "group": group, "strategy": strategy}
     given = anchor, positive, anchor_guide, positive_guide, negative, negative_guide, margin, relative_margin
     has_negatives = negative is not None or negative_guide is not None
@@ -143,7 +142,6 @@ def gist_loss(
     losses = parts[0]
     for part in parts[1:]:
         losses = torch.logaddexp(losses, part)
-    validation.check_reduction(reduction)
     return _gist_loss_reduced(losses, reduction, group=group)
 
 
@@ -176,6 +174,14 @@ class _Given(NamedTuple):
         threshold = cosine * (1 - margin) if relative else cosine - margin
         alike = 2.0**-43 if dtype == torch.float64 else 2.0**-20  # what another order of the same sum may add
         return cls(anchor, positive, negative, guides, threshold + alike)
+
+
+@in_group
+def _gist_loss_among_whom(contrast_anchors, contrast_positives, reduction, *, group=None) -> tuple[bool, bool]:
+    """The flags, checked where the other ranks are told of an error."""
+    validation.check_reduction(reduction)
+    of_anchors = validation.check_flag("contrast_anchors", contrast_anchors)
+    return of_anchors, validation.check_flag("contrast_positives", contrast_positives)
 
 
 @in_group

@@ -127,11 +127,10 @@ def soft_target_loss(
             image, text, teacher_image, teacher_text, logit_scale=log_scale.exp(), guide_scale=100.0, symmetric=True
         ).backward()
     """
-    both = validation.check_flag("symmetric", symmetric)
     how = {"backend": backend, "memory_budget": memory_budget, "group": group, "strategy": strategy}
     given = query, key, query_guide, key_guide, guide_scale, normalize
-    row_total = _soft_target_loss_total(*given, False, **how)
-    column_total = _soft_target_loss_total(*given, True, **how) if both else None
+    row_total = _soft_target_loss_total(*given, symmetric, False, **how)
+    column_total = _soft_target_loss_total(*given, symmetric, True, **how) if symmetric else None
     return _soft_target_loss_of(*given, row_total, column_total, logit_scale, reduction, **how)
 
 
@@ -161,10 +160,11 @@ class _Given(NamedTuple):
 
 @in_group
 def _soft_target_loss_total(
-    query, key, query_guide, key_guide, guide_scale, normalize, of_columns: bool, *,
+    query, key, query_guide, key_guide, guide_scale, normalize, symmetric, of_columns: bool, *,
     backend, memory_budget, group=None, strategy,
 ) -> Tensor:  # fmt: skip
     """``logsumexp_j guide_scale <query_guide_i, key_guide_j>``, ``[N]``; or the same of columns, ``[M]``."""
+    validation.check_flag("symmetric", symmetric)
     given = _Given(query, key, query_guide, key_guide, guide_scale, normalize).checked()
     guides = (given.key_guide, given.query_guide) if of_columns else (given.query_guide, given.key_guide)
     with torch.no_grad():
