@@ -403,7 +403,7 @@ def gist(x, y, labels, scale, negatives=False):
     if negatives:
         scores.append((a @ F.normalize(_guides(labels, x.shape[1])[1], dim=1).t(), ga @ gp.flip(1).t()))
     for i in range(len(x)):
-        limit = own[i] * 0.9 if negatives else own[i]
+        limit = own[i] * 0.95 if negatives else own[i] - 0.05
         kept = [
             similarity[i, j] * scale
             for kind, (similarity, guide) in enumerate(scores)
@@ -572,9 +572,10 @@ def _call_soft_targets(x, y, labels, scale, **k):
 
 def _call_gist(x, y, labels, scale, negatives=False, **k):
     rows, columns = _guides(labels)
+    k |= {"margin": 0.05}
     if negatives:
         negative = _guides(labels, x.shape[1])[1].to(x.dtype)
-        k |= {"negative": negative, "negative_guide": columns.flip(1), "relative_margin": True, "margin": 0.1}
+        k |= {"negative": negative, "negative_guide": columns.flip(1), "relative_margin": True}
     return rk.gist_loss(x, y, rows, columns, logit_scale=scale, **k)
 
 

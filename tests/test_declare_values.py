@@ -19,6 +19,7 @@ from replearn_kernels.declare.definition import definition_of
 from replearn_kernels.declare.expressions import Expr
 from replearn_kernels.declare.objective import objective_of
 from replearn_kernels.engine import plan, schedules
+from replearn_kernels.engine.backends.dense import TorchBackend
 
 S, ROW, COLUMN = Expr("s"), Expr("row", "x"), Expr("column", "x")
 ROW_Y, COLUMN_Y = Expr("row", "y"), Expr("column", "y")
@@ -362,6 +363,16 @@ def test_guides_of_any_dtype_and_layout(backend, dtype):
             found = fuse(Imitation(), backend=backend, reduction="none")(x, row_guide=given)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_guide_s_similarities_are_symmetric(dtype):
+    """On the diagonal: a row must find a pair as its column has found it."""
+    guide = torch.randn(67, 19, dtype=dtype)
+    out = torch.empty(67, 80, dtype=dtype)[:, :67]
+    TorchBackend._form_guide(guide, guide, True, out)
+    assert torch.equal(out, out.t())
+    torch.testing.assert_close(out, guide @ guide.t())
 
 
 def test_a_guide_under_autocast():

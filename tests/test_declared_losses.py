@@ -182,6 +182,19 @@ def test_queries_and_keys_that_are_padding(backend):
     assert_same(torch.autograd.grad(padded, (x, y)), torch.autograd.grad(alone, (x, y)))
 
 
+@pytest.mark.parametrize("backend", ["eager", "torch", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_a_guide_that_sees_no_difference(dtype, backend):
+    """Texts that are as near to the anchor as its own positive are negatives: all of them, however sums are rounded."""
+    x, y, _, _ = inputs_of(33, 8, EIGHTS(33))
+    of_text = torch.randn(7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype).expand(33, 7)
+    options = dict(contrast_anchors=False, contrast_positives=False, logit_scale=3.0)
+    everyone = rk.info_nce_loss(x, y, logit_scale=3.0, normalize=True)
+    with small_batch_tiles(8):
+        found = rk.gist_loss(x, y, torch.rand(33, 7).to(dtype), of_text, backend=backend, **options)
+    torch.testing.assert_close(found, everyone)
+
+
 @pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -226,6 +239,11 @@ def test_one_row_that_is_not_finite_is_seen(name):
         (lambda x, y, n: rk.soft_target_loss(x, y, x[1:], y), "query_guide must have 8 rows"),
         (lambda x, y, n: rk.soft_target_loss(x, y, x, y[:, 1:]), "key_guide and query_guide must have the same width"),
         (lambda x, y, n: rk.soft_target_loss(x, y, x, y, guide_scale=math.inf), "guide_scale must be finite"),
+        (lambda x, y, n: rk.soft_target_loss(x, y[1:], x, y[1:], symmetric=True), "query and key must have the same"),
+        (lambda x, y, n: rk.soft_target_loss(x, y, x, y, symmetric=1), "symmetric must be a bool"),
+        (lambda x, y, n: rk.gist_loss(x, y, x, y, margin=math.nan), "margin must be finite"),
+        (lambda x, y, n: rk.gist_loss(x, y, x, y, contrast_anchors=1), "contrast_anchors must be a bool"),
+        (lambda x, y, n: rk.gist_loss(x, y, x, y, reduction="avg"), "reduction must be one of"),
         (lambda x, y, n: rk.gist_loss(x, y, x, y[1:]), "positive_guide must have 8 rows"),
         (lambda x, y, n: rk.gist_loss(x, y[1:], x, y), "anchor and positive must have the same number of rows"),
         (lambda x, y, n: rk.gist_loss(x, y, x, y, negative=x), "negative and negative_guide must be given together"),

@@ -13,10 +13,12 @@ from torch.autograd import forward_ad
 from replearn_kernels import (
     ClipLoss,
     clip_loss,
+    gist_loss,
     info_nce_loss,
     lifted_structure_loss,
     nt_xent_loss,
     siglip_loss,
+    soft_target_loss,
     sup_con_loss,
     triplet_margin_loss,
 )
@@ -107,7 +109,26 @@ def labels_on_some(odd):
     return in_group(sup_con_loss, views, labels() if odd else None)
 
 
+def guide(odd):
+    of_rows = torch.ones(4, 6 if odd else 5, dtype=torch.float16 if odd else torch.float32)
+    x = features(dtype=torch.float32)
+    return in_group(gist_loss, x, x, of_rows, of_rows)
+
+
+def teacher_scale(odd):
+    x = features()
+    return in_group(soft_target_loss, x, x, x.detach(), x.detach(), guide_scale=3.0 if odd else 1.0)
+
+
+def compared_texts(odd):
+    x = features()
+    return in_group(gist_loss, x, x, x.detach(), x.detach(), contrast_anchors=odd)
+
+
 MISMATCHES = [
+    (guide, "guide must be the same .* got 5 features in torch.float32 on rank 0, 2 and 6 features in torch.float16"),
+    (teacher_scale, "guide_scale must be the same .* got 1.0 on rank 0, 2 and 3.0 on rank 1"),
+    (compared_texts, "contrast_anchors must be the same .* got False on rank 0, 2 and True on rank 1"),
     (width, "d must be the same on every rank of the group, got 3 on rank 0, 2 and 5 on rank 1"),
     (dtype, "dtype must be the same .* got torch.float64 on rank 0, 2 and torch.float32 on rank 1"),
     (scale, "logit_scale must be the same .* got 1.0 on rank 0, 2 and 2.0 on rank 1"),
@@ -138,6 +159,26 @@ def test_shards_that_do_not_fit(ranks, case, message):
 
 def unequal_pair(odd):
     return in_group(clip_loss, features(), features(3 if odd else 4), 1.0)
+
+
+def wrong_flag(odd):
+    x = features()
+    return in_group(gist_loss, x, x, x.detach(), x.detach(), contrast_positives=3 if odd else True)
+
+
+def wrong_reduction(odd):
+    x = features()
+    return in_group(gist_loss, x, x, x.detach(), x.detach(), reduction="avg" if odd else "mean")
+
+
+def wrong_symmetric(odd):
+    x = features()
+    return in_group(soft_target_loss, x, x, x.detach(), x.detach(), symmetric=3 if odd else False)
+
+
+def a_guide_that_learns(odd):
+    x = features()
+    return in_group(soft_target_loss, x, x, x if odd else x.detach(), x.detach())
 
 
 def not_a_tensor(odd):
@@ -178,6 +219,10 @@ def another_world_size(odd):
 
 
 WRONG_ON_ONE = [
+    (wrong_flag, TypeError, "contrast_positives must be a bool, got int"),
+    (wrong_reduction, ValueError, "reduction must be one of"),
+    (wrong_symmetric, TypeError, "symmetric must be a bool, got int"),
+    (a_guide_that_learns, ValueError, "query_guide requires a gradient"),
     (another_world_size, ValueError, "world_size must be the group's, 3, got 2"),
     (a_temperature, TypeError, "clip_loss takes no temperature: call it with logit_scale = 1 / temperature"),
     (nan_bias, ValueError, "logit_bias must be finite in torch.float32, got nan"),

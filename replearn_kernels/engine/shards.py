@@ -289,6 +289,7 @@ def meet(world: World, inputs: Inputs, objective, alike: dict, strategy: str) ->
         "logit_bias": _value(inputs.logit_bias),
         "negatives": "own" if inputs.own is not None else "queue" if len(inputs.keys) > 1 else None,
         "target": "given" if inputs.target is not None else None,
+        "guide": _described_guide(inputs.row_guide),
         "strategy": strategy,
         **alike,
     }
@@ -338,6 +339,10 @@ def _range(target: Tensor | None) -> tuple[int, int] | None:
         return None
     low, high = target.aminmax()
     return int(low), int(high)
+
+
+def _described_guide(guide: Tensor | None) -> str | None:
+    return None if guide is None else f"{guide.shape[1]} features in {guide.dtype}"
 
 
 def _value(scalar: Tensor | None) -> float | None:

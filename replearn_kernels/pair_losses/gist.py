@@ -31,7 +31,7 @@ class GistAmong(PairLoss):
     anchors: bool  # anchors with anchors
     positives: bool  # positives with positives
 
-    batch, scaled, similarity, guide, row_values = True, True, "cosine", "cosine", ("threshold", "is_anchor")
+    batch, scaled, similarity, guide, row_values = True, True, "cosine", "product", ("threshold", "is_anchor")
 
     def terms(self, logit, pair):
         kept = ~(pair.guide > pair.row.threshold)
@@ -55,7 +55,7 @@ class GistAmong(PairLoss):
 class GistBetween(PairLoss):
     """InfoNCE without the keys that the guide takes to be nearer to the query than its own."""
 
-    scaled, similarity, guide, row_values = True, "cosine", "cosine", ("threshold",)
+    scaled, similarity, guide, row_values = True, "cosine", "product", ("threshold",)
 
     def terms(self, logit, pair):
         kept = ~(pair.guide > pair.row.threshold)
@@ -100,8 +100,8 @@ def gist_loss(
     Args:
         anchor: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides; any length: cosines are compared.
         positive: ``[N, d]``, of the same dtype and device: row i belongs to anchor i.
-        anchor_guide, positive_guide: ``[N, g]`` each, the guide's features of the same, of one floating dtype. They get
-            no gradient.
+        anchor_guide, positive_guide: ``[N, g]`` each, the guide's features of the same, of one floating dtype, to which
+            rows of length 1 are rounded. They get no gradient.
         negative, negative_guide: ``[M, d]`` and ``[M, g]``: hard negatives, each compared with every anchor. Default:
             none.
         margin: what is taken off the threshold. Default 0.
@@ -169,6 +169,7 @@ class _Given(NamedTuple):
         names, features = ("anchor_guide", "positive_guide", "negative_guide"), (anchor, positive, negative)
         guides = [unit_rows(check_guide(*each)) for each in zip(names, guides, features)]
         dtype, margin = statistics_dtype(anchor.dtype), validation.check_number("margin", margin)
+        validation.check_finite("margin", margin, dtype)
         cosine = (guides[0].to(dtype) * guides[1].to(dtype)).sum(1)
         relative = validation.check_flag("relative_margin", relative_margin)
         threshold = cosine * (1 - margin) if relative else cosine - margin
@@ -187,7 +188,7 @@ def _gist_loss_among_whom(contrast_anchors, contrast_positives, reduction, *, gr
 @in_group
 def _gist_loss_among(
     anchor, positive, anchor_guide, positive_guide, negative, negative_guide, margin, relative_margin, logit_scale,
-    between: bool, anchors: bool, positives: bool, *, backend, memory_budget, group=None, strategy,
+    between: bool, contrast_anchors, contrast_positives, *, backend, memory_budget, group=None, strategy,
 ) -> Tensor:  # fmt: skip
     """Of anchors, then of positives, ``[2N]``: what :class:`GistAmong` says."""
     given = _Given.of(
@@ -197,7 +198,7 @@ def _gist_loss_among(
     row_values = {"threshold": given.threshold.repeat(2), "is_anchor": is_anchor}
     samples = own_samples(given.anchor.shape[0], given.anchor, group).repeat(2)
     return batch_loss(
-        GistAmong(between, anchors, positives), stacked(given.anchor, given.positive), samples,
+        GistAmong(between, contrast_anchors, contrast_positives), stacked(given.anchor, given.positive), samples,
         logit_scale=logit_scale, row_values=row_values, row_guide=torch.cat(given.guides[:2]), reduction="none",
         normalize=True, backend=backend, memory_budget=memory_budget, group=group, strategy=strategy,
     )  # fmt: skip
@@ -233,6 +234,7 @@ def _gist_loss_reduced(losses: Tensor, reduction: str, *, group=None) -> Tensor:
 class GistLoss(_Loss):
     """:func:`~replearn_kernels.gist_loss` as a module."""
 
+    @takes_logit_scale
     def __init__(
         self,
         *,

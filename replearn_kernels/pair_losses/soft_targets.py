@@ -105,7 +105,8 @@ def soft_target_loss(
         guide_scale: the teacher's inverse temperature, a float or a tensor of one element. Default 1.
         symmetric: over columns too. Default False.
         reduction: "mean" over the queries, "sum", or "none": ``[N]``.
-        normalize: L2-normalise all four first. Default False.
+        normalize: L2-normalise all four first, each rounded to its own dtype: at large scales the guides' should be
+            fp32. Default False.
         backend: "auto", "triton" (GPU), "cpp" (CPU), "torch" (any device), or "eager": the plain formula.
         memory_budget: bytes of similarities that may be kept for the backward pass. Default 256 MiB; 0 keeps none.
         group, strategy: as in :func:`~replearn_kernels.info_nce_loss`; keys are those of all ranks.
@@ -164,7 +165,8 @@ def _soft_target_loss_total(
     backend, memory_budget, group=None, strategy,
 ) -> Tensor:  # fmt: skip
     """``logsumexp_j guide_scale <query_guide_i, key_guide_j>``, ``[N]``; or the same of columns, ``[M]``."""
-    validation.check_flag("symmetric", symmetric)
+    if validation.check_flag("symmetric", symmetric) and isinstance(query, Tensor) and isinstance(key, Tensor):
+        validation.check_same_rows("query", query, "key", key)
     given = _Given(query, key, query_guide, key_guide, guide_scale, normalize).checked()
     guides = (given.key_guide, given.query_guide) if of_columns else (given.query_guide, given.key_guide)
     with torch.no_grad():
