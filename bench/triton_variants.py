@@ -169,14 +169,12 @@ VARIANTS = {
     "decoupled": Variant("declared", **OF_PAIRS, loss=Decoupled()),
     "hard_negatives": Variant("declared_large", target="own", fused=True, quantities=6, loss=HardNegatives(1.0, 0.1)),
     "sampled_softmax": Variant("declared_large", target="own", groups=True, fused=True, loss=SampledSoftmax()),
-    "soft_targets": Variant("declared_large", fused=True, loss=SoftTargets()),
-    "soft_targets symmetric": Variant(
-        "declared_large", columns=True, fused=True, quantities=4, loss=SymmetricSoftTargets()
-    ),
-    "gist": Variant("declared_large", target="own", fused=True, loss=GistBetween()),
-    "gist among": Variant("declared_large", **OF_PAIRS, loss=GistAmong(True, True, True)),
+    "soft_targets": Variant("declared_guided", loss=SoftTargets()),
+    "soft_targets symmetric": Variant("declared_guided", columns=True, quantities=4, loss=SymmetricSoftTargets()),
+    "gist": Variant("declared_guided", target="own", loss=GistBetween()),
+    "gist among": Variant("declared_guided", **OF_PAIRS, loss=GistAmong(True, True, True)),
     "gist among diagonal": Variant(
-        "declared_large", **OF_PAIRS, diagonal=True, first=False, loss=GistAmong(True, True, True)
+        "declared_guided", **OF_PAIRS, diagonal=True, first=False, loss=GistAmong(True, True, True)
     ),
     "multi_positive": Variant("declared_large", **OF_PAIRS, fused=True, quantities=4, loss=MultiPositiveClip()),
 }

@@ -201,7 +201,7 @@ class TestCompiled:
         for row in rows:
             epilogue = "any" if of_this_triton else resources.epilogue_name(row.variant)
             closest[epilogue] = max(closest.get(epilogue, row), row, key=lambda row: row.registers)
-        assert closest or kernel.startswith("gluon")
+        assert closest or target not in {row.target for row in resources.load() if row.kernel.startswith(kernel)}
         for committed in closest.values():
             row = resources.measure(committed.case)
             assert row.problems() == committed.problems()

@@ -78,7 +78,7 @@ class Ring:
 #   whose 64 rows a thread each have a class and four coefficients, spill at 128 x 64. The "ieee" weights over
 #   distances and of sigmoids spill on sm_90, where the assembler stops at 128 registers, and on sm_100 the hardest
 #   pairs' statistics, four of each column. Of declared losses, whose epilogues are printed, "declared" have up to six
-#   quantities of rows and columns and one log-sum-exp, "declared_large" more.
+#   quantities of rows and columns and one log-sum-exp, "declared_large" more; "declared_guided" have a second product.
 DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),
@@ -112,6 +112,9 @@ DEFAULTS: dict[tuple, Config] = {
     ("declared_large", "gradient", "half", 80): Config(64, 32, 0, warps=8, stages=2),
     ("declared_large", "gradient", "half", 90): Config(64, 32, 0, warps=8, stages=2),
     ("declared_large", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
+    ("declared_guided", "statistics", "ieee", 80): Config(32, 32, 16, warps=4, stages=3),
+    ("declared_guided", "statistics", "tf32", 100): Config(64, 16, 32, warps=8, stages=3),
+    ("declared_guided", "weights", "ieee", 100): Config(32, 32, 16, warps=8, stages=3),
     ("sup_con", "statistics", "half", 100): Config(128, 64, 64, warps=8, stages=4),
     ("sup_con", "statistics", "tf32", 100): Config(128, 64, 32, warps=8, stages=4),
     ("hardest", "statistics", "half", 100): Config(64, 64, 64, warps=8, stages=4),
@@ -154,12 +157,14 @@ _SMALL: dict[tuple, Config] = {
     for arch in (80, 90, 100)
 }
 _SMALLEST: dict[tuple, Config] = {key: replace(config, block_n=32) for key, config in _SMALL.items()}
+_GUIDED = {key: config if key[1] == "half" else _SMALLEST[key] for key, config in _SMALL.items()}
 DEFAULTS = {
     (epilogue, *key): config
     for configs, epilogues in (
         (_NARROWER, ("sigmoid", "margin_contrastive", "lifted", "hardest", "declared")),
         (_SMALL, ("batch_all", "declared_large")),
         (_SMALLEST, ("semi_hard",)),
+        (_GUIDED, ("declared_guided",)),
     )
     for epilogue in epilogues
     for key, config in configs.items()

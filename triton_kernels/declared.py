@@ -42,27 +42,15 @@ def other_pairs(row, column, inputs):
 def guide_tile(row, column, inputs):
     """The guide's similarities of all entries: a product of its own, in the dtype of the guide's features.
 
-    ``row`` and ``column`` are a column and a row of a tile, or the reverse in a tile that is transposed. fp32 features
-    are multiplied in fp32 whatever the setting for products is: who filters by a threshold reads single digits.
+    Not of a tile that is transposed: no gradient's kernel forms W of a loss with a guide. fp32 features are multiplied
+    in fp32 whatever the setting for products is: who filters by a threshold reads single digits.
     """
-    rows, columns = tl.reshape(row, [row.numel]), tl.reshape(column, [column.numel])
-    if row.shape[0] == 1:
-        return _products(
-            inputs.column_guide, inputs.column_guide_stride, columns, inputs.columns,
-            inputs.row_guide, inputs.row_guide_stride, rows, inputs.rows, inputs.guide_width,
-        )  # fmt: skip
-    else:
-        return _products(
-            inputs.row_guide, inputs.row_guide_stride, rows, inputs.rows,
-            inputs.column_guide, inputs.column_guide_stride, columns, inputs.columns, inputs.guide_width,
-        )  # fmt: skip
-
-
-@triton.jit
-def _products(x, x_stride, x_index, x_size, y, y_stride, y_index, y_size, width):
-    """``x[x_index] @ y[y_index].T``; of what is past the edge, some row's."""
-    x_index, y_index = tl.minimum(x_index, x_size - 1), tl.minimum(y_index, y_size - 1)
-    return similarity_tile(x, x_stride, x_index, y, y_stride, y_index, width, _GUIDE_BLOCK_K, "ieee", _UPCAST)
+    rows = tl.minimum(tl.reshape(row, [row.numel]), inputs.rows - 1)  # of what is past the edge, the last one's
+    columns = tl.minimum(tl.reshape(column, [column.numel]), inputs.columns - 1)
+    return similarity_tile(
+        inputs.row_guide, inputs.row_guide_stride, rows, inputs.column_guide, inputs.column_guide_stride, columns,
+        inputs.guide_width, _GUIDE_BLOCK_K, "ieee", _UPCAST,
+    )  # fmt: skip
 
 
 @triton.jit

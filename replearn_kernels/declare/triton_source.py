@@ -60,6 +60,8 @@ def source_of(definition: Definition) -> str:
 def _block_sizes(definition: Definition) -> str:
     """The name by which ``triton_kernels/configs.py`` knows them: of what a block's rows and columns hold."""
     quantities = sum(term.statistics for term in definition.terms) * (2 if definition.has_columns else 1)
+    if definition.cls.guide:
+        return "declared_guided"
     several = sum(term.kind == "logsumexp" for term in definition.terms) > 1
     return "declared_large" if several or definition.takes_given or quantities > 6 else "declared"
 

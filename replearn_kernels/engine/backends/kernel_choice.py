@@ -27,11 +27,14 @@ def epilogue_of(objective):
 
 
 def is_fused(rows: int | None, d: int, dtype: torch.dtype, objective, is_batch: bool) -> bool:
-    """Whether the products with W are taken in registers: not where W's sweep has more to do than its products, nor,
-    without a kernel in Gluon for it, where TMA moves W, or blocks of a batch's rows are too few to fill a GPU."""
+    """Whether the products with W are taken in registers: not where W's sweep has more to do than its products, nor
+    where W takes a guide's product, which would be formed twice; nor, without a kernel in Gluon for it, where TMA moves
+    W, or blocks of a batch's rows are too few to fill a GPU."""
     if d > FUSED_WIDTH or not objective.needs_statistics:
         return False
     name = epilogue_of(objective).name
+    if name == "declared_guided":
+        return False
     if ring_of("gradient", name, dtype, d):
         return not objective.has_offsets and (rows is None or rows > FEW_ROWS)
     return not is_batch and not by_tma("weights", name, dtype)
