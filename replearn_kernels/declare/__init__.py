@@ -7,6 +7,7 @@
     checks.py         its formulas, tried out
     fuse.py           the module that a declared loss becomes
     compute.py        a call of it
+    given.py          what calls give beside features: values of rows and columns, a guide's features
     objective.py      the engine's view: statistics, losses, coefficients, W
     printing.py       expressions as text
     torch_source.py   the same for PyTorch, and what that text calls

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import reference
 from ..declare import PairLoss, logsumexp, total
-from ..declare.compute import batch_loss, check_guide, pair_loss
+from ..declare.compute import batch_loss, pair_loss
+from ..declare.given import check_guide
 from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import statistics_dtype

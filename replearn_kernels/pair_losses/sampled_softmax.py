@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..declare import PairLoss, logsumexp, total
-from ..declare.compute import check_value, pair_loss
+from ..declare.compute import pair_loss
+from ..declare.given import check_value
 from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.problem import statistics_dtype

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..declare import PairLoss, exp, logsumexp, total
-from ..declare.compute import check_guide, pair_loss
+from ..declare.compute import pair_loss
+from ..declare.given import check_guide
 from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..functional.call import check_pair, in_group, takes_logit_scale
