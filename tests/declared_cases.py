@@ -1,38 +1,38 @@
 """The declared losses: calls of each on shared inputs, and their formulas straight from the papers, row by row.
 
-``CASES[name]``: how it is called and what its oracle says. Beside the shipped ones there are toy losses, which use what
-those do not.
+``CASES[name]``: how it is called and what its oracle says. Beside the shipped ones there are the toy losses of
+declared_toys.py.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from declared_toys import (
+    Clip,
+    Contrastive,
+    Everything,
+    Filtered,
+    Graded,
+    Guided,
+    Imitation,
+    Margin,
+    OwnMargins,
+    Regression,
+    Sampled,
+    SigLip,
+    Squares,
+    guides_of,
+    numbers_of,
+)
 from metric_oracle import distances, others
 from torch import Tensor
 
 import replearn_kernels as rk
-from replearn_kernels.declare import (
-    PairLoss,
-    clamp,
-    exp,
-    fuse,
-    log,
-    logsumexp,
-    maximum,
-    minimum,
-    relu,
-    sigmoid,
-    softplus,
-    sqrt,
-    total,
-    where,
-)
+from replearn_kernels.declare import PairLoss, fuse
 
 Call = Callable[..., Tensor]
 
@@ -45,244 +45,6 @@ class Case(NamedTuple):
     oracle: Call
     scaled: bool = False
     batch: bool = False
-
-
-# -- toy losses -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Clip(PairLoss):
-    """A statistic of the columns alone beside the rows'."""
-
-    scaled, symmetric = True, True
-
-    def terms(self, logit, pair):
-        return {"every": logsumexp(logit), "own": total(logit, where=pair.target)}
-
-    def loss(self, row, column):
-        return (row.every + column.every) / 2 - row.own
-
-
-@dataclass(frozen=True)
-class SigLip(PairLoss):
-    """One sweep over pairs."""
-
-    scaled = True
-
-    def terms(self, logit, pair):
-        return {"loss": total(softplus(where(pair.same, -logit, logit)))}
-
-
-@dataclass(frozen=True)
-class Contrastive(PairLoss):
-    """One sweep over a batch, of distances; two totals, an option and a parameter."""
-
-    margin: float = 1.0
-    squared: bool = True
-
-    batch, similarity = True, "distance"
-
-    def terms(self, d, pair):
-        power = 2 if self.squared else 1
-        return {
-            "near": total(d**power, where=pair.same),
-            "far": total(relu(self.margin - d) ** power, where=pair.other),
-        }
-
-
-@dataclass(frozen=True)
-class Squares(PairLoss):
-    """A batch of squared distances: terms with an offset and a negative factor, a mean over weights."""
-
-    weight: float = 0.7
-
-    batch, similarity = True, "squared_distance"
-
-    def terms(self, d, pair):
-        return {
-            "near": total(self.weight * (d - 1), where=pair.same),
-            "far": logsumexp(2 - self.weight * d, where=pair.other),
-            "count": total(1, where=pair.same),
-        }
-
-    def loss(self, row):
-        return torch.where(row.count > 0, row.near, 0) + torch.where(row.far > -math.inf, row.far, 0)
-
-    def counted(self, row):
-        return row.count
-
-
-@dataclass(frozen=True)
-class Margin(PairLoss):
-    """The positive's cosine less a margin: the loss reads the scale itself."""
-
-    margin: float = 0.2
-
-    scaled = True
-
-    def terms(self, logit, pair):
-        return {"rest": logsumexp(logit, where=~pair.target), "own": total(logit, where=pair.target)}
-
-    def loss(self, row):
-        own = row.own - self.margin * row.logit_scale
-        return torch.logaddexp(own, row.rest) - own
-
-
-@dataclass(frozen=True)
-class Everything(PairLoss):
-    """Every function that an author can write."""
-
-    a: float = 0.3
-    b: float = -0.4
-
-    scaled = True
-
-    def terms(self, logit, pair):
-        u = clamp(logit / 4, self.b, self.a) + minimum(logit, self.a) + maximum(logit / 3, self.b)
-        v = sqrt(logit * logit + 1) - abs(logit) + log(1.5 + sigmoid(logit)) + softplus(u) - exp(self.b * u / 8)
-        return {
-            "v": total(v.detach() * u - v**3 / 10, where=(logit > self.b) | pair.target),
-            "w": logsumexp(where(pair.same & (logit <= self.a), u, v), where=~(pair.target & (logit >= 0))),
-        }
-
-    def loss(self, row):
-        return row.v / 10 + row.w
-
-
-@dataclass(frozen=True)
-class Graded(PairLoss):
-    """A batch by numbers of its rows: terms that are others seen from a pair's row than from its column."""
-
-    gamma: float = 3.0
-
-    batch, similarity, row_values = True, "cosine", ("grade", "weight")
-
-    def terms(self, s, pair):
-        near = abs(pair.row.grade - pair.column.grade) < 0.6
-        return {
-            "near": logsumexp(self.gamma * (pair.column.weight - s), where=near),
-            "far": logsumexp(self.gamma * s + pair.row.grade / 4, where=~near),
-            "above": total(s * s * pair.column.weight, where=near & (pair.row.grade > pair.column.grade)),
-        }
-
-    def loss(self, row):
-        near, far = (torch.where(term > -math.inf, term, 0) for term in (row.near, row.far))
-        return row.weight * F.softplus(near + far) + row.above
-
-    def counted(self, row):
-        return row.weight
-
-
-@dataclass(frozen=True)
-class OwnMargins(PairLoss):
-    """One sweep over the distances of a batch, where every row has a margin of its own."""
-
-    batch, similarity, row_values = True, "distance", ("margin",)
-
-    def terms(self, d, pair):
-        return {
-            "near": total(d * pair.column.margin, where=pair.same),
-            "far": total(relu(pair.row.margin - d) ** 2, where=pair.other),
-        }
-
-
-@dataclass(frozen=True)
-class Spread(PairLoss):
-    """A batch of distances without labels."""
-
-    batch, similarity = True, "distance"
-
-    def terms(self, d, pair):
-        return {"near": logsumexp(-2 * d)}
-
-    def loss(self, row):
-        return torch.where(row.near > -math.inf, row.near, 0)
-
-
-@dataclass(frozen=True)
-class Regression(PairLoss):
-    """One sweep over a batch, of terms that are the same from either side of a pair."""
-
-    batch, scaled, row_values = True, True, ("grade",)
-
-    def terms(self, logit, pair):
-        return {"error": total((logit - exp(-abs(pair.row.grade - pair.column.grade))) ** 2)}
-
-
-@dataclass(frozen=True)
-class Sampled(PairLoss):
-    """Queries and keys with values of either, in the terms of rows and columns and in the formula."""
-
-    scaled, symmetric, row_values, column_values = True, True, ("weight", "skipped"), ("log_q", "weight")
-
-    def terms(self, logit, pair):
-        corrected = logit - where(pair.target, 0, pair.column.log_q)
-        return {
-            "every": logsumexp(corrected, where=pair.target | (pair.row.skipped < 0.5)),
-            "own": total(logit, where=pair.target),
-        }
-
-    def loss(self, row, column):
-        return row.weight * (row.every - row.own) + column.weight * (column.every - column.own)
-
-    def counted(self, row):
-        return row.weight > 1.2
-
-
-@dataclass(frozen=True)
-class Filtered(PairLoss):
-    """Rows and columns by the similarities of a guide, in conditions, terms and slopes."""
-
-    scaled, symmetric, guide, row_values = True, True, "cosine", ("threshold",)
-
-    def terms(self, logit, pair):
-        return {
-            "every": logsumexp(logit + pair.guide / 2, where=pair.target | (pair.guide < pair.row.threshold)),
-            "own": total(logit * exp(pair.guide), where=pair.target),
-        }
-
-    def loss(self, row, column):
-        return (row.every + column.every) / 2 - row.own
-
-
-@dataclass(frozen=True)
-class Guided(PairLoss):
-    """A batch of distances, with products of a guide."""
-
-    batch, similarity, guide, row_values = True, "distance", "product", ("weight",)
-
-    def terms(self, d, pair):
-        return {
-            "near": total(d**2 * pair.guide * pair.row.weight, where=pair.same),
-            "far": logsumexp(-d * (1 + pair.guide**2), where=pair.every & (pair.guide > -0.5)),
-        }
-
-    def loss(self, row):
-        return row.near + torch.where(row.far > -math.inf, row.far, 0)
-
-
-@dataclass(frozen=True)
-class Imitation(PairLoss):
-    """One sweep over a batch whose products are to be those of a guide."""
-
-    batch, guide = True, "product"
-
-    def terms(self, s, pair):
-        return {"error": total((s - pair.guide) ** 2)}
-
-
-def _guides(labels: Tensor, width: int = 3) -> tuple[Tensor, Tensor]:
-    """Features of rows and columns that no other input has, in which rows of one label are near."""
-    place = torch.arange(len(labels), device=labels.device).double().unsqueeze(1)
-    k = torch.arange(1, width + 1, device=labels.device)
-    rows, columns = ((labels.unsqueeze(1) + shift + 0.3 * place * k).sin() + 0.1 * k for shift in (0.0, 0.5))
-    return rows, columns
-
-
-def _numbers(labels: Tensor, count: int) -> list[Tensor]:
-    """Some numbers for every row: quarters from 1 on, in which rows of one label differ."""
-    place = torch.arange(len(labels), device=labels.device)
-    return [1 + ((place * (3 + 2 * k) + labels) % 6).double() / 4 for k in range(count)]
 
 
 def _everything(x, y, labels, scale, target):
@@ -377,7 +139,7 @@ def multi_positive(x, y, labels, scale):
 
 
 def sampled_softmax(x, y, labels, scale):
-    losses, (weight, surprise) = [], _numbers(labels, 2)
+    losses, (weight, surprise) = [], numbers_of(labels, 2)
     for i in range(len(x)):
         corrected = scale * (y @ x[i]) + surprise
         kept = [j for j in range(len(y)) if j == i or labels[j] != labels[i]]
@@ -386,7 +148,7 @@ def sampled_softmax(x, y, labels, scale):
 
 
 def soft_targets(x, y, labels, scale, symmetric=False):
-    logits, (rows, columns) = scale * x @ y.t(), _guides(labels)
+    logits, (rows, columns) = scale * x @ y.t(), guides_of(labels)
     guide, losses = 2.5 * rows @ columns.t(), []
     for i in range(len(x)):
         loss = -(guide[i].softmax(0) * logits[i].log_softmax(0)).sum()
@@ -397,11 +159,11 @@ def soft_targets(x, y, labels, scale, symmetric=False):
 
 def gist(x, y, labels, scale, negatives=False):
     """sentence-transformers' formula."""
-    (a, p), (ga, gp) = (F.normalize(t, dim=1) for t in (x, y)), (F.normalize(t, dim=1) for t in _guides(labels))
+    (a, p), (ga, gp) = (F.normalize(t, dim=1) for t in (x, y)), (F.normalize(t, dim=1) for t in guides_of(labels))
     own, losses = (ga * gp).sum(1), []
     scores = [(a @ p.t(), ga @ gp.t()), (a @ a.t(), ga @ ga.t()), (p @ p.t(), gp @ gp.t())]
     if negatives:
-        scores.append((a @ F.normalize(_guides(labels, x.shape[1])[1], dim=1).t(), ga @ gp.flip(1).t()))
+        scores.append((a @ F.normalize(guides_of(labels, x.shape[1])[1], dim=1).t(), ga @ gp.flip(1).t()))
     for i in range(len(x)):
         limit = own[i] * 0.95 if negatives else own[i] - 0.05
         kept = [
@@ -459,7 +221,7 @@ def _squares(x, y, labels, scale, weight=0.7):
 
 def _graded(x, y, labels, scale, gamma=3.0):
     s, losses = F.normalize(x, dim=1) @ F.normalize(x, dim=1).t(), []
-    grade, weight = _numbers(labels, 2)
+    grade, weight = numbers_of(labels, 2)
     for i in range(len(x)):
         near = [j for j in range(len(x)) if j != i and abs(grade[i] - grade[j]) < 0.6]
         far = [j for j in range(len(x)) if j != i and j not in near]
@@ -474,7 +236,7 @@ def _graded(x, y, labels, scale, gamma=3.0):
 
 
 def _own_margins(x, y, labels, scale):
-    d, losses, (margin,) = distances(x), [], _numbers(labels, 1)
+    d, losses, (margin,) = distances(x), [], numbers_of(labels, 1)
     for i in range(len(x)):
         positives, negatives = others(labels.tolist(), i)
         near, far = d[i, positives] * margin[positives], (margin[i] - d[i, negatives]).clamp(min=0)
@@ -483,7 +245,7 @@ def _own_margins(x, y, labels, scale):
 
 
 def _regression(x, y, labels, scale):
-    logits, losses, (grade,) = scale * x @ x.t(), [], _numbers(labels, 1)
+    logits, losses, (grade,) = scale * x @ x.t(), [], numbers_of(labels, 1)
     for i in range(len(x)):
         kept = [j for j in range(len(x)) if j != i]
         losses.append(((logits[i, kept] - (-(grade[i] - grade[kept]).abs()).exp()) ** 2).sum())
@@ -503,14 +265,14 @@ def _sampled(x, y, labels, scale):
 
 
 def _sampled_numbers(labels: Tensor) -> tuple[Tensor, ...]:
-    weight, skipped, log_q, column_weight = _numbers(labels, 4)
+    weight, skipped, log_q, column_weight = numbers_of(labels, 4)
     return weight, skipped > 1.4, log_q, column_weight
 
 
 def _filtered(x, y, labels, scale):
-    logits, losses, (threshold,) = scale * x @ y.t(), [], _numbers(labels, 1)
+    logits, losses, (threshold,) = scale * x @ y.t(), [], numbers_of(labels, 1)
     threshold = threshold - 1
-    rows, columns = (F.normalize(t, dim=1) for t in _guides(labels))
+    rows, columns = (F.normalize(t, dim=1) for t in guides_of(labels))
     guide = rows @ columns.t()
     for i in range(len(x)):
         kept = [j for j in range(len(y)) if j == i or guide[i, j] < threshold[i]]
@@ -522,7 +284,7 @@ def _filtered(x, y, labels, scale):
 
 
 def _guided(x, y, labels, scale):
-    d, losses, (weight,), guide = distances(x), [], _numbers(labels, 1), _guides(labels)[0]
+    d, losses, (weight,), guide = distances(x), [], numbers_of(labels, 1), guides_of(labels)[0]
     guide = guide @ guide.t()
     for i in range(len(x)):
         positives, _ = others(labels.tolist(), i)
@@ -533,7 +295,7 @@ def _guided(x, y, labels, scale):
 
 
 def _imitation(x, y, labels, scale):
-    guide = _guides(labels)[0]
+    guide = guides_of(labels)[0]
     errors = (x @ x.t() - guide @ guide.t()) ** 2
     return _rows(x, [errors[i].sum() - errors[i, i] for i in range(len(x))]), len(x)
 
@@ -553,10 +315,10 @@ def _of_pairs(loss: PairLoss, by_group: bool = False) -> Call:
     return call
 
 
-def _with_numbers(loss: PairLoss) -> Call:
+def _withnumbers_of(loss: PairLoss) -> Call:
     names = loss.row_values
     return lambda x, y, labels, scale, **k: fuse(loss, **k)(
-        x, labels, *[scale] * loss.scaled, row_values=dict(zip(names, _numbers(labels, len(names))))
+        x, labels, *[scale] * loss.scaled, row_values=dict(zip(names, numbers_of(labels, len(names))))
     )
 
 
@@ -567,20 +329,20 @@ def _call_sampled(x, y, labels, scale, **k):
 
 
 def _call_soft_targets(x, y, labels, scale, **k):
-    return rk.soft_target_loss(x, y, *_guides(labels), logit_scale=scale, guide_scale=2.5, **k)
+    return rk.soft_target_loss(x, y, *guides_of(labels), logit_scale=scale, guide_scale=2.5, **k)
 
 
 def _call_gist(x, y, labels, scale, negatives=False, **k):
-    rows, columns = _guides(labels)
+    rows, columns = guides_of(labels)
     k |= {"margin": 0.05}
     if negatives:
-        negative = _guides(labels, x.shape[1])[1].to(x.dtype)
+        negative = guides_of(labels, x.shape[1])[1].to(x.dtype)
         k |= {"negative": negative, "negative_guide": columns.flip(1), "relative_margin": True}
     return rk.gist_loss(x, y, rows, columns, logit_scale=scale, **k)
 
 
 def _call_filtered(x, y, labels, scale, **k):
-    (threshold,), (rows, columns) = _numbers(labels, 1), _guides(labels)
+    (threshold,), (rows, columns) = numbers_of(labels, 1), guides_of(labels)
     loss = fuse(Filtered(), **k)
     return loss(x, y, scale, row_values={"threshold": threshold - 1}, row_guide=rows, column_guide=columns)
 
@@ -607,8 +369,8 @@ CASES = {
     ),
     "sampled_softmax": Case(
         lambda x, y, labels, scale, **k: rk.sampled_softmax_loss(
-            x, y, key_group=labels, key_log_probability=-_numbers(labels, 2)[1], query_weight=_numbers(labels, 1)[0],
-            logit_scale=scale, **k,
+            x, y, key_group=labels, key_log_probability=-numbers_of(labels, 2)[1],
+            query_weight=numbers_of(labels, 1)[0], logit_scale=scale, **k,
         ),
         sampled_softmax, True,
     ),
@@ -633,19 +395,20 @@ CASES = {
         _of_batch(Contrastive(1.3, squared=False)), lambda *inputs: _contrastive(*inputs, squared=False), batch=True
     ),
     "toy squares": Case(_of_batch(Squares()), _squares, batch=True),
-    "toy graded": Case(_with_numbers(Graded()), _graded, batch=True),
-    "toy own margins": Case(_with_numbers(OwnMargins()), _own_margins, batch=True),
-    "toy regression": Case(_with_numbers(Regression()), _regression, True, batch=True),
+    "toy graded": Case(_withnumbers_of(Graded()), _graded, batch=True),
+    "toy own margins": Case(_withnumbers_of(OwnMargins()), _own_margins, batch=True),
+    "toy regression": Case(_withnumbers_of(Regression()), _regression, True, batch=True),
     "toy sampled": Case(_call_sampled, _sampled, True),
     "toy filtered": Case(_call_filtered, _filtered, True),
     "toy guided": Case(
         lambda x, y, labels, scale, **k: fuse(Guided(), **k)(
-            x, labels, row_values={"weight": _numbers(labels, 1)[0]}, row_guide=_guides(labels)[0]
+            x, labels, row_values={"weight": numbers_of(labels, 1)[0]}, row_guide=guides_of(labels)[0]
         ),
         _guided, batch=True,
     ),
     "toy imitation": Case(
-        lambda x, y, labels, scale, **k: fuse(Imitation(), **k)(x, row_guide=_guides(labels)[0]), _imitation, batch=True
+        lambda x, y, labels, scale, **k: fuse(Imitation(), **k)(x, row_guide=guides_of(labels)[0]),
+        _imitation, batch=True,
     ),
     "toy everything": Case(
         _of_pairs(Everything(), by_group=True), lambda x, *rest: _everything(x, *rest, range(len(x))), True

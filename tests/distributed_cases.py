@@ -18,9 +18,9 @@ from declared_cases import (
     Regression,
     Sampled,
     SigLip,
-    Spread,
     Squares,
 )
+from declared_toys import Spread
 from torch import Tensor
 
 from replearn_kernels import (

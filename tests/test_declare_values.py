@@ -7,7 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from declared_cases import CASES, Filtered, Graded, Imitation, OwnMargins, Regression, Sampled, Spread, inputs_of
+from declared_cases import CASES, Filtered, Graded, Imitation, OwnMargins, Regression, Sampled, inputs_of
+from declared_toys import Spread
 from metric_cases import LABELS, assert_same, small_batch_tiles
 from test_declare_expressions import RandomExpressions
 from torch._dynamo.testing import CompileCounterWithBackend
