@@ -63,10 +63,15 @@ def _texts(value, seen: set[int]) -> Iterator[str]:
         return
     else:
         return
-    yield ast.dump(tree)
+    yield _text(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in names and not isinstance(names[node.id], ModuleType):
             yield from _texts(names[node.id], seen)
+
+
+def _text(tree: ast.Module) -> str:
+    """As Python writes it: a dump would tell versions of Python apart."""
+    return ast.unparse(tree)
 
 
 def _tree(text: str) -> ast.Module:
