@@ -9,7 +9,6 @@ import itertools
 import os
 from functools import partial
 from typing import ClassVar
-from unittest import mock
 
 import pytest
 import torch
@@ -215,18 +214,14 @@ class TestCompiled:
 
     def test_kernels_take_flat_tuples_of_numbers(self, resources):
         """Triton 3.6 loses constants (None, 1, a constexpr) of a tuple in a tuple; its interpreter refuses bools."""
-        launches = []
-        with (
-            resources.compiling(resources.TARGETS["sm_90"]),
-            mock.patch.object(resources.JITFunction, "run", lambda self, *args, **_: launches.append((self, args))),
-        ):
+        with resources.launching(resources.TARGETS["sm_90"]) as launches:
             for variant in resources.VARIANTS.values():
                 for kernel in variant.kernels("bf16", "sm_90"):
                     resources.launch(variant, kernel, torch.bfloat16)
             for kernel in resources.OUTPUTS:
                 resources.launch(None, kernel, torch.bfloat16)
-        tuples = [arg for _, args in launches for arg in args if isinstance(arg, tuple)]
-        assert len({kernel for kernel, _ in launches}) == 18
+        tuples = [arg for _, args, _ in launches for arg in args if isinstance(arg, tuple)]
+        assert len({kernel for kernel, *_ in launches}) == 18
         for value in itertools.chain(*tuples):
             assert not isinstance(value, (tuple, bool, resources.triton.language.constexpr))
 

@@ -40,7 +40,7 @@ def batch_loss(
         raise TypeError(f"labels are needed: {type(loss).__name__} tells pairs of one label from others")
     inputs, options = labelled_batch(
         embeddings, labels, reduction, normalize, backend, memory_budget, group, strategy,
-        needs_labels=objective.reads_groups, why_no_passes=objective.why_no_passes(embeddings),
+        needs_labels=False, why_no_passes=objective.why_no_passes(embeddings),
     )  # fmt: skip
     inputs = inputs._replace(
         logit_scale=validation.check_scale("logit_scale", logit_scale, inputs.query),

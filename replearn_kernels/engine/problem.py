@@ -246,12 +246,11 @@ class Problem:
         groups = (None, None)
         if self.row_group is not None:
             groups = self.row_group[tile.rows], self.column_group[tile.columns]
-        values = (None, None)
-        if self.row_values is not None:
-            values = self.row_values[:, tile.rows], values[1]
-        if self.column_values is not None:
-            values = values[0], self.column_values[:, tile.columns]
-        return Pairs(self.scale, self.bias, target, *groups, tile.columns.start, tile.diagonal, *values)
+        row_values = None if self.row_values is None else part(self.row_values, tile.rows, 1)
+        column_values = None if self.column_values is None else part(self.column_values, tile.columns, 1)
+        return Pairs(
+            self.scale, self.bias, target, *groups, tile.columns.start, tile.diagonal, row_values, column_values
+        )
 
     def points(self, tile: Tile, squared: bool) -> Points:
         """What turns the tile's products into distances."""

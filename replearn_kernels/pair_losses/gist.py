@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -42,11 +44,8 @@ class GistAmong(PairLoss):
             (self.anchors, row_is_anchor & column_is_anchor & kept),
             (self.positives, ~row_is_anchor & ~column_is_anchor & kept),
         ]
-        counted = [condition for is_asked, condition in sets if is_asked]
-        some = counted[0]
-        for other in counted[1:]:
-            some = some | other
-        return {"all": logsumexp(logit, where=some), "own": total(logit, where=pair.same)}
+        counted = reduce(or_, (condition for is_asked, condition in sets if is_asked))
+        return {"all": logsumexp(logit, where=counted), "own": total(logit, where=pair.same)}
 
     def loss(self, row):
         return row.all - row.own

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,28 +135,17 @@ def soft_target_loss(
     return _soft_target_loss_of(*given, row_total, column_total, logit_scale, reduction, **how)
 
 
-class _Given(NamedTuple):
-    """What a call compares, and by which teacher."""
-
-    query: Tensor
-    key: Tensor
-    query_guide: Tensor
-    key_guide: Tensor
-    guide_scale: float | Tensor
-    normalize: bool
-
-    def checked(self) -> _Given:
-        """All of them, the teacher's as it is compared: of length 1 if asked, in fp64 if the features are."""
-        query, key = check_pair({"query": self.query, "key": self.key})
-        query_guide, key_guide = check_pair({"query_guide": self.query_guide, "key_guide": self.key_guide})
-        query_guide = check_guide("query_guide", query_guide, query)
-        key_guide = check_guide("key_guide", key_guide, key)
-        scale = validation.check_scale("guide_scale", self.guide_scale, query)
-        if scale.requires_grad and torch.is_grad_enabled():
-            raise ValueError("guide_scale requires a gradient, which it does not get: pass guide_scale.detach()")
-        if validation.check_flag("normalize", self.normalize):
-            query_guide, key_guide = unit_rows(query_guide), unit_rows(key_guide)
-        return self._replace(query_guide=query_guide, key_guide=key_guide, guide_scale=scale)
+def _checked_teacher(query, key, query_guide, key_guide, guide_scale, normalize) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's features of queries and keys, as they are compared, and its scale, once all are checked."""
+    query, key = check_pair({"query": query, "key": key})
+    query_guide, key_guide = check_pair({"query_guide": query_guide, "key_guide": key_guide})
+    query_guide, key_guide = check_guide("query_guide", query_guide, query), check_guide("key_guide", key_guide, key)
+    scale = validation.check_scale("guide_scale", guide_scale, query)
+    if scale.requires_grad and torch.is_grad_enabled():
+        raise ValueError("guide_scale requires a gradient, which it does not get: pass guide_scale.detach()")
+    if validation.check_flag("normalize", normalize):
+        query_guide, key_guide = unit_rows(query_guide), unit_rows(key_guide)
+    return query_guide, key_guide, scale
 
 
 @in_group
@@ -168,12 +156,11 @@ def _soft_target_loss_total(
     """``logsumexp_j guide_scale <query_guide_i, key_guide_j>``, ``[N]``; or the same of columns, ``[M]``."""
     if validation.check_flag("symmetric", symmetric) and isinstance(query, Tensor) and isinstance(key, Tensor):
         validation.check_same_rows("query", query, "key", key)
-    given = _Given(query, key, query_guide, key_guide, guide_scale, normalize).checked()
-    guides = (given.key_guide, given.query_guide) if of_columns else (given.query_guide, given.key_guide)
+    *guides, scale = _checked_teacher(query, key, query_guide, key_guide, guide_scale, normalize)
     with torch.no_grad():
         return pair_loss(
-            LogTotal(), *guides, logit_scale=given.guide_scale, reduction="none", normalize=False, backend=backend,
-            memory_budget=memory_budget, group=group, strategy=strategy,
+            LogTotal(), *(reversed(guides) if of_columns else guides), logit_scale=scale, reduction="none",
+            normalize=False, backend=backend, memory_budget=memory_budget, group=group, strategy=strategy,
         )  # fmt: skip
 
 
@@ -182,12 +169,12 @@ def _soft_target_loss_of(
     query, key, query_guide, key_guide, guide_scale, normalize, row_total: Tensor, column_total: Tensor | None,
     logit_scale, reduction, *, backend, memory_budget, group=None, strategy,
 ) -> Tensor:  # fmt: skip
-    given = _Given(query, key, query_guide, key_guide, guide_scale, normalize).checked()
-    row_values = {"scale": given.guide_scale.expand(query.shape[0]), "log_total": row_total}
+    query_guide, key_guide, scale = _checked_teacher(query, key, query_guide, key_guide, guide_scale, normalize)
+    row_values = {"scale": scale.expand(query.shape[0]), "log_total": row_total}
     return pair_loss(
         SoftTargets() if column_total is None else SymmetricSoftTargets(), query, key, logit_scale=logit_scale,
         row_values=row_values, column_values=None if column_total is None else {"log_total": column_total},
-        row_guide=given.query_guide, column_guide=given.key_guide, reduction=reduction, normalize=normalize,
+        row_guide=query_guide, column_guide=key_guide, reduction=reduction, normalize=normalize,
         backend=backend, memory_budget=memory_budget, group=group, strategy=strategy,
     )  # fmt: skip
 
