@@ -220,10 +220,11 @@ class Declared(Objective):
 
     def _weights(self, s: Tensor, tile: dict[str, TermOfTile], tables: list[Tensor]) -> Tensor:
         """W of a tile under coefficients ``[quantities, R, 1]`` of its rows, ``[quantities, 1, C]`` of its columns."""
-        terms, w = self.definition.terms, torch.zeros_like(s)
+        terms = self.definition.terms
         if not self.needs_statistics:
             slopes = reduce(torch.add, (tile[term.name].slope for term in terms))
             return slopes * reduce(torch.add, (table[-1] for table in tables))
+        w = torch.zeros_like(s)
         for term, place in places(terms, "coefficients"):
             if term.slope is not None:
                 share = reduce(torch.add, (_share(tile[term.name], table[place:]) for table in tables))
