@@ -63,13 +63,14 @@ class Kernel:
     prepare: Callable[[Kernel, int, int, torch.dtype, str], Step]
     others: tuple[Config | Ring, ...]
     columns: bool = False  # has tables of columns, too
-    products: int = 1  # of n x n x d
+    products: float = 1  # of n x n x d
     in_gluon: bool = False
+    half: bool = False  # of a batch with itself, every pair once
 
     @property
     def name(self) -> str:
         symmetric = " symmetric" * (self.columns and self.epilogue == "softmax")
-        return f"{self.epilogue}{symmetric} {self.kernel}{' in Gluon' * self.in_gluon}"
+        return f"{self.epilogue}{symmetric} {self.kernel}{' of half' * self.half}{' in Gluon' * self.in_gluon}"
 
     def choices(self, d: int) -> list[Config | Ring]:
         """The shipped one first; none where the GPU has no such kernel for features of this width."""
@@ -127,13 +128,16 @@ def statistics_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: 
 
 
 def sums_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> Step:
-    """With the kernel that finishes them. SupCon's are of rows alone."""
+    """With the kernel that finishes them. By TMA SupCon's are of rows alone."""
     query, key, inputs = operands(kernel, n, d, dtype, device)
+    grouped, ranges = inputs.row_group is not None, ranges_of_groups(inputs)
     tables = torch.zeros(3, n, device=device), None
-    if kernel.columns and inputs.row_group is None:
-        tables = tables[0], torch.zeros(2, n, device=device)
+    if kernel.half:
+        key, inputs = query, inputs._replace(diagonal=1)
+    elif kernel.columns:
+        tables = tables[0], torch.zeros(3 if grouped else 2, n, device=device)
     largest = begin_sums(EPILOGUES[kernel.epilogue], query, key)
-    return lambda: update_by_sums(EPILOGUES[kernel.epilogue], query, key, inputs, largest, 0, *tables)
+    return lambda: update_by_sums(EPILOGUES[kernel.epilogue], query, key, inputs, largest, 0, *tables, ranges)
 
 
 def gluon_weights_step(kernel: Kernel, n: int, d: int, dtype: torch.dtype, device: str) -> Step:
@@ -225,7 +229,8 @@ KERNELS = {
         Kernel("statistics", "sup_con", statistics_step, BY_POINTERS, columns=True),
         Kernel("gradient", "softmax", gradient_step, GRADIENT, columns=True, products=2),
         Kernel("sums", "softmax", sums_step, RINGS, columns=True, in_gluon=True),
-        Kernel("sums", "sup_con", sums_step, RINGS, in_gluon=True),
+        Kernel("sums", "sup_con", sums_step, RINGS, columns=True, in_gluon=True),
+        Kernel("sums", "sup_con", sums_step, RINGS, products=0.5, in_gluon=True, half=True),
         Kernel("weights", "softmax", gluon_weights_step, RINGS, columns=True, in_gluon=True),
         Kernel("weights", "softmax", gluon_weights_step, RINGS, in_gluon=True),
         Kernel("weights", "sup_con", gluon_weights_step, RINGS, columns=True, in_gluon=True),

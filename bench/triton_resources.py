@@ -167,7 +167,10 @@ def source_of(case: Case) -> str:
 
 
 def measure(case: Case) -> Row:
-    kernel, options = _launch(case, compiling)
+    try:
+        kernel, options = _launch(case, compiling)
+    except triton.CompilationError as error:  # which no process can send to another
+        raise RuntimeError(f"{case}: {error}") from None
     read = _read_amdgcn if case.target == PORTABILITY else _read_cubin
     registers, spills, matrix = read(kernel, MATRIX_INSTRUCTION[case.target])
     return Row(

@@ -116,8 +116,10 @@ class Variant:
 
     def _in_gluon(self) -> list[str]:
         """Of sm_90. The diagonal and positives are no constants there: some variants are one to them."""
-        if not (self.groups or self.target) or self.diagonal:
+        if not (self.groups or self.target):
             return []
+        if self.diagonal:
+            return ["gluon sums"]
         names = ["gluon sums", "gluon finish", "gluon weights", "gluon gradient", "gluon gradient transposed"]
         return names + ["shares"] * self.first + ["ranges"] * (self.first and self.groups)
 
@@ -229,9 +231,10 @@ def _launch_statistics(variant: Variant, kernel: str, query, key) -> None:
 
 
 def _launch_sums(variant: Variant, kernel: str, query, key) -> None:
-    """A tile's mirror image has its own sums: with groups, of rows alone."""
-    epilogue, row_table = variant.functions, torch.empty(variant.quantities, len(query))
-    column_table = torch.empty(2, len(key)) if variant.columns and not variant.groups else None
+    """By TMA a tile's mirror image has sums of its own: with groups, of rows alone."""
+    epilogue, row_table, column_table = variant.functions, torch.empty(variant.quantities, len(query)), None
+    if variant.columns and not variant.diagonal and (not variant.groups or kernel.startswith("gluon")):
+        column_table = torch.empty(variant.quantities if variant.groups else 2, len(key))
     inputs = _inputs(variant, query, key, row_table, column_table, torch.int32)
     if kernel == "begin":
         begin_sums(epilogue, query, key, row_table, column_table)
@@ -241,7 +244,9 @@ def _launch_sums(variant: Variant, kernel: str, query, key) -> None:
         combine_losses(epilogue, inputs, True)
     else:
         inputs = _inputs(variant, query, key, group_dtype=torch.int32)
-        update_by_sums(epilogue, query, key, inputs, torch.empty(2, 128), 0, row_table, column_table)
+        ranges = _ranges(variant, query, key) if kernel.startswith("gluon") else (None, None)
+        key = query if variant.diagonal else key
+        update_by_sums(epilogue, query, key, inputs, torch.empty(2, 128), 0, row_table, column_table, ranges)
 
 
 def _launch_outputs(kernel: str, query, key) -> None:
@@ -285,13 +290,12 @@ def _launch_gradients(variant: Variant, kernel: str, query, key) -> None:
 
 
 def _launch_in_gluon(variant: Variant, kernel: str, query, key) -> None:
-    epilogue, (rows, columns), ranges = variant.functions, (len(query), len(key)), (None, None)
+    epilogue, (rows, columns) = variant.functions, (len(query), len(key))
     column_table = torch.empty(5, columns) if variant.columns else None
     inputs = _inputs(variant, query, key, torch.empty(5, rows), column_table, torch.int32)
     inputs = inputs._replace(reference=torch.empty(2))
-    if variant.groups:
-        ranges = tuple(torch.empty(-(-size // STEP), 2, dtype=torch.int32) for size in (rows, columns))
-    of_tile = inputs, ranges, (torch.empty(1, rows), None if column_table is None else torch.empty(1, columns)), True, 0
+    shares = torch.empty(1, rows), None if column_table is None else torch.empty(1, columns)
+    of_tile = inputs, _ranges(variant, query, key), shares, True, 0
     ring = ring_of(kernel.split()[1], epilogue.name, query.dtype, query.shape[1])
     if kernel == "gluon weights":
         out = torch.empty(rows, -(-columns // 16) * 16, dtype=query.dtype)[:, :columns]
@@ -300,6 +304,12 @@ def _launch_in_gluon(variant: Variant, kernel: str, query, key) -> None:
         transposed = kernel == "gluon gradient transposed"
         own, other = (key, query) if transposed else (query, key)
         launch_gradient(own, other, *of_tile, torch.empty(own.shape), ring, transposed=transposed)
+
+
+def _ranges(variant: Variant, query, key) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if not variant.groups:
+        return None, None
+    return tuple(torch.empty(-(-len(x) // STEP), 2, dtype=torch.int32) for x in (query, key))
 
 
 def _inputs(variant: Variant, query, key, row_table=None, column_table=None, group_dtype=torch.int64) -> TileInputs:

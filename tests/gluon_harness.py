@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
+import torch
 from gluon_interpreter import load_module
 
 import replearn_kernels.triton_kernels as triton_kernels
@@ -25,6 +28,11 @@ def interpreted(replace: Sequence[tuple[str, str, str]] = ()) -> ModuleType:
         path = FOLDER / f"{name}.py"
         modules[f"{PACKAGE}.{name}"] = load_module(path, changes, modules, package=PACKAGE)
     return modules[f"{PACKAGE}.launch"]
+
+
+def unwritten_is_nan() -> AbstractContextManager:
+    """Tables of launchers begin as NaN: what nobody writes is seen."""
+    return mock.patch.object(torch.Tensor, "new_empty", lambda self, *size: self.new_full(size, torch.nan))
 
 
 def interpreted_launchers(replace: Sequence[tuple[str, str, str]] = ()) -> dict[str, Callable]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gluon_harness import interpreted
+from gluon_harness import interpreted, unwritten_is_nan
 from gluon_interpreter import KernelError, schedule
 
 from replearn_kernels.triton_kernels import TileInputs
@@ -42,6 +42,7 @@ class Problem:
     uniform: bool = True  # rows of a group have the same positive weight
     dtype: torch.dtype = torch.bfloat16
     opposite: bool = False  # all similarities are near -1
+    itself: bool = False  # the columns are the rows
 
     def __post_init__(self):
         generator = torch.Generator().manual_seed(self.n + 3 * self.m + 5 * self.d)
@@ -49,6 +50,7 @@ class Problem:
         if self.opposite:
             query[:, 0] += 1000
             key[:, 0] -= 1000
+        key = query if self.itself else key
         self.query, self.key = (F.normalize(x, dim=1).to(self.dtype) for x in (query, key))
         self.row_group = self.column_group = None
         self.columns = self.columns or bool(self.groups)
@@ -58,6 +60,7 @@ class Problem:
                 else torch.randint(7, (n,), generator=generator, dtype=torch.int32)
                 for n in (self.n, self.m)
             )  # fmt: skip
+            self.column_group = self.row_group if self.itself else self.column_group
         self.row_table = self._table(self.n, self.v.amax(1), self.row_group, generator)
         self.column_table = self._table(self.m, self.v.amax(0), self.column_group, generator) if self.columns else None
 
@@ -107,7 +110,7 @@ class Problem:
         return TileInputs.of(
             (self.n, self.m), torch.tensor(self.scale), row_group=self.row_group, column_group=self.column_group,
             row_table=self.row_table, column_table=self.column_table,
-            reference=torch.tensor([self.reference, float(self.shared)]),
+            reference=torch.tensor([self.reference, float(self.shared)]), diagonal=self.itself,
         )  # fmt: skip
 
     @property
@@ -127,7 +130,7 @@ class Problem:
         if not self.groups:
             return None, None
         return tuple(
-            torch.stack([torch.stack(part.aminmax()) for part in group.split(16)])
+            torch.stack([torch.stack(group[start : start + 128].aminmax()) for start in range(0, len(group), 16)])
             for group in (self.row_group, self.column_group)
         )
 
@@ -137,10 +140,10 @@ def check_sums(problem: Problem, ring: Ring = SMALL, module=launchers) -> Tensor
     p = problem
     largest = torch.zeros(2, 4)
     largest[0, 1], largest[1, 2] = (x.double().square().sum(1).max() for x in (p.query, p.key))
-    with_columns = p.columns and not p.groups
-    of_rows, of_columns, positives, shift = module.launch_sums(
-        p.query, p.key, p.inputs, largest, p.diagonal, with_columns, ring, HEADROOM, LARGEST_SHIFT
-    )
+    with unwritten_is_nan():
+        of_rows, of_columns, shift = module.launch_sums(
+            p.query, p.key, p.inputs, p.ranges, largest, p.diagonal, p.columns, ring, HEADROOM, LARGEST_SHIFT
+        )
     if shift > LARGEST_SHIFT:  # not tried: there is nothing to read
         return shift
     bound = abs(p.scale) * LOG2_E * largest.amax(1).sqrt().prod()
@@ -148,15 +151,18 @@ def check_sums(problem: Problem, ring: Ring = SMALL, module=launchers) -> Tensor
     e = torch.exp2(p.s * p.scale * LOG2_E - shift.double())
     e = e.masked_fill(p.here, 0) if p.groups else e
     rounding = 1e-6 + bound * 2**-23
-    assert ((of_rows.double().sum(0) - e.sum(1)).abs() <= rounding * e.sum(1)).all(), "row sums"
-    assert (of_columns is not None) == with_columns
-    if with_columns:
-        assert ((of_columns.double().sum(0) - e.sum(0)).abs() <= rounding * e.sum(0)).all(), "column sums"
-    if p.groups:
-        error = positives.double().sum(0) - p.v.masked_fill(~p.same, 0).sum(1)
-    else:
-        error = (positives[0].double() - p.v.masked_fill(~p.here, 0).sum(1))[p.here.any(1)]
-    assert (error.abs() <= 1e-5).all(), "positives"
+    assert (of_columns is not None) == (p.columns and not p.inputs.diagonal)
+    for axis, found in ((1, of_rows), (0, of_columns)):
+        if found is None:
+            continue
+        sums = e.sum(axis)
+        assert ((found.sums.double().sum(0) - sums).abs() <= rounding * sums).all(), f"sums, {axis=}"
+        positives, own = found.positives.double(), p.v.masked_fill(~p.here, 0).sum(1)
+        if p.groups:
+            error = positives.sum(0) - p.v.masked_fill(~p.same, 0).sum(axis)
+        else:
+            error = (positives - own)[p.here.any(1)]
+        assert (error.abs() <= 1e-5).all(), f"positives, {axis=}"
     return shift
 
 
@@ -200,6 +206,10 @@ PROBLEMS = {
     "batch, any weights": Problem(300, 300, 128, groups="any", uniform=False),
     "batch, not shared": Problem(150, 150, 48, groups="any", shared=False),
     "above a batch's diagonal": Problem(160, 224, 48, groups="sorted", diagonal=-160, uniform=False),
+    "one block with itself": Problem(65, 65, 48, groups="any", itself=True),
+    "two blocks with themselves": Problem(190, 190, 64, groups="sorted", itself=True),
+    "three blocks with themselves": Problem(300, 300, 48, groups="any", itself=True),
+    "six blocks with themselves": Problem(700, 700, 16, groups="sorted", itself=True),
     "half precision": Problem(130, 200, 128, dtype=torch.float16),
     "scale of 300": Problem(70, 70, 32, scale=300.0, shared=False),
     "opposite": Problem(130, 200, 64, scale=300.0, opposite=True),
@@ -235,6 +245,7 @@ def test_a_shift_too_large():
 
 
 STATISTICS = "sums", Problem(700, 130, 128)
+ITSELF = "sums", Problem(190, 190, 64, groups="sorted", itself=True)
 W = "weights", Problem(440, 300, 128, diagonal=5)
 BATCH = "weights", Problem(400, 400, 64, groups="sorted")
 NARROW = "gradients", Problem(300, 700, 64, diagonal=5)
@@ -266,12 +277,19 @@ MUTATIONS = {
         STATISTICS, "sums", "of_columns_too = of_columns + columns", "of_columns_too = of_columns"
     ),
     "row sums of all column blocks in one place": (
-        STATISTICS, "sums", "row_sums + number.to(gl.int64) * rows", "row_sums"
+        STATISTICS, "sums", "part.to(gl.int64) * rows + row", "row"
     ),
     "rows past the edge in the columns' sums": (
         STATISTICS, "sums", "gl.where(row < rows, shift, BEYOND)", "gl.where(row < rows, shift, shift)"
     ),
     "columns past the edge in the rows' sums": (STATISTICS, "sums", "if last < BLOCK_N:", "if last < 0:"),
+    "a block with itself in the columns' sums": (ITSELF, "sums", "(part > 0) & ", ""),
+    "blocks visited by each other in the columns' sums": (ITSELF, "sums", "2 * part <", "2 * part <="),
+    "no way from the last block to the first": (ITSELF, "sums", "first, blocks, first * 0,", "first, blocks, first,"),
+    "a block too few": (ITSELF, "sums", "// BLOCK_N // 2 + 1)", "// BLOCK_N // 2)"),
+    "columns' positives of both consumers in one place": (
+        ITSELF, "sums", "of_positives_too = of_positives + columns", "of_positives_too = of_positives"
+    ),
     "second visits by the wrong consumer": (W, "weights", "(blocks + CONSUMER) % 2", "CONSUMER"),
     "second visits to other blocks": (W, "ring", "second + visit - blocks)", "first + visit - blocks)"),
     "the diagonal's blocks one short": (W, "ring", "start + OWN, 0) + OTHER - 1", "start + OWN, 0)"),
@@ -287,19 +305,24 @@ MUTATIONS = {
     "ranges of groups that never meet": (
         BATCH, "ring", "(least <= other_largest) & (other_least <= largest)", "(least < 0)"
     ),
-    "a range of one step of rows alone": (BATCH, "ring", "gl.static_range(BLOCK // RANGE)", "gl.static_range(1)"),
+    "the range of other rows": (BATCH, "ring", "* RANGES[1]) // RANGES[0]", "* RANGES[1]) // RANGES[0] + 8"),
     "a row is its own positive": (BATCH, "weights", "w = gl.where(here, 0.0, w)", "pass"),
     "a stage is empty when one has read it": (NARROW, "ring", "count=READERS", "count=1"),
     "a stage released before its products are over": (NARROW, "gradients", SECOND + AFTER, AFTER + SECOND),
     "the last stage of the first loop not released": (
-        NARROW, "gradients", "        mbarrier.arrive(empty.index(last), count=1)\n", ""
+        NARROW, "gradients", "        mbarrier.arrive(empty.index(final), count=1)\n", ""
     ),
     "products with the next block": (NARROW, "gradients", "(w, other.index(before)", "(w, other.index(stage)"),
     "the diagonal in both loops": (NARROW, "gradients", "gl.where(on_diagonal, BEYOND, reference)", "reference"),
     "the diagonal of the other consumer too": (
         NARROW, "gradients", "all_of_it | is_on_diagonal", "(start >= 0) | is_on_diagonal"
     ),
-    "columns past the edge in W": (OPPOSITE, "gradients", "if start + BLOCK_N > other_count:", "if start < 0:"),
+    "the last block in the first loop": (
+        OPPOSITE, "gradients", "gl.minimum(there, other_count // BLOCK_N - first)", "there"
+    ),
+    "the last block left out": (NARROW, "gradients", "more += 1", "more += 0"),
+    "the last block twice": (NARROW, "gradients", "& ((near == 0) | (second + near <= last))", ""),
+    "the last block for nothing": (NARROW, "gradients", " | (start + BLOCK_N > other_count)", ""),
     "both consumers write the same rows": (NARROW, "gradients", "block_start + CONSUMER * BLOCK_M", "block_start"),
     "positives of the diagonal in the first loop": (NARROW_BATCH, "gradients", " & (on_diagonal == 0)", ""),
 }

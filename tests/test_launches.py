@@ -35,7 +35,7 @@ BOUNDS = {
     ("siglip", 65536, 512): 135,
     ("nt_xent", 1024, 512): 12,  # with labels, and both views in one matrix
     ("nt_xent", 65536, 128): 20,
-    ("sup_con", 8192, 512): 16,  # with labels sorted, once
+    ("sup_con", 8192, 512): 17,  # with labels sorted, once, and their ranges twice
     ("moco", 256, 128): 70,
     ("arcface", 256, 512): 400,  # 31 tiles of classes, normalised on the way, in either sweep
 }

@@ -28,7 +28,7 @@ from .combine import COEFFICIENTS, STATE, combine_losses, combine_statistics
 from .gradients import accumulate_gradient, form_weights
 from .groups import group_ranges, ranges_of
 from .hardest import HARDEST
-from .hopper.launch import launch_gradient, launch_weights
+from .hopper.launch import columns_of_half, launch_gradient, launch_weights
 from .margin_contrastive import MARGIN_CONTRASTIVE
 from .outputs import Side, finish_gradients
 from .reference import form_shares, shared_reference
@@ -49,7 +49,7 @@ EPILOGUES: dict[str, Epilogue] = {
 
 __all__ = [
     "COEFFICIENTS", "EPILOGUES", "STATE", "Epilogue", "Points", "Side", "TileInputs", "accumulate_gradient",
-    "begin_sums", "combine_losses", "combine_statistics", "finish_gradients", "form_shares", "form_weights",
-    "group_ranges", "launch_gradient", "launch_weights", "ranges_of", "shared_reference", "update_by_sums",
-    "update_statistics",
+    "begin_sums", "columns_of_half", "combine_losses", "combine_statistics", "finish_gradients", "form_shares",
+    "form_weights", "group_ranges", "launch_gradient", "launch_weights", "ranges_of", "shared_reference",
+    "update_by_sums", "update_statistics",
 ]  # fmt: skip

@@ -57,9 +57,9 @@ class Ring:
 #   epilogue: 128 x 128 entries in 8 warps at 128 registers a thread, two programs of 96 to 112 KiB. Two programs that
 #   spill beat one that does not. On an H200 under Triton 3.6 (2026-11-26, bench/results/gpu), TFLOP/s at d = 512 of
 #   CLIP's W: 415 in 2 parts, 390 in 4, 348 in 8, where no instruction spills; one program of 4 stages 274; 128 x 256
-#   321; by pointers 181, with 128 registers 252. In 2, 4 and 8 parts SupCon's 289, 303, 301; SigLIP's 321, 299, 231;
-#   one direction's 474, 483, 457; the margin's 455, 449, 404. CLIP's sums: 583, one program 430, 128 x 256 534;
-#   statistics by pointers 210.
+#   321; by pointers 181, with 128 registers 252. In 2, 4 and 8 parts SupCon's 289, 303, 301; SigLIP's 408, 359, 289
+#   (a day later, without spills); one direction's 474, 483, 457; the margin's 455, 449, 404. CLIP's sums: 583, one
+#   program 430, 128 x 256 534; statistics by pointers 210.
 #   What finishes the sums runs once a row, and has all registers. Under 3.9 nothing was timed; up to 197 instructions
 #   spill there, and 461 under 3.6.
 # - Registers, 255 a thread at most. 128 x 128 entries in 8 warps are 64 a thread, over 32 columns, each with a partial
@@ -126,14 +126,15 @@ DEFAULTS: dict[tuple, Config] = {
 }
 """An architecture without an entry takes sm_80's; an epilogue without one of its own takes all epilogues'."""
 
-# Kernels in Gluon, on an H200 under Triton 3.6 (2026-11-27, bench/results/gpu), TFLOP/s. Sums of CLIP, 16,384 rows at
-# d = 512: 757 with 8 stages, 722 with 6, 704 with 10, by TMA 573; 32,768 at d = 128: 464 with 128 other rows, 415 to
-# 437 with 64. Of SupCon, 16,384 rows at d = 512: 647, 613, 624, by TMA 484; at d = 128: 250 to 290. W of 32,768 rows at
-# d = 512: CLIP's 673 with 8 stages, 589 with 6; SupCon's 616, 561; by TMA, at 16,384, 420 and 303. Gradients of 32,768
-# at d = 128: CLIP's 595 with 3 stages of 128 rows, 559 with 4, 585 with 8 of 64; SupCon's 564, 552, 520.
+# Kernels in Gluon, on an H200 under Triton 3.6 (2026-11-27, bench/results/gpu), TFLOP/s at 32,768 rows. Sums of CLIP,
+# at d = 512: 782 with 8 stages of 64 other rows, 718 with 6, 707 with 4 of 128, by TMA (16,384 rows) 573; at d = 128:
+# 485 with 4 of 128, 469 with 3, 431 to 436 with 64. Of half of SupCon's, at d = 512: 513 with 4 of 128, 449 with 8 of
+# 64; at d = 128: 264 with 64, 254 to 258 with 128. W at d = 512: CLIP's 673 with 8 stages, 589 with 6; SupCon's 692,
+# 532; by TMA, at 16,384, 420 and 303. Gradients at d = 128, before they took 723 (CLIP) and 713 (SupCon): 595 and 564
+# with 3 stages of 128 rows, 559 and 552 with 4, 585 and 520 with 8 of 64.
 RINGS: dict[tuple, dict[int, Ring]] = {
-    ("sums",): {128: Ring(128, 128, 3), 512: Ring(128, 64, 8)},
-    ("sup_con", "sums"): {128: Ring(128, 64, 6), 512: Ring(128, 64, 8)},
+    ("sums",): {128: Ring(128, 128, 4), 512: Ring(128, 64, 8)},
+    ("sup_con", "sums"): {128: Ring(128, 64, 6), 512: Ring(128, 128, 4)},
     ("weights",): {512: Ring(128, 64, 8)},
     ("gradient",): {128: Ring(128, 128, 3)},
 }

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .configs import INTERPRETED
-from .sigmoid import log1p, reciprocal
+from .sigmoid import log1p, sigmoid_given
 from .softmax import rate_of as rate_of
 from .softmax import signed as signed
 from .tiles import HIGHEST, LOWEST, inside_tile, is_target, load_vector, same_group, similarity_tile
@@ -67,8 +67,7 @@ def softplus(x):
 
 @triton.jit
 def sigmoid(x):
-    u = tl.exp(-tl.abs(x))
-    return tl.where(x > 0, 1.0, u) * reciprocal(1.0 + u)
+    return sigmoid_given(x, tl.exp(-tl.abs(x)))
 
 
 @triton.jit

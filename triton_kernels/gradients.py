@@ -65,15 +65,19 @@ def weights_of_block(
     """W of a block of products, in DTYPE; where one sweep does all, the block's statistics are written."""
     if points is not None:
         s = negative_distances(s, row[:, None], column[None, :], inputs, points, SQUARED, BLOCK_K)
-    if row_partials is not None:  # first: what it shares with W is then all that has to stay in registers
-        partials = row_partials + column_block.to(tl.int64) * QUANTITIES * inputs.rows
+    # Statistics first: what they share with W is then all that has to stay in registers. And nothing is stored before
+    # both are there: the compiler could not tell that what it has loaded is still the same, and would form it twice.
+    if row_partials is not None:
         of_rows = REDUCE(s, row[:, None], column[None, :], inputs, 1)
+    if column_partials is not None:
+        of_columns = REDUCE(s, row[:, None], column[None, :], inputs, 0)
+    w = WEIGHTS(s, row[:, None], column[None, :], inputs)
+    if row_partials is not None:
+        partials = row_partials + column_block.to(tl.int64) * QUANTITIES * inputs.rows
         store_quantities(partials, inputs.rows, row, row < inputs.rows, of_rows)
     if column_partials is not None:
         partials = column_partials + row_block.to(tl.int64) * QUANTITIES * inputs.columns
-        of_columns = REDUCE(s, row[:, None], column[None, :], inputs, 0)
         store_quantities(partials, inputs.columns, column, column < inputs.columns, of_columns)
-    w = WEIGHTS(s, row[:, None], column[None, :], inputs)
     if points is not None:
         w = chained(w, s, SQUARED, DTYPE)
     return w.to(DTYPE)

@@ -20,10 +20,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import Config, cdiv, even_regions, launch_options, next_power_of_2, pick, ring_of
-from .hopper.launch import launch_sums
+from .hopper.launch import Sums, launch_sums
 from .launching import run_kernel
 from .softmax import LOG2_E, softmax_rate
-from .tiles import Epilogue, TileInputs, aligned, load_quantities, load_vector, partial_sums, store_quantities
+from .tiles import (
+    Epilogue,
+    TileInputs,
+    aligned,
+    load_quantities,
+    load_vector,
+    mirrored,
+    partial_sums,
+    store_quantities,
+)
 from .tma import described_rows, described_tile, resident_programs
 
 _HEADROOM = tl.constexpr(100.0)
@@ -290,11 +299,12 @@ def update_by_sums(
     diagonal: int,  # the column of the tile that has its first row's own number, and may lie outside
     row_table: Tensor,  # [row quantities, R]
     column_table: Tensor | None,  # [column quantities, C]
+    ranges: tuple[Tensor | None, Tensor | None] = (None, None),  # groups.group_ranges of rows and columns, if known
 ) -> tuple[Tensor, ...]:
     """What statistics.update_statistics does, for a softmax. Returns the partial sums.
 
-    The entries on the diagonal are the rows' positives, or where there are groups no pairs; then rows alone are served,
-    and the tile holds all rows' entries with themselves (``inputs.diagonal``) or none.
+    The entries on the diagonal are the rows' positives, or where there are groups no pairs: then the tile holds all
+    rows' entries with themselves (``inputs.diagonal``) or none, and columns are served by the kernel in Gluon alone.
     """
     query, key = aligned(query), aligned(key)
     rows, columns, d, grouped = query.shape[0], key.shape[0], query.shape[1], inputs.row_group is not None
@@ -308,7 +318,7 @@ def update_by_sums(
             described[blocks] = described_rows(query, key, config)
         return described[blocks]
 
-    def launch(config: Config) -> tuple[Tensor, Tensor | None, Tensor]:
+    def launch(config: Config) -> tuple[Sums, Sums | None]:
         row_blocks, column_blocks = cdiv(rows, config.block_m), cdiv(columns, config.block_n)
         regions = even_regions(column_blocks, row_blocks, resident_programs(config, query.device))
         height = cdiv(row_blocks, regions)
@@ -321,24 +331,36 @@ def update_by_sums(
             *rows_for(config), largest, of_rows, of_columns, positives, diagonal, height, d,
             inputs, GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, WARPS=config.warps, **launch_options(config, query),
         )  # fmt: skip
-        return of_rows, of_columns, positives
+        return Sums(of_rows, positives), None if of_columns is None else Sums(of_columns, positives)
 
     if ring := ring_of("sums", epilogue.name, query.dtype, d):
-        of_rows, of_columns, positives, used_shift = launch_sums(
-            query, key, inputs, largest, diagonal, column_table is not None, ring, _HEADROOM.value, _LARGEST_SHIFT.value
-        )
+        of_rows, of_columns, used_shift = launch_sums(
+            query, key, inputs, ranges, largest, diagonal, column_table is not None, ring,
+            _HEADROOM.value, _LARGEST_SHIFT.value,
+        )  # fmt: skip
     else:
-        of_rows, of_columns, positives = launch(pick("sums", epilogue.name, query, launch))
+        of_rows, of_columns = launch(pick("sums", epilogue.name, query, launch))
     config = pick("finish", epilogue.name, query, launch)
-    blocks, column_count, column_stride = cdiv(rows, config.block_m), 0, 0
-    if column_table is not None:
-        blocks += cdiv(columns, config.block_n)
-        column_count, column_stride = len(of_columns), column_table.stride(0)
-    run_kernel(
-        finish_kernel, (blocks,),
-        *rows_for(config), largest, used_shift, of_rows, len(of_rows), of_columns, column_count, positives,
-        row_table, row_table.stride(0), column_table, column_stride, diagonal, d,
-        inputs, epilogue.reduce, epilogue.merge, row_table.shape[0],
-        GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, **launch_options(config, query),
-    )  # fmt: skip
-    return (of_rows, positives) if of_columns is None else (of_rows, positives, of_columns)
+
+    def finish(described, inputs, diagonal, of_rows, row_table, of_columns=None, column_table=None) -> None:
+        blocks, columns, column_count, column_stride = cdiv(inputs.rows, config.block_m), None, 0, 0
+        if column_table is not None:
+            blocks += cdiv(inputs.columns, config.block_n)
+            columns, column_count, column_stride = of_columns.sums, len(of_columns.sums), column_table.stride(0)
+        run_kernel(
+            finish_kernel, (blocks,),
+            *described, largest, used_shift, of_rows.sums, len(of_rows.sums), columns, column_count, of_rows.positives,
+            row_table, row_table.stride(0), column_table, column_stride, diagonal, d,
+            inputs, epilogue.reduce, epilogue.merge, row_table.shape[0],
+            GROUPED=grouped, PROGRAMS=_BOUND_PROGRAMS, **launch_options(config, query),
+        )  # fmt: skip
+
+    if not grouped:
+        finish(rows_for(config), inputs, diagonal, of_rows, row_table, of_columns, column_table)
+    else:
+        finish(rows_for(config), inputs, diagonal, of_rows, row_table)
+        if column_table is not None:
+            finish(
+                described_rows(key, query, config), mirrored(inputs), -diagonal, of_columns, column_table
+            )
+    return (*of_rows, *(of_columns or ()))

@@ -138,6 +138,12 @@ def _with_more(roles: int, with_given: bool) -> type[TileInputs]:
     return inputs
 
 
+def mirrored(inputs: TileInputs) -> TileInputs:
+    """Of the tile's mirror image, in a batch; without coefficients."""
+    groups = {"row_group": inputs.column_group, "column_group": inputs.row_group}
+    return inputs._replace(rows=inputs.columns, columns=inputs.rows, **groups)
+
+
 def scalar(number: float | Tensor) -> Tensor:
     """A 0-d tensor of it, as a kernel reads it."""
     return number if isinstance(number, Tensor) else torch.tensor(number, dtype=torch.float32)

@@ -1,6 +1,7 @@
 """Sweep 2 of a softmax over narrow features: W stays in registers, where its products with the features are summed.
 
-In two loops, as in weights.py; here the first one, too, goes through the blocks on the diagonal, where its W is 0.
+In two loops, as in weights.py; here the first one, too, goes through the blocks on the diagonal, where its W is 0, and
+leaves the last block to the second, if rows are missing in it: so that it need not ask where rows end.
 """
 
 from triton.experimental import gluon
@@ -30,8 +31,14 @@ from .weights import exact_weights, less_positives, shared_weights
 
 
 @gluon.jit
+def block_of(visit, first, blocks, second, near, last):
+    """The other block of a visit: ``blocks`` of them from ``first`` on, ``near`` from ``second`` on, then ``last``."""
+    return gl.where(visit < blocks + near, visited(visit, first, blocks, second), last)
+
+
+@gluon.jit
 def produce_rows(
-    own_rows, other_rows, own, other, arrived, full, empty, own_start, first, blocks, second, more,
+    own_rows, other_rows, own, other, arrived, full, empty, own_start, first, blocks, second, near, last, more,
     STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """The producer: the own rows of both consumers once, then the other blocks, of all features at once."""
@@ -43,30 +50,37 @@ def produce_rows(
         stage = visit % STAGES
         mbarrier.wait(empty.index(stage), ((visit // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(stage), other_rows.block_type.nbytes)
-        start = visited(visit, first, blocks, second) * BLOCK_N
+        start = block_of(visit, first, blocks, second, near, last) * BLOCK_N
         tma_load(other_rows, [start, 0], full.index(stage), other.index(stage))
 
 
 @gluon.jit
-def off_diagonal_weights(
-    s, own_share, row, other_shares, own_positives, other_positives, own_groups, other_groups, other_ranges,
-    least, largest, scale, reference, own_start, start, own_count, other_count, diagonal,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr,
+def meets_off_diagonal(
+    own_groups, least, largest, other_ranges, start, other_count, on_diagonal, BLOCK: gl.constexpr
 ):  # fmt: skip
-    """W of a consumer's own rows against the other block that begins at row ``start``; 0 if it is on the diagonal."""
-    other_row = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
-    on_diagonal = is_on_diagonal(own_start, start, diagonal, BLOCK_M, BLOCK_N)
-    other_share = None
-    if other_shares is not None:
-        other_share = gl.load(other_shares + other_row, mask=other_row < other_count, other=0.0)
+    """Whether there may be positives in a block off the diagonal."""
+    if own_groups is None:
+        return False
+    else:
+        return may_meet(least, largest, other_ranges, start, other_count, BLOCK) & (on_diagonal == 0)
+
+
+@gluon.jit
+def off_diagonal_weights(
+    s, own_share, row, other_share, meets, on_diagonal, own_positives, other_positives, own_groups, other_groups,
+    scale, reference, start, own_count, other_count, BLOCK_N: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """W of a consumer's own rows against the other block that begins at row ``start``; 0 if it is on the diagonal.
+
+    The block is a whole one. In rows past the own ones' edge, of which no gradient is stored, W is anything.
+    """
     w = shared_weights(s, own_share, other_share, scale, gl.where(on_diagonal, BEYOND, reference))
     if own_groups is not None:
-        if may_meet(least, largest, other_ranges, start, other_count, BLOCK_N) & (on_diagonal == 0):
+        if meets:
+            other_row = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
             w = less_positives(
                 w, own_groups, other_groups, own_positives, other_positives, row, other_row, own_count, other_count
             )
-    if start + BLOCK_N > other_count:  # past the edge W may be anything, even NaN
-        w = gl.where(row_of(other_row < other_count), w, 0.0)
     return w
 
 
@@ -77,7 +91,7 @@ def rest_of_weights(
     scale, all_of_it, own_start, start, own_count, other_count, diagonal,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
-    """The same if it is on the diagonal, else 0; or in any case."""
+    """The same of a block that may have rows past the edge, if it is on the diagonal, else 0; or in any case."""
     row = own_start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
     other_row = start + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
     w = exact_weights(
@@ -103,7 +117,7 @@ def consume_gradients(
     own, other, arrived, full, empty,
     gradient, gradient_stride, own_shares, other_shares, own_table, own_stride, other_table, other_stride,
     own_positives, positives_offset, other_positives, own_groups, other_groups, own_ranges, other_ranges,
-    scale, reference, block_start, first, blocks, second, more, own_count, other_count, diagonal, d,
+    scale, reference, block_start, first, blocks, second, near, last, more, own_count, other_count, diagonal, d,
     CONSUMER: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     ADD: gl.constexpr,
 ):  # fmt: skip
@@ -112,6 +126,7 @@ def consume_gradients(
     operand: gl.constexpr = gl.DotOperandLayout(0, of_sums, 2)
     own_start = block_start + CONSUMER * BLOCK_M
     row = own_start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
+    place = gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))  # of another row in its block
     share, least, largest = None, None, None
     if own_shares is not None:
         share = gl.load(own_shares + row, mask=row < own_count, other=0.0)
@@ -126,10 +141,17 @@ def consume_gradients(
         mbarrier.wait(full.index(0), 0)
         s = warpgroup_mma(mine, other.index(0).permute([1, 0]), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
+        at_first = is_on_diagonal(own_start, first * BLOCK_N, diagonal, BLOCK_M, BLOCK_N)
+        first_share = None
+        if other_shares is not None:
+            first_share = gl.load(other_shares + first * BLOCK_N + place)
         w = off_diagonal_weights(
-            s, share, row, other_shares, own_positives, other_positives, own_groups, other_groups, other_ranges,
-            least, largest, scale, reference, own_start, first * BLOCK_N, own_count, other_count, diagonal,
-            BLOCK_M, BLOCK_N, layout,
+            s, share, row, first_share,
+            meets_off_diagonal(
+                own_groups, least, largest, other_ranges, first * BLOCK_N, other_count, at_first, BLOCK_N
+            ),
+            at_first, own_positives, other_positives, own_groups, other_groups,
+            scale, reference, first * BLOCK_N, own_count, other_count, BLOCK_N, layout,
         )  # fmt: skip
         w = gl.convert_layout(w.to(other.dtype), operand)
         # A block's similarities are formed while the products with the block before, whose W is finished, are added.
@@ -138,28 +160,37 @@ def consume_gradients(
             mbarrier.wait(full.index(stage), (visit // STAGES) & 1)
             s = warpgroup_mma(mine, other.index(stage).permute([1, 0]), zero, use_acc=False, is_async=True)
             running = warpgroup_mma(w, other.index(before), sums, is_async=True)
+            # Read while the products are formed.
+            start = (first + visit) * BLOCK_N
+            on_diagonal = is_on_diagonal(own_start, start, diagonal, BLOCK_M, BLOCK_N)
+            other_share = None
+            if other_shares is not None:
+                other_share = gl.load(other_shares + start + place)
+            meets = meets_off_diagonal(
+                own_groups, least, largest, other_ranges, start, other_count, on_diagonal, BLOCK_N
+            )
             s = warpgroup_mma_wait(1, deps=(s,))
             found = off_diagonal_weights(
-                s, share, row, other_shares, own_positives, other_positives, own_groups, other_groups, other_ranges,
-                least, largest, scale, reference, own_start, (first + visit) * BLOCK_N, own_count, other_count,
-                diagonal, BLOCK_M, BLOCK_N, layout,
+                s, share, row, other_share, meets, on_diagonal, own_positives, other_positives,
+                own_groups, other_groups, scale, reference, start, own_count, other_count, BLOCK_N, layout,
             )  # fmt: skip
             sums = warpgroup_mma_wait(0, deps=(running,))
             mbarrier.arrive(empty.index(before), count=1)
             w = gl.convert_layout(found.to(other.dtype), operand)
-        last = (blocks - 1) % STAGES
-        running = warpgroup_mma(w, other.index(last), sums, is_async=True)
+        final = (blocks - 1) % STAGES
+        running = warpgroup_mma(w, other.index(final), sums, is_async=True)
         sums = warpgroup_mma_wait(0, deps=(running,))
-        mbarrier.arrive(empty.index(last), count=1)
+        mbarrier.arrive(empty.index(final), count=1)
     for visit in range(blocks, blocks + more):
         stage = visit % STAGES
         mbarrier.wait(full.index(stage), (visit // STAGES) & 1)
         s = warpgroup_mma(mine, other.index(stage).permute([1, 0]), zero, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
+        start = block_of(visit, first, blocks, second, near, last) * BLOCK_N
         rest = rest_of_weights(
             s, own_positives, positives_offset, other_positives, own_groups, other_groups,
-            own_table, own_stride, other_table, other_stride, scale, blocks == 0, own_start,
-            (second + visit - blocks) * BLOCK_N, own_count, other_count, diagonal, BLOCK_M, BLOCK_N, layout,
+            own_table, own_stride, other_table, other_stride, scale, (blocks == 0) | (start + BLOCK_N > other_count),
+            own_start, start, own_count, other_count, diagonal, BLOCK_M, BLOCK_N, layout,
         )  # fmt: skip
         operands = gl.convert_layout(rest.to(other.dtype), operand)
         running = warpgroup_mma(operands, other.index(stage), sums, is_async=True)
@@ -202,10 +233,15 @@ def gradients_kernel(
     fence_async_shared()
     own_start, region = gl.program_id(0) * (2 * BLOCK_M), gl.program_id(1)
     first = region * height
-    blocks = gl.minimum(height, (other_count + BLOCK_N - 1) // BLOCK_N - first)
-    second, more = near_diagonal(own_start, diagonal, first, blocks, 2 * BLOCK_M, BLOCK_N)
+    there = gl.minimum(height, (other_count + BLOCK_N - 1) // BLOCK_N - first)
+    blocks = gl.minimum(there, other_count // BLOCK_N - first)
+    last = first + blocks  # which is not whole, if there is one
+    second, near = near_diagonal(own_start, diagonal, first, there, 2 * BLOCK_M, BLOCK_N)
+    more = near
+    if (blocks < there) & ((near == 0) | (second + near <= last)):
+        more += 1
     if gl.load(reference + 1) == 0:
-        second, more, blocks = first, blocks, 0
+        second, near, more, blocks = first, there, there, 0
     factor, exponent = gl.load(scale).to(gl.float32), gl.load(reference)
     into = gradient + region.to(gl.int64) * own_count * gradient_stride
     gl.warp_specialize([
@@ -213,18 +249,18 @@ def gradients_kernel(
             own, other, arrived, full, empty,
             into, gradient_stride, own_shares, other_shares, own_table, own_stride, other_table, other_stride,
             own_positives, positives_offset, other_positives, own_groups, other_groups, own_ranges, other_ranges,
-            factor, exponent, own_start, first, blocks, second, more, own_count, other_count, diagonal, d,
+            factor, exponent, own_start, first, blocks, second, near, last, more, own_count, other_count, diagonal, d,
             0, STAGES, BLOCK_M, BLOCK_N, BLOCK_K, ADD,
         )),
         (consume_gradients, (
             own, other, arrived, full, empty,
             into, gradient_stride, own_shares, other_shares, own_table, own_stride, other_table, other_stride,
             own_positives, positives_offset, other_positives, own_groups, other_groups, own_ranges, other_ranges,
-            factor, exponent, own_start, first, blocks, second, more, own_count, other_count, diagonal, d,
+            factor, exponent, own_start, first, blocks, second, near, last, more, own_count, other_count, diagonal, d,
             1, STAGES, BLOCK_M, BLOCK_N, BLOCK_K, ADD,
         )),
         (produce_rows, (
-            own_rows, other_rows, own, other, arrived, full, empty, own_start, first, blocks, second, more,
+            own_rows, other_rows, own, other, arrived, full, empty, own_start, first, blocks, second, near, last, more,
             STAGES, BLOCK_M, BLOCK_N,
         )),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -23,25 +25,57 @@ _LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # of a consumer
 
 
+class Sums(NamedTuple):
+    """Of a tile's rows, or of its columns, as ``..sums.finish_kernel`` reads them: folded over the first dimension."""
+
+    sums: Tensor  # [parts, N]
+    positives: Tensor  # [N], or of groups [parts, N]
+
+
 def launch_sums(
-    query: Tensor, key: Tensor, inputs: TileInputs, largest: Tensor, diagonal: int, with_columns: bool, ring: Ring,
-    headroom: float, largest_shift: float,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Partial sums of rows and of columns, the positives, and the shift, as ``..sums.finish_kernel`` reads them."""
+    query: Tensor, key: Tensor, inputs: TileInputs, ranges: Ranges, largest: Tensor, diagonal: int, with_columns: bool,
+    ring: Ring, headroom: float, largest_shift: float,
+) -> tuple[Sums, Sums | None, Tensor]:  # fmt: skip
+    """Sums of rows, of columns if asked, and the shift.
+
+    A batch with itself (``inputs.diagonal``) has its rows' alone, of which it visits every pair of blocks once.
+    """
     (rows, d), columns, grouped = query.shape, key.shape[0], inputs.row_group is not None
+    half = bool(grouped and inputs.diagonal)
     row_blocks, column_blocks = cdiv(rows, ring.other), cdiv(columns, ring.own)
+    parts = column_blocks
+    if half:
+        parts = columns_of_half(columns, ring) // ring.own
+        row_blocks = parts * (ring.own // ring.other)
     regions, height = _regions(column_blocks, row_blocks, ring, query.device)
-    of_rows, shift = largest.new_empty(column_blocks, rows), largest.new_empty(1)
-    positives = largest.new_empty(column_blocks if grouped else 1, rows)
-    of_columns = largest.new_empty(2 * regions, columns) if with_columns else None
+    of_rows, of_columns = _new_sums(largest, parts + 2 * regions * half, rows, grouped), None
+    if half:
+        of_columns = Sums(*(table[parts:] for table in of_rows))
+    elif with_columns:
+        of_columns = _new_sums(largest, 2 * regions, columns, grouped, of_rows.positives)
+    sums, positives = (None, None) if of_columns is None else of_columns
+    shift = largest.new_empty(1)
     run_kernel(
         sums_kernel, (column_blocks, regions),
-        *_described(query, key, ring), largest, inputs.scale, shift, of_rows, of_columns, positives,
-        inputs.row_group, inputs.column_group, rows, columns, diagonal, height,
-        HEADROOM=headroom, LARGEST_SHIFT=largest_shift, PROGRAMS=largest.shape[1],
-        CHUNKS=cdiv(d, int(BLOCK_K)), STAGES=ring.stages, BLOCK_M=ring.other, BLOCK_N=ring.own, **_OPTIONS,
+        *_described(query, key, ring), largest, inputs.scale, shift, of_rows.sums, sums,
+        of_rows.positives, positives if grouped else None, inputs.row_group, inputs.column_group, *ranges,
+        rows, columns, diagonal, height,
+        HEADROOM=headroom, LARGEST_SHIFT=largest_shift, PROGRAMS=largest.shape[1], CHUNKS=cdiv(d, int(BLOCK_K)),
+        STAGES=ring.stages, BLOCK_M=ring.other, BLOCK_N=ring.own, HALF=half, **_OPTIONS,
     )  # fmt: skip
-    return of_rows, of_columns, positives, shift
+    return of_rows, None if half else of_columns, shift
+
+
+def _new_sums(like: Tensor, parts: int, size: int, grouped: bool, positives: Tensor | None = None) -> Sums:
+    """``positives``: those of the rows, where there are no groups and of which the columns' are the same."""
+    if grouped or positives is None:
+        positives = like.new_empty(parts, size) if grouped else like.new_empty(size)
+    return Sums(like.new_empty(parts, size), positives)
+
+
+def columns_of_half(columns: int, ring: Ring) -> int:
+    """How many a row of a batch meets where every pair of blocks is visited once, as ``.sums`` has it."""
+    return (cdiv(columns, ring.own) // 2 + 1) * ring.own
 
 
 def launch_weights(

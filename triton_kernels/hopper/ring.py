@@ -18,14 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..groups import STEP
+from ..groups import SPAN, STEP
 
 # Triton 3.9 renamed both.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 BLOCK_K = gl.constexpr(64)  # features of a chunk: 128 bytes, the widest rows that shared memory swizzles
-RANGE = gl.constexpr(STEP)
+RANGES = gl.constexpr((STEP, SPAN))
 LOG2_E = gl.constexpr(1.4426950408889634)
 BEYOND = gl.constexpr(1e30)  # an exponent taken off entries that count for nothing
 HIGHEST = gl.constexpr(3.4028234663852886e38)
@@ -49,11 +49,12 @@ def signed(scale, x):
 
 @gluon.jit
 def group_range(ranges, start, count, BLOCK: gl.constexpr):
-    """The least and the largest group of the BLOCK rows from ``start`` on, of ``..groups.group_ranges``."""
+    """The least and the largest group of the BLOCK rows from ``start`` on, or a few more, of ``..groups.group_ranges``.
+    """
     least, largest = 2147483647, -2147483648
-    for k in gl.static_range(BLOCK // RANGE):
-        number = start // RANGE + k
-        inside = number * RANGE < count
+    for k in gl.static_range((BLOCK + RANGES[1] - 1) // RANGES[1]):
+        number = (start + k * RANGES[1]) // RANGES[0]
+        inside = number * RANGES[0] < count
         least = gl.minimum(least, gl.load(ranges + 2 * number, mask=inside, other=2147483647))
         largest = gl.maximum(largest, gl.load(ranges + 2 * number + 1, mask=inside, other=-2147483648))
     return least, largest

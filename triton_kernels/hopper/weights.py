@@ -108,12 +108,15 @@ def consume_weights(
     if blocks + more > 0:
         mbarrier.wait(arrived, 0)
     for visit in range(CONSUMER, blocks, 2):
-        s = similarities(own, other, full, empty, turn, zero, visit, CONSUMER, CHUNKS, STAGES)
         start = (first + visit) * BLOCK_M
         row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, layout))
-        w = shared_weights(s, gl.load(row_shares + row, mask=row < rows, other=0.0), column_share, scale, reference)
+        row_share = gl.load(row_shares + row, mask=row < rows, other=0.0)  # is here by the time the products are
         if row_groups is not None:
-            if may_meet(least, largest, row_ranges, start, rows, BLOCK_M):
+            meets = may_meet(least, largest, row_ranges, start, rows, BLOCK_M)
+        s = similarities(own, other, full, empty, turn, zero, visit, CONSUMER, CHUNKS, STAGES)
+        w = shared_weights(s, row_share, column_share, scale, reference)
+        if row_groups is not None:
+            if meets:
                 w = less_positives(
                     w, row_groups, column_groups, row_positives, column_positives, row, column, rows, columns
                 )

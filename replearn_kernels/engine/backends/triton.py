@@ -16,6 +16,7 @@ from ...triton_kernels import (
     TileInputs,
     accumulate_gradient,
     begin_sums,
+    columns_of_half,
     combine_losses,
     combine_statistics,
     finish_gradients,
@@ -30,7 +31,7 @@ from ...triton_kernels import (
     update_statistics,
 )
 from ...triton_kernels.configs import Ring, by_tma, kernel_settings, ring_of
-from ...triton_kernels.tiles import aligned
+from ...triton_kernels.tiles import aligned, mirrored
 from .. import products
 from ..columns import BatchColumns, OwnColumns, Source, Step, Tile, run
 from ..counters import count_product, is_counting
@@ -115,32 +116,36 @@ class TritonBackend(Backend):
         key = tile.source.block(tile)
         for tables in self._parts(*statistics_of(tile, *statistics)):
             read = self._read_on(tile, *tables) if self._epilogue.reads_tables else (None, None)
-            count_product(tile.query, tile.shape[1])
             self._partials = ()
             inputs, points = self._inputs(problem, tile, *read), self._points(problem, tile)
             diagonal = diagonal_of(tile, inputs)
             if diagonal is not None and is_by_sums(self.objective, tile.query.dtype):
                 self._update_by_sums(problem, tile, key, inputs, diagonal, *tables)
                 continue
+            count_product(tile.query, tile.shape[1])
             self._partials = update_statistics(self._epilogue, tile.query, key, inputs, *points, *tables)
 
     def _update_by_sums(self, problem: Problem, tile: Tile, key, inputs, diagonal, row_table, column_table) -> None:
         largest = self._largest_squares(problem, tile)
-        if inputs.row_group is None:
-            self._partials = update_by_sums(
-                self._epilogue, tile.query, key, inputs, largest, diagonal, row_table, column_table
-            )
+        update, ring = partial(update_by_sums, self._epilogue, largest=largest), self._ring("sums", tile)
+        half = ring and tile.diagonal and inputs.row_group is not None
+        count_product(tile.query, columns_of_half(tile.shape[1], ring) if half else tile.shape[1])
+        if ring or inputs.row_group is None or column_table is None:
+            ranges = (None, None) if is_small(tile) else self._ranges_of(problem, tile)
+            self._partials = update(
+                tile.query, key, inputs, diagonal=diagonal, row_table=row_table, column_table=column_table,
+                ranges=ranges,
+            )  # fmt: skip
             return
-        self._partials = update_by_sums(self._epilogue, tile.query, key, inputs, largest, diagonal, row_table, None)
-        if column_table is not None:  # a tile's mirror image: positives by group are summed for rows alone
-            count_product(tile.query, tile.shape[1])
-            self._partials = ()
-            mirrored = inputs._replace(
-                rows=inputs.columns, columns=inputs.rows, row_group=inputs.column_group, column_group=inputs.row_group
-            )
-            self._partials = update_by_sums(
-                self._epilogue, key, tile.query, mirrored, largest, -diagonal, column_table, None
-            )
+        self._partials = update(
+            tile.query, key, inputs, diagonal=diagonal, row_table=row_table, column_table=None
+        )
+        # The tile's mirror image: by TMA positives by group are summed for rows alone.
+        count_product(tile.query, tile.shape[1])
+        self._partials = ()
+        self._partials = update(
+            key, tile.query, mirrored(inputs), diagonal=-diagonal, row_table=column_table, column_table=None
+        )
 
     def _shared_reference(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor | None:
         """Read once for all tiles of a sweep."""
