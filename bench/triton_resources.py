@@ -169,8 +169,8 @@ def source_of(case: Case) -> str:
 def measure(case: Case) -> Row:
     try:
         kernel, options = _launch(case, compiling)
-    except triton.CompilationError as error:  # which no process can send to another
-        raise RuntimeError(f"{case}: {error}") from None
+    except Exception as error:  # Triton's own cannot be sent from one process to another, which would wait for ever
+        raise RuntimeError(f"{case}: {type(error).__name__}: {error}") from None
     read = _read_amdgcn if case.target == PORTABILITY else _read_cubin
     registers, spills, matrix = read(kernel, MATRIX_INSTRUCTION[case.target])
     return Row(

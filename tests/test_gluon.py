@@ -210,6 +210,8 @@ PROBLEMS = {
     "two blocks with themselves": Problem(190, 190, 64, groups="sorted", itself=True),
     "three blocks with themselves": Problem(300, 300, 48, groups="any", itself=True),
     "six blocks with themselves": Problem(700, 700, 16, groups="sorted", itself=True),
+    "a batch in order, negative scale": Problem(300, 300, 48, groups="sorted", itself=True, scale=-10.0),
+    "a column too few": Problem(130, 127, 48),
     "half precision": Problem(130, 200, 128, dtype=torch.float16),
     "scale of 300": Problem(70, 70, 32, scale=300.0, shared=False),
     "opposite": Problem(130, 200, 64, scale=300.0, opposite=True),
@@ -236,6 +238,21 @@ def test_kernels(kernel, problem, order):
 def test_rings(kernel, ring):
     with schedule(1):
         KERNELS[kernel](Problem(400, 600, 128), ring)
+
+
+@pytest.mark.parametrize("kernel, ring", [("sums", Ring(256, 64, 3)), ("weights", Ring(256, 64, 3))])
+def test_blocks_of_two_spans(kernel, ring):
+    """Of which groups have ranges."""
+    with schedule(2):
+        KERNELS[kernel](Problem(400, 400, 32, groups="sorted"), ring)
+
+
+@pytest.mark.parametrize("n, ring, programs", [(700, Ring(128, 64, 3), 18), (1150, Ring(128, 128, 2), 27)])
+def test_half_in_uneven_regions(n, ring, programs):
+    """Of as many programs as one has visits the last region has fewer."""
+    module = interpreted([("launch", "resident_programs(ring, device)", str(programs))])
+    with schedule(3):
+        check_sums(Problem(n, n, 16, groups="sorted", itself=True), ring, module)
 
 
 def test_a_shift_too_large():

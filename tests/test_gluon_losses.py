@@ -96,6 +96,25 @@ class TestInterpreter:
             check(case, 70, d, torch.bfloat16, "cpu")
         assert launched.keys() == expected(case, d).keys() and min(launched.values()) >= 7
 
+    @pytest.mark.parametrize("case", ["nt_xent", "sup_con"])
+    def test_tiles_of_a_batch_against_their_maxima(self, case, launched, hopper, small_tiles):
+        """At this scale no sum is tried, and the kernel that finishes them forms them anew."""
+        with schedule(1):
+            check(case, 70, 48, torch.bfloat16, "cpu", 1000.0)
+        assert launched
+
+    def test_tiles_of_a_batch_in_order(self, launched, hopper, monkeypatch):
+        """Most blocks have no group in common, as their ranges tell; some groups lie on both sides of a tile's edge."""
+        monkeypatch.setattr(kernel_choice, "is_small", lambda tile: False)
+        monkeypatch.setattr(backend, "is_small", lambda tile: False)
+        monkeypatch.setattr(backend.TritonBackend, "tile_shape", staticmethod(lambda *args: (112, 112)))
+        x, y, _ = sample(300, 64, torch.bfloat16, "cpu")
+        labels = torch.arange(300) // 5
+        near = torch.nn.functional.normalize(x[labels] + x / 4, dim=1)
+        with schedule(2):
+            compare_with_fp64("sup_con", near, y, labels, 10.0)
+        assert launched["launch_sums"] == 6
+
     @pytest.mark.parametrize("piece", [16, 4096])
     def test_given_targets_take_other_kernels(self, piece, launched, hopper, monkeypatch):
         """Positives are anywhere: W goes through memory, by pieces of a tile that was planned without any."""

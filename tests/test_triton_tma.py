@@ -134,6 +134,21 @@ def test_what_is_not_finite_shows_where_it_did(name, value):
     assert results[0][0].isnan().any()
 
 
+@pytest.mark.parametrize("name", ["siglip", "siglip_groups"])
+def test_an_infinite_feature_meets_no_column_past_the_edge(name):
+    """There TMA reads zeros, and a product of the two is NaN; the loss is infinite, as eager's."""
+    x, y, labels = sample(40, 16, torch.float32, "cpu")
+    x[3], y[3] = 0, 0
+    x[3, 5] = torch.inf  # in a block of rows whose ragged block of columns is off the diagonal
+    y[:, 5] = y[:, 5].abs() + 0.1
+    with parts(2), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of inf - inf, in gradients
+        loss, *gradients = value_and_gradients(name, x, y, labels, SCALE, backend="triton")
+        expected, *others = value_and_gradients(name, x, y, labels, SCALE, backend="eager")
+    assert loss == expected == torch.inf
+    assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(gradients, others))
+
+
 def test_identical_views_at_scale_1000():
     """No other entry counts beside a row's positive: a loss of 0, not the rounding of 1000."""
     x = torch.eye(65, 144).requires_grad_()

@@ -87,15 +87,12 @@ def sigmoid_wrong_side(s, positive, column, inputs):
 
     ``positive``: which are, or None: none is.
     """
-    bias = 0.0
+    logit = s * (tl.load(inputs.scale).to(tl.float32) * LOG2_E)
     if inputs.bias is not None:
-        bias = tl.load(inputs.bias).to(tl.float32) * LOG2_E
-    if positive is None:  # a number a column, where choosing takes an instruction an entry
-        bias = tl.where(column < inputs.columns, bias, float("-inf"))
-    logit = s * (tl.load(inputs.scale).to(tl.float32) * LOG2_E) + bias
+        logit += tl.load(inputs.bias).to(tl.float32) * LOG2_E
     if positive is not None:
-        logit = tl.where(column < inputs.columns, tl.where(positive, -logit, logit), float("-inf"))
-    return logit
+        logit = tl.where(positive, -logit, logit)
+    return tl.where(column < inputs.columns, logit, float("-inf"))
 
 
 @triton.jit

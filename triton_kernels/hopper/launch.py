@@ -74,7 +74,7 @@ def _new_sums(like: Tensor, parts: int, size: int, grouped: bool, positives: Ten
 
 
 def columns_of_half(columns: int, ring: Ring) -> int:
-    """How many a row of a batch meets where every pair of blocks is visited once, as ``.sums`` has it."""
+    """How many a row of a batch meets, in whole blocks, where every pair of blocks is visited once (``.sums``)."""
     return (cdiv(columns, ring.own) // 2 + 1) * ring.own
 
 

@@ -87,7 +87,8 @@ def consume_sums(
                     positive = gl.where(own_entries(row + diagonal - own_start, column), 0.0, positive)
                 of_positives = signed(scale, gl.sum(positive, 1))
                 if column_positives is not None:
-                    # Few blocks have positives, and registers are short: the columns' wait in memory.
+                    # Few blocks have positives, and registers are short: the columns' sums wait in memory. A thread
+                    # reads back what it wrote: of those that hold an entry the first alone stores it, always the same.
                     more_of_own = signed(scale, gl.sum(positive, 0)) * counts
                     gl.store(of_own, gl.load(of_own, mask=column < last, other=0.0) + more_of_own, mask=column < last)
             gl.store(positives + place, of_positives, mask=row < rows)

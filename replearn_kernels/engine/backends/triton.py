@@ -94,7 +94,7 @@ class TritonBackend(Backend):
             entries = min(max(memory_budget, low), most) // dtype.itemsize
             high = 8192 if entries >= 8192 * 8192 else 4096
         elif is_by_sums(objective, dtype):
-            # Partial sums take 34 or 67 MB. A batch's tiles need no mirror image: their halves are no less work.
+            # Partial sums take 34 or 67 MB, of a batch 34 and with those of positives 67.
             high, entries = 32768 if is_batch else 65536, 2**30
         else:
             # Partial statistics of a tile take 17 MB; merging them, 4 % of the time of its product (modelled).
@@ -129,9 +129,10 @@ class TritonBackend(Backend):
         largest = self._largest_squares(problem, tile)
         update, ring = partial(update_by_sums, self._epilogue, largest=largest), self._ring("sums", tile)
         half = ring and tile.diagonal and inputs.row_group is not None
-        count_product(tile.query, columns_of_half(tile.shape[1], ring) if half else tile.shape[1])
+        met = columns_of_half(tile.shape[1], ring) if half else tile.shape[1]
+        count_product(tile.query, min(met, tile.shape[1]))
         if ring or inputs.row_group is None or column_table is None:
-            ranges = (None, None) if is_small(tile) else self._ranges_of(problem, tile)
+            ranges = self._ranges_of(problem, tile) if ring and not is_small(tile) else (None, None)
             self._partials = update(
                 tile.query, key, inputs, diagonal=diagonal, row_table=row_table, column_table=column_table,
                 ranges=ranges,
