@@ -26,6 +26,7 @@ from bench.harness import DTYPES, Point, Step, implementations
 from bench.report import markdown
 
 STEPS = 3
+TIMED_SECONDS, MOST_TIMED = 0.3, 60  # of short steps, whose times vary most, more than STEPS are timed
 SHOWN = 12  # kernels of a point in profile.md; kernels.csv has all
 
 
@@ -52,7 +53,7 @@ class StepTimes:
 def time_step(step: Step, synchronize) -> tuple[float, float]:
     """Median (host ms, wall ms)."""
     host, wall = [], []
-    for _ in range(STEPS):
+    while len(wall) < STEPS or (len(wall) < MOST_TIMED and sum(wall) < TIMED_SECONDS):
         synchronize()
         start = time.perf_counter()
         result = step()

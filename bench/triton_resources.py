@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -261,7 +262,8 @@ def main(output: Path | None = None, processes: int = 2, missing: bool = False, 
     output = output or (results_of_this_version() if by_version else committed())
     known = {row.case: row for row in load(output)} if missing else {}
     new = [case for case in cases() if case not in known or known[case].source != source_of(case)]
-    with ProcessPoolExecutor(processes) as pool:
+    # A process forked off one in which PyTorch has started threads may wait for them for ever.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         known |= zip(new, pool.map(measure, new))
     rows = [known[case] for case in cases()]
     write(rows, output)

@@ -253,16 +253,17 @@ class TestCompiled:
 
     # (rows, most instructions) of kernels that are held to 128 registers, so that a multiprocessor has room for two
     # programs, which is faster though they spill (configs.py has the times); of kernels in Gluon, nearly all in the
-    # loop of the diagonal's blocks; and how many others spill.
+    # loop of the diagonal's blocks, or where blocks have positives (SupCon's sums); and how many others spill.
     SPILLING: ClassVar = {
-        "triton_resources": ({"sums": (11, 154), "weights": (36, 197), "gluon": (20, 336)}, 0),
-        "triton_3_6_resources": ({"sums": (6, 32), "weights": (28, 461), "gluon": (24, 340)}, 26),
+        "triton_resources": ({"sums": (11, 154), "weights": (35, 197), "gluon": (12, 1747)}, 3),
+        "triton_3_6_resources": ({"sums": (6, 32), "weights": (20, 461), "gluon": (18, 1506)}, 24),
     }
 
     @pytest.mark.parametrize("name", SPILLING)
     def test_table_is_complete_and_clean(self, resources, name):
         """The block sizes are the largest that do not spill under Triton 3.9, but where registers are bounded and in
-        Gluon. Under 3.6 a few others spill, and nothing else is wrong."""
+        Gluon, and of the margin's W on sm_80, by 4 instructions at most. Under 3.6 a few others spill, and nothing else
+        is wrong."""
         rows = resources.load(resources.RESULTS.with_name(f"{name}.csv"))
         assert [row.case for row in rows] == resources.cases()
         problems = [problem for row in rows for problem in row.problems()]
