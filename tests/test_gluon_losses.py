@@ -105,8 +105,6 @@ class TestInterpreter:
 
     def test_tiles_of_a_batch_in_order(self, launched, hopper, monkeypatch):
         """Most blocks have no group in common, as their ranges tell; some groups lie on both sides of a tile's edge."""
-        monkeypatch.setattr(kernel_choice, "is_small", lambda tile: False)
-        monkeypatch.setattr(backend, "is_small", lambda tile: False)
         monkeypatch.setattr(backend.TritonBackend, "tile_shape", staticmethod(lambda *args: (112, 112)))
         x, y, _ = sample(300, 64, torch.bfloat16, "cpu")
         labels = torch.arange(300) // 5
