@@ -14,7 +14,8 @@ test-%: export OMP_WAIT_POLICY = passive
 # The long files of tests/conftest.py come first, not those of many tests.
 PYTEST   = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-suite test-beside test-interpreter test-regression test-rehearsal test-triton-3.6 test-gpu \
+.PHONY: demo test test-suite test-beside test-interpreter test-regression test-rehearsal test-triton-3.6 \
+  test-integrations test-gpu \
   bench install packages clean
 
 install: $(VENV)/.installed
@@ -34,7 +35,7 @@ test: install
 	$(MAKE) -j2 --keep-going test-suite test-beside
 
 test-beside: install
-	$(MAKE) --output-sync=target packages test-triton-3.6 test-interpreter test-regression test-rehearsal
+	$(MAKE) --output-sync=target packages test-integrations test-triton-3.6 test-interpreter test-regression test-rehearsal
 
 test-suite: install
 	$(PYTEST) -n $(WORKERS) -m "not interpreter and not gpu"
@@ -54,7 +55,7 @@ test-rehearsal: install
 TRITON_36 := $(VENV)/triton-3.6
 PYTEST_36  = $(TRITON_36)/bin/python -m pytest -n $(BESIDE)
 
-$(TRITON_36)/.installed: $(VENV)/.installed scripts/setup_triton_venv.sh
+$(TRITON_36)/.installed: $(VENV)/.installed scripts/setup_triton_venv.sh scripts/packages_of.sh
 	bash scripts/setup_triton_venv.sh "$(VENV)" "triton==3.6.*" "$(TRITON_36)"
 	@touch $@
 
@@ -62,6 +63,17 @@ test-triton-3.6: install $(TRITON_36)/.installed
 	$(PYTEST_36) tests/test_triton*.py -m aot -k "not sm_80 and not sm_100"
 	TRITON_INTERPRET=1 $(PYTEST_36) tests/test_triton*.py -m interpreter -k "several_tiles or shipped_blocks"
 	PYTHON="$(TRITON_36)/bin/python" bash bench/gpu_report.sh --dry --stages profile,configs --output build/gpu_dry_3.6
+
+# The losses beside those of other libraries, in whose code they stand.
+INTEGRATIONS := $(VENV)/integrations
+
+$(INTEGRATIONS)/.installed: $(VENV)/.installed requirements-integrations.txt scripts/setup_integrations_venv.sh \
+  scripts/packages_of.sh
+	bash scripts/setup_integrations_venv.sh "$(VENV)" requirements-integrations.txt "$(INTEGRATIONS)"
+	@touch $@
+
+test-integrations: install $(INTEGRATIONS)/.installed
+	$(INTEGRATIONS)/bin/python -m pytest -n $(BESIDE) --dist loadfile tests/integrations
 
 packages: install
 	bash scripts/check_packages.sh "$(BIN)/python"

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import functional as F
 from .engine import validation
 from .engine.plan import DEFAULT_MEMORY_BUDGET
-from .engine.world import SharesGroup, World, telling
+from .engine.world import SharesGroup, World
 from .functional.call import takes_logit_scale
 from .functional.contrastive import refuse_symmetric
 from .functional.cosine import COSINE_BACKENDS
+from .ranks import group_of, with_mean_over_ranks
 from .shown_options import ShowsOptions
 
 DIST_IMPLEMENTATIONS = ("bidir", "shift", "reduce", "gather")
@@ -48,14 +47,7 @@ class _OpenClipLoss(_Loss):
 
     def _group(self):
         """The group of a call: the given one, or with ``world_size > 1`` the default group."""
-        if self.world_size == 1:
-            return self.group
-        if self.group is None and not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError(f"world_size={self.world_size} needs torch.distributed.init_process_group")
-        group = dist.group.WORLD if self.group is None else self.group
-        if self.world_size != dist.get_world_size(group):
-            _refuse_world_size(self.world_size, group)
-        return group
+        return group_of(self.world_size, self.group)
 
     @staticmethod
     def _output(loss: Tensor, output_dict: bool) -> Tensor | dict[str, Tensor]:
@@ -178,7 +170,7 @@ class ClipLoss(_OpenClipLoss):
             image_features, text_features, logit_scale, logit_bias=logit_bias, group=group, **self.options
         )
         if group is not None and not self.local_loss and self.options["reduction"] == "mean":
-            loss = _mean_over_ranks(loss, group).detach() + (loss - loss.detach())  # the mean, to the bit
+            loss = with_mean_over_ranks(loss, group)
         return self._output(loss, output_dict)
 
 
@@ -342,19 +334,3 @@ class CosineSimilarityLoss(ShowsOptions, nn.Module):
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of ``embeddings[N, d]`` with ``labels[N]``."""
         return F.cosine_similarity_loss(embeddings, labels, **self.options)
-
-
-@torch._disable_dynamo
-def _refuse_world_size(given: int, group) -> None:
-    with telling(World.of(group)):
-        raise ValueError(f"world_size must be the group's, {dist.get_world_size(group)}, got {given}")
-
-
-@torch._disable_dynamo
-def _mean_over_ranks(loss: Tensor, group) -> Tensor:
-    world = World.of(group, "ClipLoss")
-    if world is None:
-        return loss
-    world.meet({}, "mean")
-    return world.sum(loss.detach()) / world.size
-

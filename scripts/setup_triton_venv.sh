@@ -7,14 +7,8 @@ venv=$1 triton=$2 other=$3
 "$venv/bin/python" -m venv --without-pip --clear "$other"
 packages=$("$other/bin/python" -c 'import site; print(site.getsitepackages()[0])')
 "$venv/bin/python" -m pip install --quiet --no-deps --target "$packages" "$triton"
-# Behind its own packages, so that its own Triton comes first; with what .pth files there say, so that an editable
-# installation counts.
-"$venv/bin/python" - > "$packages/packages_of_venv.pth" <<'PY'
-import site
-
-for directory in site.getsitepackages() + [site.getusersitepackages()] * bool(site.ENABLE_USER_SITE):
-    print(f"import site; site.addsitedir({directory!r})")
-PY
+# So that its own Triton comes first.
+bash scripts/packages_of.sh "$venv" > "$packages/packages_of_venv.pth"
 "$other/bin/python" - <<'PY'
 import sys
 

@@ -1,0 +1,219 @@
+"""open_clip's losses, computed by this library: the same classes, constructors, values and gradients.
+
+::
+
+    from replearn_kernels.integrations import open_clip
+
+    open_clip.apply()                                      # from here on open_clip.create_loss(args) makes ours
+    loss = open_clip.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
+
+or open_clip's own training script, as it is::
+
+    python -m replearn_kernels.integrations.open_clip --train-data ... --model ViT-B-32
+
+Each class is a subclass of open_clip's, with another ``forward``. Losses are fp32 for half-precision features, where
+open_clip's have the features' dtype. Feature gradients of several processes depend on how open_clip is told to gather
+them, and so they do here (W processes; all before DistributedDataParallel averages them):
+
+=========== ================ =========================================================================================
+local_loss  gather_with_grad the gradient of a rank's features
+=========== ================ =========================================================================================
+any         True             W times that of the mean over all rows
+False       False            that of the mean over all rows: after averaging W times smaller than with gather_with_grad
+True        False            of the own rows' loss, with all that they are compared with held constant
+=========== ================ =========================================================================================
+"""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import functional as F
+from ..engine import validation
+from ..engine.plan import DEFAULT_MEMORY_BUDGET
+from ..pair_losses import soft_target_loss
+from ..ranks import group_of, with_mean_over_ranks
+from .versions import require
+
+require("open_clip_torch", "3.0", "4")
+
+import open_clip  # noqa: E402
+import open_clip.factory  # noqa: E402
+import open_clip.loss as theirs  # noqa: E402
+
+
+class _Fused:
+    """Options of this library beside the arguments of open_clip's constructors, which are taken as they are.
+
+    Args:
+        backend, memory_budget, strategy: as :func:`~replearn_kernels.clip_loss` takes them.
+
+    Raises:
+        NotImplementedError: ``use_horovod``.
+        TypeError, ValueError: an option is not of its type or range.
+    """
+
+    def __init__(self, *args, backend="auto", memory_budget=DEFAULT_MEMORY_BUDGET, strategy="auto", **keywords):
+        super().__init__(*args, **keywords)
+        if getattr(self, "use_horovod", False):
+            raise NotImplementedError("features are exchanged by torch.distributed, got use_horovod=True")
+        self.rank = validation.check_count("rank", self.rank, 0)
+        self.world_size = validation.check_count("world_size", self.world_size, 1)
+        self.options = _checked(backend, memory_budget, strategy)
+
+
+def _checked(backend: str, memory_budget: int, strategy: str) -> dict:
+    validation.check_backend_name(backend)
+    validation.check_strategy(strategy)
+    memory_budget = validation.check_memory_budget(memory_budget)
+    return {"backend": backend, "memory_budget": memory_budget, "strategy": strategy}
+
+
+class ClipLoss(_Fused, theirs.ClipLoss):
+    """:func:`~replearn_kernels.clip_loss` in open_clip's ``ClipLoss``.
+
+    ``logit_bias``, a constant added to every logit, leaves a softmax as it is: its gradient is 0.
+    """
+
+    def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
+        """The loss of ``[N, d]`` with ``[N, d]``, or ``{"contrastive_loss": loss}``; fp32, fp64 for fp64 features."""
+        loss = self._contrastive(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _over_ranks(self, one_way: Callable, both_ways: Callable, *sides: tuple[Tensor, ...]) -> Tensor:
+        """The loss of two sides, each features and what goes with them, as open_clip gathers them.
+
+        Args:
+            one_way: ``one_way(query, key, group)``, the loss of the own queries and all keys.
+            both_ways: ``both_ways(query, key, group)``, the mean of that and of the reverse.
+        """
+        group = group_of(self.world_size)
+        if group is None or self.gather_with_grad:
+            loss = both_ways(*sides, group)
+        elif self.local_loss:
+            image, text = sides
+            loss = (one_way(image, _constant(text), group) + one_way(text, _constant(image), group)) / 2
+        else:
+            image, text = ((_ScaledGradient.apply(features, 1 / self.world_size), *rest) for features, *rest in sides)
+            loss = both_ways(image, text, group)
+        if group is not None and not self.local_loss:
+            loss = with_mean_over_ranks(loss, group)
+        return loss
+
+    def _contrastive(self, image_features, text_features, logit_scale, logit_bias=None) -> Tensor:
+        def one_way(query, key, group):
+            return F.info_nce_loss(*query, *key, logit_scale=logit_scale, group=group, **self.options)
+
+        def both_ways(query, key, group):
+            return F.clip_loss(*query, *key, logit_scale, group=group, **self.options)
+
+        loss = self._over_ranks(one_way, both_ways, (image_features,), (text_features,))
+        if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
+            loss = loss + logit_bias.expand(0).sum(dtype=loss.dtype)  # a softmax does not see it: a gradient of 0
+        return loss
+
+
+def _constant(side: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(features.detach() for features in side)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """Features as they are; their gradient times ``factor``."""
+
+    @staticmethod
+    def forward(ctx, features: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient * ctx.factor, None
+
+
+class CoCaLoss(theirs.CoCaLoss, ClipLoss):
+    """open_clip's ``CoCaLoss`` with our ``ClipLoss`` in it; its caption loss is open_clip's."""
+
+    def __init__(self, *args, backend="auto", memory_budget=DEFAULT_MEMORY_BUDGET, strategy="auto", **keywords):
+        super().__init__(*args, **keywords)
+        self.options = _checked(backend, memory_budget, strategy)
+
+
+class DistillClipLoss(ClipLoss, theirs.DistillClipLoss):
+    """:func:`~replearn_kernels.clip_loss` and :func:`~replearn_kernels.soft_target_loss` in ``DistillClipLoss``.
+
+    The teacher's features and scale get no gradient: compute them under ``torch.no_grad()``, as open_clip does.
+    """
+
+    def forward(
+        self,
+        image_features,
+        text_features,
+        logit_scale,
+        dist_image_features,
+        dist_text_features,
+        dist_logit_scale,
+        output_dict=False,
+    ):
+        """The contrastive loss and that against the teacher's probabilities, as a pair or by their names."""
+
+        def one_way(query, key, group):
+            (query, query_guide), (key, key_guide) = query, key
+            return soft_target_loss(query, key, query_guide, key_guide, **scales, group=group, **self.options)
+
+        def both_ways(query, key, group):
+            (query, query_guide), (key, key_guide) = query, key
+            guides = query_guide, key_guide
+            return soft_target_loss(query, key, *guides, **scales, symmetric=True, group=group, **self.options)
+
+        scales = {"logit_scale": logit_scale, "guide_scale": dist_logit_scale}
+        contrastive = self._contrastive(image_features, text_features, logit_scale)
+        image, text = (image_features, dist_image_features), (text_features, dist_text_features)
+        distill = self._over_ranks(one_way, both_ways, image, text)
+        return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
+
+
+class SigLipLoss(_Fused, theirs.SigLipLoss):
+    """:func:`~replearn_kernels.siglip_loss` in open_clip's ``SigLipLoss``.
+
+    The loss is that of the own images with the texts of all processes, whichever way ``dist_impl`` says.
+    """
+
+    def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict=False):
+        """The loss of ``[N, d]`` with ``[N, d]``, or ``{"contrastive_loss": loss}``; fp32, fp64 for fp64 features."""
+        group = group_of(self.world_size)
+        loss = F.siglip_loss(image_features, text_features, logit_scale, logit_bias, group=group, **self.options)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+_OURS = (ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss)
+_THEIRS = {cls.__name__: getattr(theirs, cls.__name__) for cls in _OURS}
+
+
+def apply() -> None:
+    """Put these classes in the place of open_clip's: what asks open_clip for a loss from here on gets ours.
+
+    So does ``open_clip.create_loss``, which its training script calls. A name that a module has imported from open_clip
+    before stays what it was. :func:`undo` takes it back.
+    """
+    _place({cls.__name__: cls for cls in _OURS})
+
+
+def undo() -> None:
+    """Put open_clip's own classes back."""
+    _place(_THEIRS)
+
+
+def _place(classes: dict[str, type]) -> None:
+    for module in (open_clip, theirs, open_clip.factory):
+        for name, cls in classes.items():
+            if hasattr(module, name):
+                setattr(module, name, cls)
+
+
+if __name__ == "__main__":
+    apply()
+    runpy.run_module("open_clip_train.main", run_name="__main__", alter_sys=True)
