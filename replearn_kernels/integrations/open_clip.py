@@ -27,6 +27,7 @@ True        False            of the own rows' loss, with all that they are compa
 from __future__ import annotations
 
 import runpy
+import sys
 from collections.abc import Callable
 
 import torch
@@ -39,10 +40,8 @@ from ..pair_losses import soft_target_loss
 from ..ranks import group_of, with_mean_over_ranks
 from .versions import require
 
-require("open_clip_torch", "3.0", "4")
+require("open_clip_torch", "3.0", "5")
 
-import open_clip  # noqa: E402
-import open_clip.factory  # noqa: E402
 import open_clip.loss as theirs  # noqa: E402
 
 
@@ -196,21 +195,22 @@ _THEIRS = {cls.__name__: getattr(theirs, cls.__name__) for cls in _OURS}
 def apply() -> None:
     """Put these classes in the place of open_clip's: what asks open_clip for a loss from here on gets ours.
 
-    So does ``open_clip.create_loss``, which its training script calls. A name that a module has imported from open_clip
-    before stays what it was. :func:`undo` takes it back.
+    So do the modules of open_clip and of its training script that have imported them, ``open_clip.create_loss`` among
+    them. A name that another module has imported before stays what it was. :func:`undo` takes it back.
     """
-    _place({cls.__name__: cls for cls in _OURS})
+    _replace(_THEIRS, {cls.__name__: cls for cls in _OURS})
 
 
 def undo() -> None:
     """Put open_clip's own classes back."""
-    _place(_THEIRS)
+    _replace({cls.__name__: cls for cls in _OURS}, _THEIRS)
 
 
-def _place(classes: dict[str, type]) -> None:
-    for module in (open_clip, theirs, open_clip.factory):
-        for name, cls in classes.items():
-            if hasattr(module, name):
+def _replace(present: dict[str, type], other: dict[str, type]) -> None:
+    modules = [module for name, module in sys.modules.items() if name.split(".")[0] in ("open_clip", "open_clip_train")]
+    for module in modules:
+        for name, cls in other.items():
+            if getattr(module, name, None) is present[name]:
                 setattr(module, name, cls)
 
 
