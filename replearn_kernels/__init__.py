@@ -47,6 +47,7 @@ from .pair_losses import (
     hard_negative_loss,
     multi_positive_clip_loss,
     multi_similarity_loss,
+    pair_logsumexp,
     sampled_softmax_loss,
     soft_target_loss,
 )
@@ -98,6 +99,7 @@ __all__ = [
     "multi_similarity_loss",
     "n_pair_loss",
     "nt_xent_loss",
+    "pair_logsumexp",
     "sampled_softmax_loss",
     "siglip_loss",
     "soft_target_loss",

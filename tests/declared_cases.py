@@ -100,6 +100,14 @@ def multi_similarity(x, y, labels, scale, alpha=2.0, beta=50.0, base=0.5):
     return _rows(x, losses), len(x)
 
 
+def log_sum_exp(x, y, labels, scale, counts, hardness=0.0):
+    logits, losses = scale * (x @ y.t()), []
+    for i in range(len(x)):
+        own = logits[i, counts(labels == labels[i])]
+        losses.append((own + hardness * own.detach()).exp().sum().log())
+    return _rows(x, losses), len(x)
+
+
 def hard_negatives(x, y, labels, scale, beta=1.0, tau_plus=0.0):
     """The loss of the authors' code: of exponentials, with the clamp that it has for debiasing alone."""
     losses = []
@@ -383,6 +391,17 @@ CASES = {
     "gist, negatives": Case(
         lambda *inputs, **k: _call_gist(*inputs, negatives=True, **k),
         lambda *inputs: gist(*inputs, negatives=True), True,
+    ),
+    "log_sum_exp": Case(
+        lambda x, y, labels, scale, **k: rk.pair_logsumexp(x, y, logit_scale=scale, **{"reduction": "mean", **k}),
+        lambda *inputs: log_sum_exp(*inputs, counts=lambda same: same | ~same), True,
+    ),
+    "log_sum_exp, by hardness": Case(
+        lambda x, y, labels, scale, **k: rk.pair_logsumexp(
+            x, y, over="same", query_group=labels, key_group=labels, logit_scale=scale, hardness=0.3,
+            **{"reduction": "mean", **k},
+        ),
+        lambda *inputs: log_sum_exp(*inputs, counts=lambda same: same, hardness=0.3), True,
     ),
     "toy clip": Case(_of_pairs(Clip()), _clip, True),
     "toy siglip": Case(_of_pairs(SigLip()), _siglip, True),

@@ -36,6 +36,7 @@ from replearn_kernels import (
     multi_similarity_loss,
     n_pair_loss,
     nt_xent_loss,
+    pair_logsumexp,
     sampled_softmax_loss,
     siglip_loss,
     soft_target_loss,
@@ -174,6 +175,13 @@ LOSSES = {
     ),
     "soft_target_symmetric": lambda b, **k: soft_target_loss(
         b.x, b.y, b.own.detach()[:, 0], b.own.detach()[:, 1], logit_scale=b.scale, symmetric=True, **k
+    ),
+    "log_sum_exp_of_others": lambda b, **k: pair_logsumexp(
+        b.x, b.y, over="other", query_group=b.labels, key_group=b.labels, logit_scale=b.scale, hardness=0.3,
+        **{"reduction": "mean", **k},
+    ),
+    "log_sum_exp": lambda b, **k: pair_logsumexp(
+        b.x, b.x, logit_scale=b.scale, **{"reduction": "mean", **k}
     ),
     "gist": lambda b, **k: gist_loss(
         b.x, b.y, b.own.detach()[:, 0], b.own.detach()[:, 1], logit_scale=b.scale, **k

@@ -34,6 +34,7 @@ from replearn_kernels import (
     multi_similarity_loss,
     n_pair_loss,
     nt_xent_loss,
+    pair_logsumexp,
     sampled_softmax_loss,
     siglip_loss,
     soft_target_loss,
@@ -73,6 +74,9 @@ LOSSES = {
     "soft_target": lambda x, y, labels, s: soft_target_loss(
         x, y, y.detach(), x.detach(), logit_scale=s, guide_scale=3.0, symmetric=True, memory_budget=BUDGET
     ),
+    "log_sum_exp": lambda x, y, labels, s: pair_logsumexp(
+        x, y, over="other", query_group=labels, key_group=labels, logit_scale=s, hardness=0.3, memory_budget=BUDGET
+    ).square().mean(),
     "gist": lambda x, y, labels, s: gist_loss(
         x, y, y.detach(), x.detach(), logit_scale=s, margin=0.1, memory_budget=BUDGET
     ),

@@ -27,7 +27,6 @@ True        False            of the own rows' loss, with all that they are compa
 from __future__ import annotations
 
 import runpy
-import sys
 from collections.abc import Callable
 
 import torch
@@ -38,6 +37,8 @@ from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..pair_losses import soft_target_loss
 from ..ranks import group_of, with_mean_over_ranks
+from .options import TakesOptions, checked_options
+from .replacing import Replacement
 from .versions import require
 
 require("open_clip_torch", "3.0", "5")
@@ -45,31 +46,20 @@ require("open_clip_torch", "3.0", "5")
 import open_clip.loss as theirs  # noqa: E402
 
 
-class _Fused:
-    """Options of this library beside the arguments of open_clip's constructors, which are taken as they are.
-
-    Args:
-        backend, memory_budget, strategy: as :func:`~replearn_kernels.clip_loss` takes them.
+class _Fused(TakesOptions):
+    """What is checked of the arguments that all of open_clip's losses take.
 
     Raises:
         NotImplementedError: ``use_horovod``.
-        TypeError, ValueError: an option is not of its type or range.
+        TypeError, ValueError: ``rank``, ``world_size`` or an option is not of its type or range.
     """
 
-    def __init__(self, *args, backend="auto", memory_budget=DEFAULT_MEMORY_BUDGET, strategy="auto", **keywords):
+    def __init__(self, *args, **keywords):
         super().__init__(*args, **keywords)
         if getattr(self, "use_horovod", False):
             raise NotImplementedError("features are exchanged by torch.distributed, got use_horovod=True")
         self.rank = validation.check_count("rank", self.rank, 0)
         self.world_size = validation.check_count("world_size", self.world_size, 1)
-        self.options = _checked(backend, memory_budget, strategy)
-
-
-def _checked(backend: str, memory_budget: int, strategy: str) -> dict:
-    validation.check_backend_name(backend)
-    validation.check_strategy(strategy)
-    memory_budget = validation.check_memory_budget(memory_budget)
-    return {"backend": backend, "memory_budget": memory_budget, "strategy": strategy}
 
 
 class ClipLoss(_Fused, theirs.ClipLoss):
@@ -138,7 +128,7 @@ class CoCaLoss(theirs.CoCaLoss, ClipLoss):
 
     def __init__(self, *args, backend="auto", memory_budget=DEFAULT_MEMORY_BUDGET, strategy="auto", **keywords):
         super().__init__(*args, **keywords)
-        self.options = _checked(backend, memory_budget, strategy)
+        self.options = checked_options(backend, memory_budget, strategy)
 
 
 class DistillClipLoss(ClipLoss, theirs.DistillClipLoss):
@@ -188,8 +178,7 @@ class SigLipLoss(_Fused, theirs.SigLipLoss):
         return {"contrastive_loss": loss} if output_dict else loss
 
 
-_OURS = (ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss)
-_THEIRS = {cls.__name__: getattr(theirs, cls.__name__) for cls in _OURS}
+_classes = Replacement(("open_clip", "open_clip_train"), theirs, (ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss))
 
 
 def apply() -> None:
@@ -198,20 +187,12 @@ def apply() -> None:
     So do the modules of open_clip and of its training script that have imported them, ``open_clip.create_loss`` among
     them. A name that another module has imported before stays what it was. :func:`undo` takes it back.
     """
-    _replace(_THEIRS, {cls.__name__: cls for cls in _OURS})
+    _classes.apply()
 
 
 def undo() -> None:
     """Put open_clip's own classes back."""
-    _replace({cls.__name__: cls for cls in _OURS}, _THEIRS)
-
-
-def _replace(present: dict[str, type], other: dict[str, type]) -> None:
-    modules = [module for name, module in sys.modules.items() if name.split(".")[0] in ("open_clip", "open_clip_train")]
-    for module in modules:
-        for name, cls in other.items():
-            if getattr(module, name, None) is present[name]:
-                setattr(module, name, cls)
+    _classes.undo()
 
 
 if __name__ == "__main__":

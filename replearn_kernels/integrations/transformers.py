@@ -26,9 +26,9 @@ from types import MethodType
 from torch import Tensor
 
 from .. import functional as F
-from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..engine.world import World
+from .options import checked_options
 from .versions import require
 
 require("transformers", "5.0", "6")
@@ -111,7 +111,7 @@ def apply_to_clip(
     def loss(kind: _Model, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
         return F.clip_loss(text, image, logit_scale, label_smoothing=kind.label_smoothing, **options)
 
-    options = _checked(backend, memory_budget, group, strategy)
+    options = _options(backend, memory_budget, group, strategy)
     return _apply(model, CLIP_MODELS, loss)
 
 
@@ -131,16 +131,13 @@ def apply_to_siglip(
     def loss(kind: _Model, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
         return F.siglip_loss(text, image, logit_scale, logit_bias, **options)
 
-    options = _checked(backend, memory_budget, group, strategy)
+    options = _options(backend, memory_budget, group, strategy)
     return _apply(model, SIGLIP_MODELS, loss)
 
 
-def _checked(backend: str, memory_budget: int, group, strategy: str) -> dict:
-    validation.check_backend_name(backend)
-    validation.check_strategy(strategy)
+def _options(backend: str, memory_budget: int, group, strategy: str) -> dict:
     World.of(group)
-    memory_budget = validation.check_memory_budget(memory_budget)
-    return {"backend": backend, "memory_budget": memory_budget, "group": group, "strategy": strategy}
+    return {"group": group, **checked_options(backend, memory_budget, strategy)}
 
 
 def _apply(model: PreTrainedModel, kinds: dict[str, _Model], loss: Callable) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..functional.call import check_pair, in_group, takes_logit_scale
 from ..functional.rows import unit_rows
 from ..losses import _Loss
+from .log_sum_exp import PairLogSumExp
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,6 @@ class SymmetricSoftTargets(PairLoss):
 
     def loss(self, row, column):
         return (row.all - row.by_row + column.all - column.by_column) / 2
-
-
-@dataclass(frozen=True)
-class LogTotal(PairLoss):
-    """The logarithm of the sum of a row's exponentials."""
-
-    scaled = True
-
-    def terms(self, logit, pair):
-        return {"all": logsumexp(logit)}
-
-    def loss(self, row):
-        return row.all
 
 
 @takes_logit_scale
@@ -159,7 +147,7 @@ def _soft_target_loss_total(
     *guides, scale = _checked_teacher(query, key, query_guide, key_guide, guide_scale, normalize)
     with torch.no_grad():
         return pair_loss(
-            LogTotal(), *(reversed(guides) if of_columns else guides), logit_scale=scale, reduction="none",
+            PairLogSumExp(), *(reversed(guides) if of_columns else guides), logit_scale=scale, reduction="none",
             normalize=False, backend=backend, memory_budget=memory_budget, group=group, strategy=strategy,
         )  # fmt: skip
 

@@ -16,7 +16,7 @@ from replearn_kernels.integrations import open_clip as ours
 
 import open_clip  # isort: skip
 
-THEIRS = ours._THEIRS
+OURS, THEIRS = ours._classes.ours, ours._classes.theirs
 EXACT = dict(rtol=1e-11, atol=1e-13)
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 
@@ -71,9 +71,6 @@ def loss_and_gradients(classes: dict, name: str, batch: Batch, **options) -> lis
     loss = call(batch, classes[cls](**arguments, **options), *leaves)
     loss.backward()
     return [loss.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
-
-
-OURS = {cls.__name__: cls for cls in ours._OURS}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
