@@ -173,7 +173,7 @@ def gist(x, y, labels, scale, negatives=False):
     if negatives:
         scores.append((a @ F.normalize(guides_of(labels, x.shape[1])[1], dim=1).t(), ga @ gp.flip(1).t()))
     for i in range(len(x)):
-        limit = own[i] * 0.95 if negatives else own[i] - 0.05
+        limit = own[i] - 0.05 * (own[i].abs() if negatives else 1)
         kept = [
             similarity[i, j] * scale
             for kind, (similarity, guide) in enumerate(scores)

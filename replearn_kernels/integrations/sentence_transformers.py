@@ -16,6 +16,8 @@ All other losses stay theirs. (CoSENT and AnglE compare numbers, not rows, and n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,15 +27,16 @@ from ..engine.problem import statistics_dtype
 from ..engine.world import World
 from ..functional.rows import unit_rows
 from ..functional.supervised import own_samples
-from ..pair_losses import pair_logsumexp
+from ..pair_losses import gist_loss, pair_logsumexp
 from .options import TakesOptions
 from .replacing import Replacement
 from .versions import require
 
 require("sentence-transformers", "6.0", "7")
 
+from sentence_transformers.base.losses.merged_forward import embed_columns  # noqa: E402
 from sentence_transformers.sentence_transformer import losses as theirs  # noqa: E402
-from sentence_transformers.util import cos_sim, dot_score  # noqa: E402
+from sentence_transformers.util import batch_to_device, cos_sim, dot_score  # noqa: E402
 
 
 class MultipleNegativesRankingLoss(TakesOptions, theirs.MultipleNegativesRankingLoss):
@@ -65,10 +68,7 @@ class CachedMultipleNegativesRankingLoss(TakesOptions, theirs.CachedMultipleNega
     ) -> Tensor:
         """The loss of the columns' embeddings, in parts ``[n, d]``; with its gradients in them, where asked."""
         loss = _ranking_loss(self, [torch.cat(parts) for parts in reps])
-        if with_backward:
-            loss.backward()
-            loss = loss.detach()
-        return loss
+        return _with_gradients(loss) if with_backward else loss
 
 
 def _ranking_loss(settings, embeddings: list[Tensor]) -> Tensor:
@@ -80,8 +80,7 @@ def _ranking_loss(settings, embeddings: list[Tensor]) -> Tensor:
         query, *documents = map(unit_rows, embeddings)
     elif settings.similarity_fct is not dot_score:
         raise NotImplementedError(f"similarity_fct must be cos_sim or dot_score, got {settings.similarity_fct!r}")
-    gathers = settings.gather_across_devices and dist.is_available() and dist.is_initialized()
-    options = {"logit_scale": settings.scale, "group": dist.group.WORLD if gathers else None, **settings.options}
+    options = {"logit_scale": settings.scale, "group": _group(settings), **settings.options}
     directions = set(settings.directions)
     has_hardness = settings.hardness_mode is not None and settings.hardness_strength > 0
     if not has_hardness and (len(directions) == 1 or settings.partition_mode == "per_direction"):
@@ -120,6 +119,93 @@ def _loss_of_parts(settings, query: Tensor, documents: list[Tensor], options: di
         of_query, of_document = torch.cat(parts, 1), torch.cat([logit, others(positive, query)], 1)
         log_total = (of_query.logsumexp(1) + of_document.logsumexp(1)) / 2
     return (log_total - logit[:, 0]).mean()
+
+
+class GISTEmbedLoss(TakesOptions, theirs.GISTEmbedLoss):
+    """:func:`~replearn_kernels.gist_loss` with sentence-transformers' guide model.
+
+    A row is never its own negative. (There it is one, among anchors and positives, where the guide has the cosine 1 for
+    a pair and the margin is 0 or less.)
+
+    Raises:
+        TypeError, ValueError: an option is not of its type or range.
+        NotImplementedError: ``gather_across_devices`` with ``contrast_anchors``, which there compares the anchors of
+            one process: ``gist_loss(group=...)`` compares those of all.
+    """
+
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        _check_gathering(self)
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """The loss of tokenised anchors, positives and maybe negatives."""
+        features = list(sentence_features)
+        if len(features) not in (2, 3):
+            raise ValueError(f"sentence_features must be anchors, positives and maybe negatives, got {len(features)}")
+        of_guide = [dict(column) for column in features]  # modules write their results into them
+        embeddings = embed_columns(self.model, features)
+        with torch.no_grad():
+            if self.must_retokenize:
+                of_guide = [self._tokenised_for_guide(column) for column in features]
+            guides = embed_columns(self.guide, of_guide)
+        return _gist_loss(self, embeddings, guides)
+
+    def _tokenised_for_guide(self, column: dict[str, Tensor]) -> dict[str, Tensor]:
+        ids = column["input_ids"]
+        if "cu_seq_lens_q" in column:  # texts one after the other in one row
+            lengths = column["cu_seq_lens_q"].diff().tolist()
+            ids = [text.tolist() for text in ids[0].split(lengths)]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return batch_to_device(self.guide.preprocess(texts), self.guide.device)
+
+
+class CachedGISTEmbedLoss(TakesOptions, theirs.CachedGISTEmbedLoss):
+    """The same with sentence-transformers' gradient cache, and any number of hard negatives.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :class:`GISTEmbedLoss`.
+    """
+
+    def __init__(self, *args, **keywords):
+        super().__init__(*args, **keywords)
+        _check_gathering(self)
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], reps_guided: list[list[Tensor]], *, with_backward: bool = False
+    ) -> Tensor:
+        """The loss of the columns' embeddings, in parts ``[n, d]``; with its gradients in them, where asked."""
+        loss = _gist_loss(self, *([torch.cat(parts) for parts in columns] for columns in (reps, reps_guided)))
+        return _with_gradients(loss) if with_backward else loss
+
+
+def _check_gathering(settings) -> None:
+    if settings.gather_across_devices and settings.contrast_anchors:
+        raise NotImplementedError(
+            "gather_across_devices=True takes contrast_anchors=False: anchors of one process alone are not compared "
+            "here; replearn_kernels.gist_loss(group=...) compares those of all"
+        )
+
+
+def _gist_loss(settings, embeddings: list[Tensor], guides: list[Tensor]) -> Tensor:
+    (anchor, positive, *negatives), (anchor_guide, positive_guide, *negative_guides) = embeddings, guides
+    given = dict(negative=torch.cat(negatives), negative_guide=torch.cat(negative_guides)) if negatives else {}
+    return gist_loss(
+        anchor, positive, anchor_guide, positive_guide, **given, margin=settings.margin,
+        relative_margin=settings.margin_strategy == "relative", contrast_anchors=settings.contrast_anchors,
+        contrast_positives=settings.contrast_positives, logit_scale=1 / settings.temperature,
+        group=_group(settings), **settings.options,
+    )  # fmt: skip
+
+
+def _group(settings):
+    """All processes, where a loss gathers across them and there are several."""
+    gathers = settings.gather_across_devices and dist.is_available() and dist.is_initialized()
+    return dist.group.WORLD if gathers else None
+
+
+def _with_gradients(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss.detach()
 
 
 class _TripletLoss(TakesOptions):
@@ -198,8 +284,8 @@ def _labels_of(loss, labels: Tensor, embeddings: Tensor) -> Tensor:
 _classes = Replacement(
     ("sentence_transformers",), theirs,
     (
-        MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss, BatchHardTripletLoss, BatchAllTripletLoss,
-        BatchSemiHardTripletLoss,
+        MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss, GISTEmbedLoss, CachedGISTEmbedLoss,
+        BatchHardTripletLoss, BatchAllTripletLoss, BatchSemiHardTripletLoss,
     ),
 )  # fmt: skip
 

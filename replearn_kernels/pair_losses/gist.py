@@ -90,7 +90,7 @@ def gist_loss(
     Anchor i is compared with all positives and negatives, and with the other anchors; positive i with the other
     positives. Who is nearer in the guide's features than anchor i and its positive are, is no negative. With cosines
     ``s``, the guide's cosines ``g`` and the threshold ``t_i = g(anchor_i, positive_i) - margin`` (with
-    ``relative_margin`` ``(1 - margin) g``), and sums over all pairs (u, v) of these kinds with ``g(u, v) <= t_i``:
+    ``relative_margin`` ``g - margin |g|``), and sums over all pairs (u, v) of these kinds with ``g(u, v) <= t_i``:
 
         L_i = log(exp(z_i) + sum exp(logit_scale * s(u, v))) - z_i        z_i = logit_scale * s(anchor_i, positive_i)
 
@@ -172,7 +172,7 @@ class _Given(NamedTuple):
         validation.check_finite("margin", margin, dtype)
         cosine = (guides[0].to(dtype) * guides[1].to(dtype)).sum(1)
         relative = validation.check_flag("relative_margin", relative_margin)
-        threshold = cosine * (1 - margin) if relative else cosine - margin
+        threshold = cosine - (margin * cosine.abs() if relative else margin)
         alike = 2.0**-43 if dtype == torch.float64 else 2.0**-20  # what another order of the same sum may add
         return cls(anchor, positive, negative, guides, threshold + alike)
 

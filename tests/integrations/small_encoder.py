@@ -10,10 +10,12 @@ from transformers import BertConfig, BertModel, BertTokenizer
 WORDS = [f"word{i}" for i in range(40)]
 
 
-def small_encoder(directory, dtype: torch.dtype = torch.float64) -> SentenceTransformer:
+def small_encoder(
+    directory, dtype: torch.dtype = torch.float64, seed: int = 0, words: list[str] = WORDS
+) -> SentenceTransformer:
     """Without dropout, in ``directory``: two calls give the same."""
-    torch.manual_seed(0)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    torch.manual_seed(seed)
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     (directory / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizer(str(directory / "vocab.txt")).save_pretrained(directory)
     config = BertConfig(
@@ -21,8 +23,12 @@ def small_encoder(directory, dtype: torch.dtype = torch.float64) -> SentenceTran
         max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     BertModel(config).save_pretrained(directory)
-    encoder = Transformer(str(directory))
-    return SentenceTransformer(modules=[encoder, Pooling(24)], device="cpu").to(dtype)
+    return load_encoder(directory, dtype)
+
+
+def load_encoder(directory, dtype: torch.dtype = torch.float64) -> SentenceTransformer:
+    """What :func:`small_encoder` has made there; in a process of a group, too, of which only the first writes files."""
+    return SentenceTransformer(modules=[Transformer(str(directory)), Pooling(24)], device="cpu").to(dtype)
 
 
 def sentences(count: int, seed: int) -> list[str]:

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from sentence_transformers.sentence_transformer.losses import BatchHardTripletLossDistanceFunction as Distance
 from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from sentence_transformers.util import cos_sim, dot_score, euclidean_sim
-from small_encoder import sentences, small_encoder
+from small_encoder import WORDS, load_encoder, sentences, small_encoder
 from training import assert_same_training
 
 from replearn_kernels.integrations import sentence_transformers as ours
@@ -33,6 +33,11 @@ def _undone():
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     return small_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    return small_encoder(tmp_path_factory.mktemp("guide"), seed=5)
 
 
 def columns(n: int, count: int, dtype=torch.float64, seed: int = 0) -> list[torch.Tensor]:
@@ -159,6 +164,39 @@ def test_gradient_cache(encoder, way):
         torch.testing.assert_close(cached(OURS, encoder, **way)(features, None), value, **EXACT)
 
 
+def guided(classes: dict, name: str, encoder, guide, **options):
+    cache = dict(mini_batch_size=4) if name.startswith("Cached") else {}
+    return classes[name](encoder, guide, **cache, **options)
+
+
+GIST = ["GISTEmbedLoss", "CachedGISTEmbedLoss"]
+
+
+@pytest.mark.parametrize("name", GIST)
+def test_gist(encoder, guide, name):
+    contrasts = [dict(contrast_anchors=a, contrast_positives=p) for a in (True, False) for p in (True, False)]
+    margins = [dict(), dict(margin=0.1), dict(margin=0.2, margin_strategy="relative"), dict(temperature=0.1)]
+    for contrast, margin, count in itertools.product(contrasts, margins, (2, 3)):
+        results = [
+            through_the_encoder(guided(classes, name, encoder, guide, **contrast, **margin), encoder, count)
+            for classes in (OURS, THEIRS)
+        ]
+        torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=0)
+        for parameter, gradient in results[0][1].items():
+            torch.testing.assert_close(gradient, results[1][1][parameter], rtol=1e-7, atol=1e-9)
+
+
+def test_gist_with_another_vocabulary(encoder, tmp_path):
+    """The guide reads the texts with its own tokenizer."""
+    guide = small_encoder(tmp_path, seed=5, words=WORDS[::-1])
+    losses = [classes["GISTEmbedLoss"](encoder, guide) for classes in (OURS, THEIRS)]
+    assert all(loss.must_retokenize for loss in losses)
+    (value, _), (expected, _) = (through_the_encoder(loss, encoder) for loss in losses)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=0)
+    same, _ = through_the_encoder(OURS["GISTEmbedLoss"](encoder, encoder), encoder)
+    assert (same - value).abs() > 1e-3
+
+
 def test_settings_can_be_changed(encoder):
     loss, theirs = cached(OURS, encoder), cached(THEIRS, encoder)
     for one in (loss, theirs):
@@ -225,6 +263,31 @@ def test_several_processes(world_size, tmp_path):
                 assert_same(*([torch.as_tensor(value) for value in side] for side in (results, expected)))
 
 
+def gist_on_one_rank(rank: int, directory) -> list:
+    """Documents of every process; anchors of one alone are not compared."""
+    encoder, guide = load_encoder(directory / "encoder"), load_encoder(directory / "guide")
+    results = []
+    for classes, name in itertools.product((OURS, THEIRS), GIST):
+        loss = guided(classes, name, encoder, guide, gather_across_devices=True, contrast_anchors=False, margin=0.1)
+        encoder.zero_grad()
+        value = loss([encoder.preprocess(sentences(5, 10 * rank + column)) for column in range(3)], None)
+        value.backward()
+        results.append([value.detach().numpy(), *(p.grad.numpy() for p in encoder.parameters() if p.grad is not None)])
+    return results
+
+
+@needs_gloo
+def test_gist_in_two_processes(tmp_path):
+    for seed, name in enumerate(("encoder", "guide")):
+        (tmp_path / name).mkdir()
+        small_encoder(tmp_path / name, seed=seed)
+    with Ranks(2, tmp_path) as ranks:
+        for plain, cached_one, expected, expected_cached in ranks.run(gist_on_one_rank, tmp_path):
+            for a, b in ((plain, expected), (cached_one, expected_cached)):
+                tensors = [[torch.as_tensor(value) for value in side] for side in (a, b)]
+                assert_same(*tensors, rtol=1e-7, atol=1e-9)
+
+
 def test_bad_input(encoder):
     embeddings = columns(5, 2)
     with pytest.raises(NotImplementedError, match="similarity_fct must be cos_sim or dot_score"):
@@ -237,6 +300,11 @@ def test_bad_input(encoder):
     for name in TRIPLETS:
         with pytest.raises(ValueError, match=f"{name} needs 5 labels, one per row"):
             OURS[name](None).compute_loss_from_embeddings(embeddings[:1], torch.arange(4))
+    for name in GIST:
+        with pytest.raises(NotImplementedError, match="gather_across_devices=True takes contrast_anchors=False"):
+            guided(OURS, name, encoder, encoder, gather_across_devices=True)
+    with pytest.raises(ValueError, match="got 4"):
+        OURS["GISTEmbedLoss"](encoder, encoder)([{}] * 4, None)
     with pytest.raises(ValueError, match="backend"):
         OURS[RANKING](None, backend="cuda")
     with pytest.raises(ValueError, match="partition_mode"):  # theirs
