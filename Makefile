@@ -15,8 +15,8 @@ test-%: export OMP_WAIT_POLICY = passive
 PYTEST   = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-suite test-beside test-interpreter test-regression test-rehearsal test-triton-3.6 \
-  test-integrations test-gpu \
-  bench install packages clean
+  test-integrations test-gpu bench bench-integrations \
+  install packages clean
 
 install: $(VENV)/.installed
 
@@ -74,6 +74,11 @@ $(INTEGRATIONS)/.installed: $(VENV)/.installed requirements-integrations.txt scr
 
 test-integrations: install $(INTEGRATIONS)/.installed
 	$(INTEGRATIONS)/bin/python -m pytest -n $(BESIDE) --dist loadfile tests/integrations
+
+# Where torchvision's operators do not load, open_clip can be imported all the same (tests/integrations).
+bench-integrations: install $(INTEGRATIONS)/.installed
+	PYTHONPATH=tests/integrations $(INTEGRATIONS)/bin/python -c "import without_torchvision_operators, bench.integrations; \
+	  bench.integrations.main()" --output bench/local_results/integrations.csv
 
 packages: install
 	bash scripts/check_packages.sh "$(BIN)/python"

@@ -73,41 +73,38 @@ class ClipLoss(_Fused, theirs.ClipLoss):
         loss = self._contrastive(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _over_ranks(self, one_way: Callable, both_ways: Callable, *sides: tuple[Tensor, ...]) -> Tensor:
-        """The loss of two sides, each features and what goes with them, as open_clip gathers them.
+    def _contrastive(self, image_features, text_features, logit_scale, logit_bias=None) -> Tensor:
+        if self.world_size == 1:
+            return F.clip_loss(image_features, text_features, logit_scale, logit_bias=logit_bias, **self.options)
+
+        def loss(query, key, **how):
+            return F.info_nce_loss(*query, *key, logit_scale=logit_scale, **how, **self.options)
+
+        value = self._over_ranks(loss, [image_features], [text_features])
+        if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
+            value = value + logit_bias.expand(0).sum(dtype=value.dtype)  # a softmax does not see it: a gradient of 0
+        return value
+
+    def _over_ranks(self, loss: Callable, image: list[Tensor], text: list[Tensor]) -> Tensor:
+        """``loss(query, key, symmetric=, group=)`` of all ranks' images and texts, as open_clip gathers them.
 
         Args:
-            one_way: ``one_way(query, key, group)``, the loss of the own queries and all keys.
-            both_ways: ``both_ways(query, key, group)``, the mean of that and of the reverse.
+            image, text: features, and what goes with them.
         """
         group = group_of(self.world_size)
         if group is None or self.gather_with_grad:
-            loss = both_ways(*sides, group)
+            value = loss(image, text, symmetric=True, group=group)
         elif self.local_loss:
-            image, text = sides
-            loss = (one_way(image, _constant(text), group) + one_way(text, _constant(image), group)) / 2
+            of_image = loss(image, _constant(text), symmetric=False, group=group)
+            value = (of_image + loss(text, _constant(image), symmetric=False, group=group)) / 2
         else:
-            image, text = ((_ScaledGradient.apply(features, 1 / self.world_size), *rest) for features, *rest in sides)
-            loss = both_ways(image, text, group)
-        if group is not None and not self.local_loss:
-            loss = with_mean_over_ranks(loss, group)
-        return loss
-
-    def _contrastive(self, image_features, text_features, logit_scale, logit_bias=None) -> Tensor:
-        def one_way(query, key, group):
-            return F.info_nce_loss(*query, *key, logit_scale=logit_scale, group=group, **self.options)
-
-        def both_ways(query, key, group):
-            return F.clip_loss(*query, *key, logit_scale, group=group, **self.options)
-
-        loss = self._over_ranks(one_way, both_ways, (image_features,), (text_features,))
-        if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
-            loss = loss + logit_bias.expand(0).sum(dtype=loss.dtype)  # a softmax does not see it: a gradient of 0
-        return loss
+            image, text = ([_ScaledGradient.apply(first, 1 / self.world_size), *rest] for first, *rest in (image, text))
+            value = loss(image, text, symmetric=True, group=group)
+        return value if group is None or self.local_loss else with_mean_over_ranks(value, group)
 
 
-def _constant(side: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(features.detach() for features in side)
+def _constant(side: list[Tensor]) -> list[Tensor]:
+    return [features.detach() for features in side]
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -149,19 +146,13 @@ class DistillClipLoss(ClipLoss, theirs.DistillClipLoss):
     ):
         """The contrastive loss and that against the teacher's probabilities, as a pair or by their names."""
 
-        def one_way(query, key, group):
+        def loss(query, key, **how):
             (query, query_guide), (key, key_guide) = query, key
-            return soft_target_loss(query, key, query_guide, key_guide, **scales, group=group, **self.options)
+            scales = {"logit_scale": logit_scale, "guide_scale": dist_logit_scale}
+            return soft_target_loss(query, key, query_guide, key_guide, **scales, **how, **self.options)
 
-        def both_ways(query, key, group):
-            (query, query_guide), (key, key_guide) = query, key
-            guides = query_guide, key_guide
-            return soft_target_loss(query, key, *guides, **scales, symmetric=True, group=group, **self.options)
-
-        scales = {"logit_scale": logit_scale, "guide_scale": dist_logit_scale}
         contrastive = self._contrastive(image_features, text_features, logit_scale)
-        image, text = (image_features, dist_image_features), (text_features, dist_text_features)
-        distill = self._over_ranks(one_way, both_ways, image, text)
+        distill = self._over_ranks(loss, [image_features, dist_image_features], [text_features, dist_text_features])
         return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
 
 

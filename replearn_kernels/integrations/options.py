@@ -28,6 +28,8 @@ class TakesOptions:
         TypeError, ValueError: an option is not of its type or range.
     """
 
+    options = {"backend": "auto", "memory_budget": DEFAULT_MEMORY_BUDGET, "strategy": "auto"}
+
     def __init__(self, *args, backend="auto", memory_budget=DEFAULT_MEMORY_BUDGET, strategy="auto", **keywords):
         super().__init__(*args, **keywords)
         self.options = checked_options(backend, memory_budget, strategy)
