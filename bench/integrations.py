@@ -1,7 +1,7 @@
-"""What the classes of replearn_kernels.integrations take beside our functions and the other libraries' own classes.
+"""The time of replearn_kernels.integrations' classes beside that of our functions and of the libraries' own classes.
 
-`make bench-integrations`: forward and backward of fp32 features on this machine's CPU, in rounds in which all three take
-turns.
+`make bench-integrations`: forward and backward of fp32 features on this machine's CPU, in rounds in which all three
+take turns.
 """
 
 from __future__ import annotations
@@ -42,12 +42,16 @@ class Entry(NamedTuple):
 
 def entries() -> dict[str, Entry]:
     """By name; imported here, as the libraries are in no other environment."""
-    from replearn_kernels.integrations import open_clip, sentence_transformers
+    from replearn_kernels.integrations import open_clip, pytorch_metric_learning, sentence_transformers
 
     scale, bias = torch.tensor(14.3, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
 
     def in_open_clip(name, *given):
-        return lambda classes: lambda x, y, loss=classes[name](): loss(x, y, *given)
+        def make(classes):
+            loss = classes[name]()
+            return lambda x, y: loss(x, y, *given)
+
+        return make
 
     def in_sentence_transformers(name, **options):
         def make(classes):
@@ -60,6 +64,16 @@ def entries() -> dict[str, Entry]:
         loss = classes["BatchHardTripletLoss"](None)
         return lambda x, y: loss.compute_loss_from_embeddings([x], torch.arange(len(x)) // 8)
 
+    def in_metric_learning(classes):
+        loss = classes["NTXentLoss"](temperature=0.07)
+
+        def call(x, y):
+            labels = torch.arange(len(x))
+            return loss(x, labels, ref_emb=y, ref_labels=labels.clone())
+
+        return call
+
+    metric_learning = "pytorch-metric-learning", vars(pytorch_metric_learning._classes[0])
     clip = "open_clip_torch", vars(open_clip._classes)
     ranking = "sentence-transformers", vars(sentence_transformers._classes)
     every_direction = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -79,6 +93,10 @@ def entries() -> dict[str, Entry]:
         "BatchHardTripletLoss": Entry(
             *ranking, triplets,
             lambda x, y: rk.triplet_margin_loss(x, torch.arange(len(x)) // 8, margin=5.0, mining="batch_hard"),
+        ),
+        "NTXentLoss against references": Entry(
+            *metric_learning, in_metric_learning,
+            lambda x, y: rk.info_nce_loss(x, y, logit_scale=1 / 0.07, normalize=True),
         ),
     }  # fmt: skip
 

@@ -1,0 +1,389 @@
+"""pytorch-metric-learning's losses and miners, computed by this library: the same classes, reducers and values.
+
+::
+
+    from replearn_kernels.integrations import pytorch_metric_learning
+
+    pytorch_metric_learning.apply()              # pytorch_metric_learning.losses and .miners have ours from here on
+    loss = pytorch_metric_learning.NTXentLoss(temperature=0.07)
+    loss(embeddings, labels, ref_emb=reference, ref_labels=reference_labels).backward()
+
+Each is a subclass of theirs with its constructor: ``reducer``, ``distance``, ``embedding_regularizer``,
+``SelfSupervisedLoss``, ``MultipleLosses`` and the like take it as they take theirs; ``backend``, ``memory_budget`` and
+``strategy`` are ours. What cannot be computed without the matrix of all pairs, above all pairs that a miner has chosen,
+is left to their code, and a warning says so once for each class and reason.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .. import functional as F
+from ..functional.rows import unit_rows
+from ..mining import mine_triplets
+from ..pair_losses import pair_logsumexp
+from ..pair_losses.circle import Circle
+from ..pair_losses.multi_similarity import MultiSimilarity
+from .labelled_pairs import (
+    CircleOfReferences,
+    Hinges,
+    HingesOfReferences,
+    HingesOfSimilarities,
+    LabelledPairs,
+    Lifted,
+    LiftedOfReferences,
+    LiftedOfSimilarities,
+    MultiSimilarityOfReferences,
+    Negatives,
+    NegativesOfSimilarities,
+    SupConOfReferences,
+)
+from .options import TakesOptions
+from .replacing import Replacement
+from .versions import require
+
+require("pytorch-metric-learning", "2.4", "3")
+
+from pytorch_metric_learning import losses as their_losses  # noqa: E402
+from pytorch_metric_learning import miners as their_miners  # noqa: E402
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance  # noqa: E402
+from pytorch_metric_learning.reducers import (  # noqa: E402
+    AvgNonZeroReducer,
+    MeanReducer,
+    MultipleReducers,
+    SumReducer,
+)
+from pytorch_metric_learning.utils import common_functions, loss_and_miner_utils  # noqa: E402
+
+
+class _Fused(TakesOptions):
+    """A loss of theirs with another ``compute_loss`` where that can do without the matrix.
+
+    Raises:
+        TypeError, ValueError: an option is not of its type or range.
+    """
+
+    distances: tuple[type, ...] = (CosineSimilarity, DotProductSimilarity)
+    needs_both = False  # without a positive pair, or without a negative one, the loss is 0
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        """What pytorch-metric-learning's reducers take."""
+        common_functions.labels_or_indices_tuple_required(labels, indices_tuple)
+        own = ref_emb is embeddings
+        if why := self._why_theirs(indices_tuple, own, ref_labels is labels):
+            _tell(self, why)
+            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        pairs = LabelledPairs(embeddings, labels, ref_emb, ref_labels, self.distance.normalize_embeddings)
+        if max(pairs.counts) <= 1 or (self.needs_both and min(pairs.counts) == 0):  # theirs has 0 for one of each, too
+            return self.zero_losses()
+        return self._fused(pairs)
+
+    def _why_theirs(self, indices_tuple, own: bool, same_labels: bool) -> str | None:
+        """What of a call there is no fused loss for."""
+        if indices_tuple is not None:
+            return "an indices_tuple"
+        if own != same_labels:
+            return "one tensor of labels for embeddings and references"
+        return _why_not(self.distance, self.distances, own)
+
+    def _fused(self, pairs: LabelledPairs) -> dict:
+        raise NotImplementedError
+
+
+_told: set[str] = set()
+
+
+def _tell(module, why: str) -> None:
+    """Once for each class and reason."""
+    text = f"{type(module).__name__} with {why} is computed by pytorch-metric-learning, which forms the matrix of pairs"
+    if text not in _told:
+        _told.add(text)
+        warnings.warn(text, stacklevel=5)
+
+
+def _why_not(distance, kinds: tuple[type, ...], own: bool) -> str | None:
+    """What of a distance there is no fused loss for."""
+    if type(distance) not in kinds:
+        return f"the distance {type(distance).__name__}"
+    if distance.p != 2 or distance.power != 1:
+        return f"p={distance.p} and power={distance.power} of a distance"
+    if type(distance) is LpDistance and not own:
+        return "distances to references"
+    return None
+
+
+def _elements(losses: Tensor) -> dict:
+    """One for each row."""
+    rows = torch.arange(len(losses), device=losses.device)
+    return {"loss": {"losses": losses, "indices": rows, "reduction_type": "element"}}
+
+
+def _of_positives(losses: Tensor, pairs: LabelledPairs) -> dict:
+    return {"loss": {"losses": losses, "indices": pairs.positives, "reduction_type": "pos_pair"}}
+
+
+def _reduced(**losses: Tensor) -> dict:
+    done = {"indices": None, "reduction_type": "already_reduced"}
+    return {name: {"losses": loss, **done} for name, loss in losses.items()}
+
+
+def _reduction(reducer) -> str | None:
+    """Ours, if it is one of those that need no list of losses."""
+    known = {AvgNonZeroReducer: "mean_nonzero", MeanReducer: "mean", SumReducer: "sum"}
+    return known.get(type(reducer))
+
+
+class NTXentLoss(_Fused, their_losses.NTXentLoss):
+    """Every positive pair against the row's negatives; memory grows with the number of positive pairs."""
+
+    needs_both = True
+
+    def _fused(self, pairs: LabelledPairs) -> dict:
+        row, column = pairs.positives
+        scale = 1 / self.temperature
+        negatives = pair_logsumexp(
+            pairs.rows, pairs.columns, over="other", logit_scale=scale, **pairs.groups, **self.options
+        )
+        positive = scale * (pairs.rows[row].to(negatives.dtype) * pairs.columns[column]).sum(1)
+        return _of_positives(-logsigmoid(positive - negatives[row]), pairs)
+
+
+class SupConLoss(_Fused, their_losses.SupConLoss):
+    """:func:`~replearn_kernels.sup_con_loss`, also against references."""
+
+    needs_both = True
+
+    def _fused(self, pairs: LabelledPairs) -> dict:
+        if pairs.own:
+            how = {"temperature": self.temperature, "reduction": "none", "normalize": False, **self.options}
+            return _elements(F.sup_con_loss(pairs.rows, pairs.labels, **how))
+        return _elements(pairs.losses(None, SupConOfReferences(), self.options, logit_scale=1 / self.temperature))
+
+
+class CircleLoss(_Fused, their_losses.CircleLoss):
+    """:func:`~replearn_kernels.circle_loss`, also against references."""
+
+    def _fused(self, pairs: LabelledPairs) -> dict:
+        kinds = (kind(float(self.m), float(self.gamma)) for kind in (Circle, CircleOfReferences))
+        return _elements(pairs.losses(*kinds, self.options))
+
+
+class MultiSimilarityLoss(_Fused, their_losses.MultiSimilarityLoss):
+    """:func:`~replearn_kernels.multi_similarity_loss`, also against references."""
+
+    def _fused(self, pairs: LabelledPairs) -> dict:
+        given = float(self.alpha), float(self.beta), float(self.base)
+        kinds = (kind(*given) for kind in (MultiSimilarity, MultiSimilarityOfReferences))
+        return _elements(pairs.losses(*kinds, self.options))
+
+
+class ContrastiveLoss(_Fused, their_losses.ContrastiveLoss):
+    """Hinges of positive pairs and of negative ones, each with a mean of its own.
+
+    Fused with reducers that need no list of pairs: ``AvgNonZeroReducer``, the default, ``MeanReducer`` and
+    ``SumReducer``.
+    """
+
+    distances = (LpDistance, CosineSimilarity, DotProductSimilarity)
+
+    def _why_theirs(self, *given) -> str | None:
+        known = isinstance(self.reducer, MultipleReducers) and all(map(_reduction, self.reducer.reducers.values()))
+        return super()._why_theirs(*given) or (None if known else "this reducer")
+
+    def _fused(self, pairs: LabelledPairs) -> dict:
+        of_batch = Hinges if type(self.distance) is LpDistance else HingesOfSimilarities
+        losses = {}
+        for name, side, margin in (("pos_loss", "same", self.pos_margin), ("neg_loss", "other", self.neg_margin)):
+            reduction = _reduction(self.reducer.reducers[name])
+            given = side, reduction == "mean_nonzero", float(margin)
+            reduction = "sum" if reduction == "sum" else "mean"
+            losses[name] = pairs.losses(of_batch(*given), HingesOfReferences(*given), self.options, reduction=reduction)
+        return _reduced(**losses)
+
+
+class LiftedStructureLoss(_Fused, their_losses.LiftedStructureLoss):
+    """Every positive pair against the negatives of both its rows; memory grows with the number of positive pairs."""
+
+    distances = (LpDistance, CosineSimilarity, DotProductSimilarity)
+    needs_both = True
+
+    def _why_theirs(self, indices_tuple, own: bool, same_labels: bool) -> str | None:
+        return super()._why_theirs(indices_tuple, own, same_labels) or (None if own else "references")
+
+    def _fused(self, pairs: LabelledPairs) -> dict:
+        by_distance = type(self.distance) is LpDistance
+        kind = Negatives if by_distance else NegativesOfSimilarities
+        negatives = pairs.losses(kind(float(self.neg_margin)), None, self.options)
+        row, column = pairs.positives
+        one, other = pairs.rows[row].to(negatives.dtype), pairs.rows[column].to(negatives.dtype)
+        if by_distance:
+            positive = torch.linalg.vector_norm(one - other, dim=1) - self.pos_margin
+        else:
+            positive = self.pos_margin - (one * other).sum(1)
+        soft_maximum = torch.logaddexp(negatives[row], negatives[column])
+        return _of_positives((soft_maximum + positive).relu().square() / 2, pairs)
+
+
+class GeneralizedLiftedStructureLoss(_Fused, their_losses.GeneralizedLiftedStructureLoss):
+    """The soft maxima of a row's positive pairs and of its negative ones."""
+
+    distances = (LpDistance, CosineSimilarity, DotProductSimilarity)
+
+    def _fused(self, pairs: LabelledPairs) -> dict:
+        given = float(self.pos_margin), float(self.neg_margin)
+        of_batch = Lifted if type(self.distance) is LpDistance else LiftedOfSimilarities
+        return _elements(pairs.losses(of_batch(*given), LiftedOfReferences(*given), self.options))
+
+
+class TripletMarginLoss(_Fused, their_losses.TripletMarginLoss):
+    """All triplets of a batch, without a list of them, or those that a miner has chosen.
+
+    All of them with ``AvgNonZeroReducer`` (the default), ``MeanReducer`` or ``SumReducer``; chosen ones with any.
+    """
+
+    distances = (LpDistance, CosineSimilarity)
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        """What pytorch-metric-learning's reducers take."""
+        chosen = indices_tuple is not None and len(indices_tuple) == 3 and ref_emb is embeddings
+        if not chosen or self._why_not_fused() or _why_not(self.distance, self.distances, own=True):
+            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        if len(indices_tuple[0]) == 0:
+            return self.zero_losses()
+        losses = self._loss(embeddings, triplets=tuple(indices_tuple), reduction="none")
+        return {"loss": {"losses": losses, "indices": indices_tuple, "reduction_type": "triplet"}}
+
+    def _why_not_fused(self) -> str | None:
+        return next((name for name in ("swap", "smooth_loss") if getattr(self, name)), None)
+
+    def _why_theirs(self, indices_tuple, own: bool, same_labels: bool) -> str | None:
+        why = super()._why_theirs(indices_tuple, own, same_labels) or self._why_not_fused()
+        if not (why or own):
+            return "references"
+        if not why and self.triplets_per_anchor != "all":
+            return "triplets_per_anchor"
+        return why or (None if _reduction(self.reducer) else "this reducer")
+
+    def _fused(self, pairs: LabelledPairs) -> dict:
+        reduction = _reduction(self.reducer)
+        return _reduced(loss=self._loss(pairs.rows, pairs.labels, mining="batch_all", reduction=reduction))
+
+    def _loss(self, rows: Tensor, labels: Tensor | None = None, **how) -> Tensor:
+        distance = "euclidean" if type(self.distance) is LpDistance else "cosine"
+        how = {"normalize": self.distance.normalize_embeddings, **how, **self.options}
+        return F.triplet_margin_loss(rows, labels, margin=self.margin, distance=distance, **how)
+
+
+class _Classifier(TakesOptions):
+    """A loss of rows and the weights of classes; what a miner has chosen weights the rows, as there."""
+
+    def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
+        """What pytorch-metric-learning's reducers take."""
+        if self.collect_stats:
+            _tell(self, "collect_stats")
+            return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+        common_functions.labels_required(labels)
+        common_functions.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
+        self.cast_types(embeddings.dtype, embeddings.device)
+        how = {name: self.options[name] for name in ("backend", "memory_budget")}
+        how |= {"margin": float(self.margin), "scale": float(self.scale), "reduction": "none"}
+        losses = self._loss(embeddings, self.W.t(), labels, **how)
+        weights = loss_and_miner_utils.convert_to_weights(indices_tuple, labels, dtype=embeddings.dtype)
+        found = _elements(losses * weights)
+        self.add_weight_regularization_to_loss_dict(found, self.W.t())
+        return found
+
+
+class ArcFaceLoss(_Classifier, their_losses.ArcFaceLoss):
+    """:func:`~replearn_kernels.arcface_loss`; ``margin`` in degrees, the weight ``[d, C]``, as there."""
+
+    _loss = staticmethod(F.arcface_loss)
+
+
+class CosFaceLoss(_Classifier, their_losses.CosFaceLoss):
+    """:func:`~replearn_kernels.cosface_loss`; the weight ``[d, C]``, as there."""
+
+    _loss = staticmethod(F.cosface_loss)
+
+
+class _Miner:
+    """A miner of theirs with another ``mine`` where that can do without the matrix.
+
+    Args:
+        backend: as :func:`~replearn_kernels.mine_triplets` takes it.
+    """
+
+    def __init__(self, *args, backend: str = "auto", **keywords):
+        super().__init__(*args, **keywords)
+        self.backend = backend
+
+    def mine(self, embeddings, labels, ref_emb, ref_labels):
+        """Triplets of rows by their numbers."""
+        own = ref_emb is embeddings
+        why = self._why_theirs() or _why_not(self.distance, (LpDistance, CosineSimilarity), own)
+        if why := why or (None if own else "references"):
+            _tell(self, why)
+            return super().mine(embeddings, labels, ref_emb, ref_labels)
+        how = {"distance": "cosine", "backend": self.backend}
+        if type(self.distance) is LpDistance:
+            how["distance"] = "euclidean"
+            embeddings = unit_rows(embeddings) if self.distance.normalize_embeddings else embeddings
+        return self._mined(embeddings, labels, how)
+
+    def _why_theirs(self) -> str | None:
+        return "collect_stats" if self.collect_stats else None
+
+
+class BatchHardMiner(_Miner, their_miners.BatchHardMiner):
+    """Every anchor's farthest positive and nearest negative."""
+
+    def _why_theirs(self) -> str | None:
+        ranges = self.allowed_pos_range is not None or self.allowed_neg_range is not None
+        return super()._why_theirs() or ("a range of distances" if ranges else None)
+
+    def _mined(self, rows: Tensor, labels: Tensor, how: dict) -> tuple[Tensor, Tensor, Tensor]:
+        return mine_triplets(rows, labels, mining="batch_hard", **how)
+
+
+class TripletMarginMiner(_Miner, their_miners.TripletMarginMiner):
+    """All triplets within a margin, the hard ones of them, or the semi-hard ones."""
+
+    _modes = {"all": "batch_all", "hard": "batch_all_hard", "semihard": "batch_all_semi_hard"}
+
+    def _why_theirs(self) -> str | None:
+        easy = self.type_of_triplets not in self._modes
+        return super()._why_theirs() or ("easy triplets" if easy else "a negative margin" if self.margin < 0 else None)
+
+    def _mined(self, rows: Tensor, labels: Tensor, how: dict) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        # Theirs takes what is at the margin, too.
+        beyond = torch.tensor(float(self.margin), dtype=dtype).nextafter(torch.tensor(torch.inf, dtype=dtype)).item()
+        return mine_triplets(rows, labels, mining=self._modes[self.type_of_triplets], margin=beyond, **how)
+
+
+_classes = [
+    Replacement(("pytorch_metric_learning",), their_losses, (
+        ArcFaceLoss, CircleLoss, ContrastiveLoss, CosFaceLoss, GeneralizedLiftedStructureLoss, LiftedStructureLoss,
+        MultiSimilarityLoss, NTXentLoss, SupConLoss, TripletMarginLoss,
+    )),
+    Replacement(("pytorch_metric_learning",), their_miners, (BatchHardMiner, TripletMarginMiner)),
+]  # fmt: skip
+
+
+def apply() -> None:
+    """Put these classes in the place of pytorch-metric-learning's, in its ``losses`` and ``miners``.
+
+    A name that a module of another package has imported before stays what it was. :func:`undo` takes it back.
+    """
+    for classes in _classes:
+        classes.apply()
+
+
+def undo() -> None:
+    """Put pytorch-metric-learning's own classes back."""
+    for classes in _classes:
+        classes.undo()
