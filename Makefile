@@ -79,6 +79,7 @@ test-integrations: install $(INTEGRATIONS)/.installed
 bench-integrations: install $(INTEGRATIONS)/.installed
 	PYTHONPATH=tests/integrations $(INTEGRATIONS)/bin/python -c "import without_torchvision_operators, bench.integrations; \
 	  bench.integrations.main()" --output bench/local_results/integrations.csv
+	$(INTEGRATIONS)/bin/python -m bench.integrations_memory --output bench/local_results/integrations_memory.csv
 
 packages: install
 	bash scripts/check_packages.sh "$(BIN)/python"
