@@ -1,4 +1,4 @@
-"""What open_clip's ``world_size`` means: the group of a call, and the value that all of its ranks report."""
+"""What other libraries say of several processes: the group that is meant, and the value that its ranks report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .engine.world import World, telling
 
 
 def group_of(world_size: int, group=None):
-    """The group of a call: ``group``, or with ``world_size > 1`` and no other torch.distributed's default group.
+    """The group of a call with open_clip's arguments: ``group``, or else, if ``world_size > 1``, the default group.
 
     Raises:
         RuntimeError: ``world_size > 1`` without torch.distributed's default group.
@@ -24,6 +24,11 @@ def group_of(world_size: int, group=None):
     if world_size != dist.get_world_size(group):
         _refuse_world_size(world_size, group)
     return group
+
+
+def default_group(gathers: bool):
+    """torch.distributed's default group if a loss gathers features and there is one; else None."""
+    return dist.group.WORLD if gathers and dist.is_available() and dist.is_initialized() else None
 
 
 def with_mean_over_ranks(loss: Tensor, group) -> Tensor:

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import functional as F
@@ -28,6 +27,7 @@ from ..engine.world import World
 from ..functional.rows import unit_rows
 from ..functional.supervised import own_samples
 from ..pair_losses import gist_loss, pair_logsumexp
+from ..ranks import default_group
 from .options import TakesOptions
 from .replacing import Replacement
 from .versions import require
@@ -80,7 +80,8 @@ def _ranking_loss(settings, embeddings: list[Tensor]) -> Tensor:
         query, *documents = map(unit_rows, embeddings)
     elif settings.similarity_fct is not dot_score:
         raise NotImplementedError(f"similarity_fct must be cos_sim or dot_score, got {settings.similarity_fct!r}")
-    options = {"logit_scale": settings.scale, "group": _group(settings), **settings.options}
+    group = default_group(settings.gather_across_devices)
+    options = {"logit_scale": settings.scale, "group": group, **settings.options}
     directions = set(settings.directions)
     has_hardness = settings.hardness_mode is not None and settings.hardness_strength > 0
     if not has_hardness and (len(directions) == 1 or settings.partition_mode == "per_direction"):
@@ -193,14 +194,8 @@ def _gist_loss(settings, embeddings: list[Tensor], guides: list[Tensor]) -> Tens
         anchor, positive, anchor_guide, positive_guide, **given, margin=settings.margin,
         relative_margin=settings.margin_strategy == "relative", contrast_anchors=settings.contrast_anchors,
         contrast_positives=settings.contrast_positives, logit_scale=1 / settings.temperature,
-        group=_group(settings), **settings.options,
+        group=default_group(settings.gather_across_devices), **settings.options,
     )  # fmt: skip
-
-
-def _group(settings):
-    """All processes, where a loss gathers across them and there are several."""
-    gathers = settings.gather_across_devices and dist.is_available() and dist.is_initialized()
-    return dist.group.WORLD if gathers else None
 
 
 def _with_gradients(loss: Tensor) -> Tensor:
