@@ -138,6 +138,12 @@ class NegativesOfSimilarities(Negatives):
     similarity, sign = "product", -1
 
 
+def as_integers(labels: Tensor) -> Tensor:
+    """Labels as integers: others by their rank among the values that occur, so that equal ones stay equal."""
+    is_integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    return labels if is_integer else labels.unique(return_inverse=True)[1]
+
+
 class LabelledPairs:
     """Rows and columns, each with labels. ``own``: they are the same, and no row is compared with itself.
 
@@ -149,7 +155,11 @@ class LabelledPairs:
 
     def __init__(self, rows: Tensor, labels: Tensor, references: Tensor, ref_labels: Tensor, normalize: bool):
         self.own = references is rows
-        self.labels, self.ref_labels = labels, ref_labels
+        if self.own:
+            self.labels = self.ref_labels = as_integers(labels)
+        else:
+            together = as_integers(torch.cat([labels, ref_labels]))
+            self.labels, self.ref_labels = together.split([len(labels), len(ref_labels)])
         self.rows = unit_rows(rows) if normalize else rows
         if self.own:
             self.columns = self.rows

@@ -54,6 +54,8 @@ class _Fused(TakesOptions):
         TypeError, ValueError: ``rank``, ``world_size`` or an option is not of its type or range.
     """
 
+    not_called = ("get_ground_truth", "get_logits", "_loss", "dist_loss")
+
     def __init__(self, *args, **keywords):
         super().__init__(*args, **keywords)
         if getattr(self, "use_horovod", False):
@@ -145,6 +147,13 @@ class DistillClipLoss(ClipLoss, theirs.DistillClipLoss):
         output_dict=False,
     ):
         """The contrastive loss and that against the teacher's probabilities, as a pair or by their names."""
+        given = dict(
+            dist_image_features=dist_image_features, dist_text_features=dist_text_features,
+            dist_logit_scale=dist_logit_scale,
+        )  # fmt: skip
+        for name, value in given.items():
+            if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+                raise ValueError(f"{name} requires a gradient, which the teacher does not get: pass {name}.detach()")
 
         def loss(query, key, **how):
             (query, query_guide), (key, key_guide) = query, key

@@ -18,8 +18,31 @@ def checked_options(backend: str, memory_budget: int, strategy: str) -> dict:
     return {"backend": backend, "memory_budget": memory_budget, "strategy": strategy}
 
 
-class TakesOptions:
-    """Comes before another library's class among the bases of ours: its constructor's arguments, and three of ours.
+class TakesPlace:
+    """Comes before another library's class among the bases of ours, which has another ``entry`` than theirs.
+
+    The methods of theirs that the entry does not call are in ``not_called``: a subclass that replaces one of them, and
+    not the entry, would be told nothing by the values. So it is a TypeError where it is defined.
+    """
+
+    entry = "forward"
+    not_called: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        base = next(one for one in cls.__mro__ if one.__module__.startswith(__package__))
+        if base is cls or getattr(cls, cls.entry) is not getattr(base, cls.entry):
+            return
+        for name in cls.not_called:
+            if getattr(cls, name, None) is not getattr(base, name, None):
+                raise TypeError(
+                    f"{cls.__name__} replaces {name}, which {base.__module__}.{base.__name__} does not call: let it be "
+                    "a subclass of the other library's own class, as it is without apply()"
+                )
+
+
+class TakesOptions(TakesPlace):
+    """The same for a loss: the constructor takes its arguments as they are, and three of ours.
 
     Args:
         backend, memory_budget, strategy: as :func:`~replearn_kernels.clip_loss` takes them; in ``self.options``.

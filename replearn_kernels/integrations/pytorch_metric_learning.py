@@ -41,8 +41,9 @@ from .labelled_pairs import (
     Negatives,
     NegativesOfSimilarities,
     SupConOfReferences,
+    as_integers,
 )
-from .options import TakesOptions
+from .options import TakesOptions, TakesPlace
 from .replacing import Replacement
 from .versions import require
 
@@ -67,14 +68,18 @@ class _Fused(TakesOptions):
         TypeError, ValueError: an option is not of its type or range.
     """
 
+    entry = "compute_loss"
+    not_called = ("_compute_loss", "mat_based_loss", "pair_based_loss", "get_per_pair_loss", "pos_calc", "neg_calc")
     distances: tuple[type, ...] = (CosineSimilarity, DotProductSimilarity)
     needs_both = False  # without a positive pair, or without a negative one, the loss is 0
+    numbers: tuple[str, ...] = ()  # what is a constant of the kernels
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         """What pytorch-metric-learning's reducers take."""
         common_functions.labels_or_indices_tuple_required(labels, indices_tuple)
         own = ref_emb is embeddings
-        if why := self._why_theirs(indices_tuple, own, ref_labels is labels):
+        why = self._why_theirs(indices_tuple, own, ref_labels is None or ref_labels is labels)
+        if why := why or _statistics(self, self.distance, self.reducer) or _tensor(self, self.numbers):
             _tell(self, why)
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         pairs = LabelledPairs(embeddings, labels, ref_emb, ref_labels, self.distance.normalize_embeddings)
@@ -88,6 +93,8 @@ class _Fused(TakesOptions):
             return "an indices_tuple"
         if own != same_labels:
             return "one tensor of labels for embeddings and references"
+        if getattr(self, "temperature", 1) <= 0:
+            return "a temperature that is not positive"
         return _why_not(self.distance, self.distances, own)
 
     def _fused(self, pairs: LabelledPairs) -> dict:
@@ -103,6 +110,17 @@ def _tell(module, why: str) -> None:
     if text not in _told:
         _told.add(text)
         warnings.warn(text, stacklevel=5)
+
+
+def _statistics(*modules) -> str | None:
+    """Whether any of them, or of a loss's reducers, collects some: what is fused has none."""
+    parts = [part for module in modules for part in module.modules()]
+    return "collect_stats" if any(getattr(part, "collect_stats", False) for part in parts) else None
+
+
+def _tensor(loss, names: tuple[str, ...]) -> str | None:
+    """Which of a loss's numbers is a tensor, which may have to get a gradient."""
+    return next((f"a tensor for {name}" for name in names if isinstance(getattr(loss, name), Tensor)), None)
 
 
 def _why_not(distance, kinds: tuple[type, ...], own: bool) -> str | None:
@@ -131,10 +149,29 @@ def _reduced(**losses: Tensor) -> dict:
     return {name: {"losses": loss, **done} for name, loss in losses.items()}
 
 
-def _reduction(reducer) -> str | None:
-    """Ours, if it is one of those that need no list of losses."""
+def _reducer(loss, name: str):
+    """The reducer of one of a loss's parts."""
+    if not isinstance(loss.reducer, MultipleReducers):
+        return loss.reducer
+    return loss.reducer.reducers[name] if name in loss.reducer.reducers else loss.reducer.default_reducer
+
+
+def _reduction(loss, name: str) -> str | None:
+    """Our name of it, if it is a reducer that needs no list of losses."""
     known = {AvgNonZeroReducer: "mean_nonzero", MeanReducer: "mean", SumReducer: "sum"}
-    return known.get(type(reducer))
+    return known.get(type(_reducer(loss, name)))
+
+
+def _lists(loss, *names: str) -> str | None:
+    """Which reducer needs a list of losses."""
+    kinds = [type(_reducer(loss, name)).__name__ for name in names if _reduction(loss, name) is None]
+    return f"the reducer {kinds[0]}" if kinds else None
+
+
+def _above_rounding(losses: Tensor) -> Tensor:
+    """Theirs are logarithms of rounded probabilities: 0 below half a unit in the last place of 1, where some reducers
+    count them."""
+    return torch.where(losses > torch.finfo(losses.dtype).eps / 2, losses, losses * 0)
 
 
 class NTXentLoss(_Fused, their_losses.NTXentLoss):
@@ -149,7 +186,7 @@ class NTXentLoss(_Fused, their_losses.NTXentLoss):
             pairs.rows, pairs.columns, over="other", logit_scale=scale, **pairs.groups, **self.options
         )
         positive = scale * (pairs.rows[row].to(negatives.dtype) * pairs.columns[column]).sum(1)
-        return _of_positives(-logsigmoid(positive - negatives[row]), pairs)
+        return _of_positives(_above_rounding(-logsigmoid(positive - negatives[row])), pairs)
 
 
 class SupConLoss(_Fused, their_losses.SupConLoss):
@@ -160,12 +197,16 @@ class SupConLoss(_Fused, their_losses.SupConLoss):
     def _fused(self, pairs: LabelledPairs) -> dict:
         if pairs.own:
             how = {"temperature": self.temperature, "reduction": "none", "normalize": False, **self.options}
-            return _elements(F.sup_con_loss(pairs.rows, pairs.labels, **how))
-        return _elements(pairs.losses(None, SupConOfReferences(), self.options, logit_scale=1 / self.temperature))
+            losses = F.sup_con_loss(pairs.rows, pairs.labels, **how)
+        else:
+            losses = pairs.losses(None, SupConOfReferences(), self.options, logit_scale=1 / self.temperature)
+        return _elements(_above_rounding(losses))
 
 
 class CircleLoss(_Fused, their_losses.CircleLoss):
     """:func:`~replearn_kernels.circle_loss`, also against references."""
+
+    numbers = ("m", "gamma")
 
     def _fused(self, pairs: LabelledPairs) -> dict:
         kinds = (kind(float(self.m), float(self.gamma)) for kind in (Circle, CircleOfReferences))
@@ -174,6 +215,8 @@ class CircleLoss(_Fused, their_losses.CircleLoss):
 
 class MultiSimilarityLoss(_Fused, their_losses.MultiSimilarityLoss):
     """:func:`~replearn_kernels.multi_similarity_loss`, also against references."""
+
+    numbers = ("alpha", "beta", "base")
 
     def _fused(self, pairs: LabelledPairs) -> dict:
         given = float(self.alpha), float(self.beta), float(self.base)
@@ -190,15 +233,16 @@ class ContrastiveLoss(_Fused, their_losses.ContrastiveLoss):
 
     distances = (LpDistance, CosineSimilarity, DotProductSimilarity)
 
+    numbers = ("pos_margin", "neg_margin")
+
     def _why_theirs(self, *given) -> str | None:
-        known = isinstance(self.reducer, MultipleReducers) and all(map(_reduction, self.reducer.reducers.values()))
-        return super()._why_theirs(*given) or (None if known else "this reducer")
+        return super()._why_theirs(*given) or _lists(self, "pos_loss", "neg_loss")
 
     def _fused(self, pairs: LabelledPairs) -> dict:
         of_batch = Hinges if type(self.distance) is LpDistance else HingesOfSimilarities
         losses = {}
         for name, side, margin in (("pos_loss", "same", self.pos_margin), ("neg_loss", "other", self.neg_margin)):
-            reduction = _reduction(self.reducer.reducers[name])
+            reduction = _reduction(self, name)
             given = side, reduction == "mean_nonzero", float(margin)
             reduction = "sum" if reduction == "sum" else "mean"
             losses[name] = pairs.losses(of_batch(*given), HingesOfReferences(*given), self.options, reduction=reduction)
@@ -209,6 +253,7 @@ class LiftedStructureLoss(_Fused, their_losses.LiftedStructureLoss):
     """Every positive pair against the negatives of both its rows; memory grows with the number of positive pairs."""
 
     distances = (LpDistance, CosineSimilarity, DotProductSimilarity)
+    numbers = ("pos_margin", "neg_margin")
     needs_both = True
 
     def _why_theirs(self, indices_tuple, own: bool, same_labels: bool) -> str | None:
@@ -232,6 +277,7 @@ class GeneralizedLiftedStructureLoss(_Fused, their_losses.GeneralizedLiftedStruc
     """The soft maxima of a row's positive pairs and of its negative ones."""
 
     distances = (LpDistance, CosineSimilarity, DotProductSimilarity)
+    numbers = ("pos_margin", "neg_margin")
 
     def _fused(self, pairs: LabelledPairs) -> dict:
         given = float(self.pos_margin), float(self.neg_margin)
@@ -247,10 +293,13 @@ class TripletMarginLoss(_Fused, their_losses.TripletMarginLoss):
 
     distances = (LpDistance, CosineSimilarity)
 
+    numbers = ("margin",)
+
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         """What pytorch-metric-learning's reducers take."""
-        chosen = indices_tuple is not None and len(indices_tuple) == 3 and ref_emb is embeddings
-        if not chosen or self._why_not_fused() or _why_not(self.distance, self.distances, own=True):
+        chosen = ref_emb is embeddings and _are_triplets(indices_tuple)
+        why = _why_not(self.distance, self.distances, own=True) or _statistics(self, self.distance, self.reducer)
+        if not chosen or why or self._why_not_fused():
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if len(indices_tuple[0]) == 0:
             return self.zero_losses()
@@ -258,7 +307,9 @@ class TripletMarginLoss(_Fused, their_losses.TripletMarginLoss):
         return {"loss": {"losses": losses, "indices": indices_tuple, "reduction_type": "triplet"}}
 
     def _why_not_fused(self) -> str | None:
-        return next((name for name in ("swap", "smooth_loss") if getattr(self, name)), None)
+        why = next((name for name in ("swap", "smooth_loss") if getattr(self, name)), None)
+        why = why or _tensor(self, self.numbers)
+        return why or (None if self.margin >= 0 else "a negative margin")
 
     def _why_theirs(self, indices_tuple, own: bool, same_labels: bool) -> str | None:
         why = super()._why_theirs(indices_tuple, own, same_labels) or self._why_not_fused()
@@ -266,10 +317,10 @@ class TripletMarginLoss(_Fused, their_losses.TripletMarginLoss):
             return "references"
         if not why and self.triplets_per_anchor != "all":
             return "triplets_per_anchor"
-        return why or (None if _reduction(self.reducer) else "this reducer")
+        return why or _lists(self, "loss")
 
     def _fused(self, pairs: LabelledPairs) -> dict:
-        reduction = _reduction(self.reducer)
+        reduction = _reduction(self, "loss")
         return _reduced(loss=self._loss(pairs.rows, pairs.labels, mining="batch_all", reduction=reduction))
 
     def _loss(self, rows: Tensor, labels: Tensor | None = None, **how) -> Tensor:
@@ -278,13 +329,24 @@ class TripletMarginLoss(_Fused, their_losses.TripletMarginLoss):
         return F.triplet_margin_loss(rows, labels, margin=self.margin, distance=distance, **how)
 
 
+def _are_triplets(indices) -> bool:
+    """Of numbers of rows, as our miners and theirs return them."""
+    return indices is not None and len(indices) == 3 and all(
+        isinstance(each, Tensor) and each.dtype == torch.int64 for each in indices
+    )  # fmt: skip
+
+
 class _Classifier(TakesOptions):
     """A loss of rows and the weights of classes; what a miner has chosen weights the rows, as there."""
 
+    entry = "compute_loss"
+    not_called = ("get_cosine", "get_angles", "get_target_mask", "modify_cosine_of_target_classes", "scale_logits")
+
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         """What pytorch-metric-learning's reducers take."""
-        if self.collect_stats:
-            _tell(self, "collect_stats")
+        why = _why_not(self.distance, (CosineSimilarity,), True) or _statistics(self, self.distance, self.reducer)
+        if why := why or _tensor(self, ("margin", "scale")) or self._why_not_margin():
+            _tell(self, why)
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         common_functions.labels_required(labels)
         common_functions.ref_not_supported(embeddings, labels, ref_emb, ref_labels)
@@ -303,19 +365,28 @@ class ArcFaceLoss(_Classifier, their_losses.ArcFaceLoss):
 
     _loss = staticmethod(F.arcface_loss)
 
+    def _why_not_margin(self) -> str | None:
+        """Up to 133 degrees both stay monotonic beyond pi - margin by the same formula."""
+        return None if 0 <= self.margin <= 2.33 else "a margin outside of 0 to 133 degrees"
+
 
 class CosFaceLoss(_Classifier, their_losses.CosFaceLoss):
     """:func:`~replearn_kernels.cosface_loss`; the weight ``[d, C]``, as there."""
 
     _loss = staticmethod(F.cosface_loss)
 
+    def _why_not_margin(self) -> str | None:
+        return None if 0 <= self.margin <= 2 else "a margin outside of 0 to 2"
 
-class _Miner:
+
+class _Miner(TakesPlace):
     """A miner of theirs with another ``mine`` where that can do without the matrix.
 
     Args:
         backend: as :func:`~replearn_kernels.mine_triplets` takes it.
     """
+
+    entry = "mine"
 
     def __init__(self, *args, backend: str = "auto", **keywords):
         super().__init__(*args, **keywords)
@@ -332,10 +403,10 @@ class _Miner:
         if type(self.distance) is LpDistance:
             how["distance"] = "euclidean"
             embeddings = unit_rows(embeddings) if self.distance.normalize_embeddings else embeddings
-        return self._mined(embeddings, labels, how)
+        return self._mined(embeddings, as_integers(labels), how)
 
     def _why_theirs(self) -> str | None:
-        return "collect_stats" if self.collect_stats else None
+        return _statistics(self, self.distance)
 
 
 class BatchHardMiner(_Miner, their_miners.BatchHardMiner):
@@ -355,8 +426,11 @@ class TripletMarginMiner(_Miner, their_miners.TripletMarginMiner):
     _modes = {"all": "batch_all", "hard": "batch_all_hard", "semihard": "batch_all_semi_hard"}
 
     def _why_theirs(self) -> str | None:
-        easy = self.type_of_triplets not in self._modes
-        return super()._why_theirs() or ("easy triplets" if easy else "a negative margin" if self.margin < 0 else None)
+        if why := super()._why_theirs():
+            return why
+        if self.type_of_triplets not in self._modes:
+            return "easy triplets"
+        return None if 0 <= self.margin < torch.inf else "a margin that is negative or infinite"
 
     def _mined(self, rows: Tensor, labels: Tensor, how: dict) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32

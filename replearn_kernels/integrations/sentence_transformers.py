@@ -28,6 +28,7 @@ from ..functional.rows import unit_rows
 from ..functional.supervised import own_samples
 from ..pair_losses import gist_loss, pair_logsumexp
 from ..ranks import default_group
+from .labelled_pairs import as_integers
 from .options import TakesOptions
 from .replacing import Replacement
 from .versions import require
@@ -48,6 +49,8 @@ class MultipleNegativesRankingLoss(TakesOptions, theirs.MultipleNegativesRanking
         TypeError, ValueError: an option is not of its type or range.
         NotImplementedError: in the call, a ``similarity_fct`` that is neither ``cos_sim`` nor ``dot_score``.
     """
+
+    entry = "compute_loss_from_embeddings"
 
     def compute_loss_from_embeddings(self, embeddings: list[Tensor], labels: Tensor | None = None) -> Tensor:
         """The loss of queries ``[N, d]``, their documents ``[N, d]`` and each one's hard negatives ``[N, d]``."""
@@ -102,12 +105,13 @@ def _loss_of_parts(settings, query: Tensor, documents: list[Tensor], options: di
 
     def others(rows: Tensor, columns: Tensor, hardness: float = 0.0) -> Tensor:
         """``[N, 1]``: the log-sum-exp over the columns of other queries."""
-        groups = {"query_group": sample, "key_group": sample.repeat(columns.shape[0] // sample.shape[0])}
+        of_columns = sample.repeat(len(documents)) if columns is document else sample
+        groups = {"query_group": sample, "key_group": of_columns}
         return pair_logsumexp(rows, columns, over="other", hardness=hardness, **groups, **options)[:, None]
 
     logit = settings.scale * own[:, :1]
     hard = settings.scale * own[:, 1:] + of_own * own[:, 1:].detach()
-    parts = [logit, hard, others(query, document, of_others / settings.scale)]
+    parts = [logit, hard, others(query, document, float(of_others / settings.scale))]
     if "query_to_query" in settings.directions:
         parts.append(others(query, query))
     if "doc_to_doc" in settings.directions:
@@ -125,14 +129,16 @@ def _loss_of_parts(settings, query: Tensor, documents: list[Tensor], options: di
 class GISTEmbedLoss(TakesOptions, theirs.GISTEmbedLoss):
     """:func:`~replearn_kernels.gist_loss` with sentence-transformers' guide model.
 
-    A row is never its own negative. (There it is one, among anchors and positives, where the guide has the cosine 1 for
-    a pair and the margin is 0 or less.)
+    A row is never its own negative. (There it is one, among anchors and positives, where the guide's cosine of a pair
+    is 1 + margin or more.) The guide's cosines are compared in fp32, also those of half-precision features.
 
     Raises:
         TypeError, ValueError: an option is not of its type or range.
         NotImplementedError: ``gather_across_devices`` with ``contrast_anchors``, which there compares the anchors of
             one process: ``gist_loss(group=...)`` compares those of all.
     """
+
+    not_called = ("sim_matrix",)
 
     def __init__(self, *args, **keywords):
         super().__init__(*args, **keywords)
@@ -166,6 +172,8 @@ class CachedGISTEmbedLoss(TakesOptions, theirs.CachedGISTEmbedLoss):
     Raises:
         TypeError, ValueError, NotImplementedError: as :class:`GISTEmbedLoss`.
     """
+
+    entry, not_called = "calculate_loss", ("sim_matrix",)
 
     def __init__(self, *args, **keywords):
         super().__init__(*args, **keywords)
@@ -269,11 +277,12 @@ class BatchSemiHardTripletLoss(_TripletLoss, theirs.BatchSemiHardTripletLoss):
 
 
 def _labels_of(loss, labels: Tensor, embeddings: Tensor) -> Tensor:
+    """Integers ``[N]``; other numbers by their rank."""
     if labels.numel() != embeddings.shape[0]:
         raise ValueError(
             f"{type(loss).__name__} needs {embeddings.shape[0]} labels, one per row, got {tuple(labels.shape)}"
         )
-    return labels.view(-1)
+    return as_integers(labels.view(-1))
 
 
 _classes = Replacement(

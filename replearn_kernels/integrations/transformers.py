@@ -6,13 +6,14 @@
     from replearn_kernels.integrations.transformers import apply_to_clip
 
     model = apply_to_clip(CLIPModel.from_pretrained("openai/clip-vit-base-patch32"))
-    model(**inputs, return_loss=True).loss.backward()      # logits_per_image and logits_per_text are None
+    model(**inputs, return_loss=True).loss.backward()      # in training: logits_per_image and logits_per_text are None
     model(**inputs).logits_per_image                       # without return_loss: the model's own forward, with logits
     model(**inputs, return_loss=True, return_logits=True)  # both
 
-The same with a Trainer, Accelerate, torch.compile and DistributedDataParallel: call it before they wrap the model.
-``del model.forward`` takes it back. Loss and gradients are those of the model's own formula, in fp32 where that is in
-the features' dtype.
+After ``model.eval()`` the logits are there, too, as what evaluates a model finds them by their place; there
+``return_logits=False`` leaves them out. The same with a Trainer, Accelerate, torch.compile and DistributedDataParallel:
+call it before they wrap the model. :func:`undo` takes it back. Loss and gradients are those of the model's own formula,
+in fp32 where that is in the features' dtype.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
+from functools import cache, partial
 
+import torch
 from torch import Tensor
 
 from .. import functional as F
@@ -90,7 +92,8 @@ def apply_to_clip(
     """Make :func:`~replearn_kernels.clip_loss` the loss of a model with transformers' CLIP loss.
 
     Args:
-        model: an instance of a class of :data:`CLIP_MODELS`, or of a subclass that keeps its forward. It is changed.
+        model: an instance of a class of :data:`CLIP_MODELS`, or of a subclass that keeps its forward. It becomes one of
+            a subclass with the same name and another forward.
         backend, memory_budget, strategy: as :func:`~replearn_kernels.clip_loss` takes them.
         group: a torch.distributed process group, whose ranks' batches are one. Default: each process compares the
             images and texts of its own batch, as transformers does.
@@ -108,11 +111,8 @@ def apply_to_clip(
         Trainer(model, args, data_collator=collate, train_dataset=dataset).train()  # collate sets return_loss=True
     """
 
-    def loss(kind: _Model, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-        return F.clip_loss(text, image, logit_scale, label_smoothing=kind.label_smoothing, **options)
-
     options = _options(backend, memory_budget, group, strategy)
-    return _apply(model, CLIP_MODELS, loss)
+    return _apply(model, CLIP_MODELS, partial(_clip_loss, options))
 
 
 def apply_to_siglip(
@@ -128,11 +128,16 @@ def apply_to_siglip(
     The arguments, the result and the exceptions are those of :func:`apply_to_clip`, with :data:`SIGLIP_MODELS`.
     """
 
-    def loss(kind: _Model, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-        return F.siglip_loss(text, image, logit_scale, logit_bias, **options)
-
     options = _options(backend, memory_budget, group, strategy)
-    return _apply(model, SIGLIP_MODELS, loss)
+    return _apply(model, SIGLIP_MODELS, partial(_siglip_loss, options))
+
+
+def _clip_loss(options: dict, kind: _Model, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    return F.clip_loss(text, image, logit_scale, label_smoothing=kind.label_smoothing, **options)
+
+
+def _siglip_loss(options: dict, kind: _Model, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor):
+    return F.siglip_loss(text, image, logit_scale, logit_bias, **options)
 
 
 def _options(backend: str, memory_budget: int, group, strategy: str) -> dict:
@@ -141,21 +146,68 @@ def _options(backend: str, memory_budget: int, group, strategy: str) -> dict:
 
 
 def _apply(model: PreTrainedModel, kinds: dict[str, _Model], loss: Callable) -> PreTrainedModel:
-    cls = next((cls for cls in type(model).__mro__ if cls.__name__ in kinds), None)
-    if cls is None or type(model).forward is not cls.forward:
+    own = type(model).__bases__[1] if isinstance(model, FusedLoss) else type(model)
+    kind = next((cls for cls in own.__mro__ if cls.__name__ in kinds), None)
+    if not isinstance(model, torch.nn.Module) or kind is None:
+        raise TypeError(_what_is_expected(model, kinds))
+    if own.forward is not kind.forward:
         raise TypeError(
-            f"model must be one of {', '.join(kinds)}, with the forward of its class and before another module wraps "
-            f"it, got {type(model).__name__}"
+            f"{own.__name__} has a forward of its own, which may not be {kind.__name__}'s: compute the loss there, by "
+            "replearn_kernels.clip_loss or siglip_loss of the normalised embeddings"
         )
-    model.forward = MethodType(_forward(cls, kinds[cls.__name__], loss), model)
+    model.__class__ = _fused_class(own, kind, kinds[kind.__name__])
+    model.fused_loss = loss
     return model
 
 
-def _forward(cls: type, kind: _Model, loss: Callable) -> Callable:
-    """A forward for ``cls`` that forms the logits only where they are asked for.
+def _what_is_expected(model, kinds: dict[str, _Model]) -> str:
+    other = CLIP_MODELS if kinds is SIGLIP_MODELS else SIGLIP_MODELS
+    if type(model).__name__ in other:
+        apply = "apply_to_clip" if other is CLIP_MODELS else "apply_to_siglip"
+        return f"{type(model).__name__} has the other loss: use {apply}"
+    got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    return f"model must be an instance of {', '.join(kinds)}, before another module wraps it, got {got}"
 
-    It refers to no instance, so that copies of a model are whole.
+
+def undo(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model the forward of its class back, whose loss forms the logits.
+
+    Raises:
+        TypeError: it has it.
     """
+    if not isinstance(model, FusedLoss):
+        raise TypeError(f"model must be one that apply_to_clip or apply_to_siglip has had, got {type(model).__name__}")
+    model.__class__ = type(model).__bases__[1]
+    vars(model).pop("fused_loss", None)
+    return model
+
+
+class FusedLoss:
+    """Comes before a model's class among the bases of a class of the same name, which has another forward."""
+
+    def __reduce_ex__(self, protocol):
+        """Copies and pickles are made of the model's own class, which others can import, and made so again."""
+        _, (_, *arguments), *rest = super().__reduce_ex__(protocol)
+        return _new, (type(self).__bases__[1], *arguments), *rest
+
+
+def _new(own: type, *arguments) -> PreTrainedModel:
+    kinds = CLIP_MODELS | SIGLIP_MODELS
+    kind = next(cls for cls in own.__mro__ if cls.__name__ in kinds)
+    fused = _fused_class(own, kind, kinds[kind.__name__])
+    return fused.__new__(fused, *arguments)
+
+
+@cache
+def _fused_class(own: type, kind: type, model: _Model) -> type:
+    """A subclass of ``own`` by its name, which checkpoints record, with another forward."""
+    loss = _clip_loss if kind.__name__ in CLIP_MODELS else _siglip_loss
+    members = {"forward": _forward(kind, model), "fused_loss": staticmethod(partial(loss, {}))}
+    return type(own.__name__, (FusedLoss, own), {**members, "__module__": own.__module__})
+
+
+def _forward(cls: type, kind: _Model) -> Callable:
+    """A forward for ``cls`` that forms the logits only where they are asked for."""
     signature = inspect.signature(cls.forward)
     names = [one.name for one in signature.parameters.values() if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
     of_image = set(inspect.signature(cls.get_image_features).parameters)
@@ -163,20 +215,21 @@ def _forward(cls: type, kind: _Model, loss: Callable) -> Callable:
     output = getattr(sys.modules[cls.__module__], kind.output)
 
     @can_return_tuple
-    def forward(self, *args, return_logits: bool = False, **kwargs):
+    def forward(self, *args, return_logits: bool | None = None, **kwargs):
         given = {**dict(zip(names, args)), **kwargs}
-        if not given.get("return_loss"):
+        if not given.pop("return_loss", None):
             return cls.forward(self, **given)
-        del given["return_loss"]
+        given["return_dict"] = True
         image_outputs = self.get_image_features(**{k: v for k, v in given.items() if k not in of_text - of_image})
         text_outputs = self.get_text_features(**{k: v for k, v in given.items() if k not in of_image - of_text})
         text = _unit_rows(text_outputs.pooler_output)
         image = _unit_rows(image_outputs.pooler_output).to(text.device, text.dtype)
         scale, *bias = (scalar.to(text.device) for scalar in kind.scale_and_bias(self))
-        logits = sum(bias, text @ image.T * scale) if return_logits else None
+        needs_logits = not self.training if return_logits is None else return_logits
+        logits = sum(bias, text @ image.T * scale) if needs_logits else None
         return output(
-            loss=loss(kind, image, text, scale, *bias),
-            logits_per_image=logits.T if return_logits else None,
+            loss=self.fused_loss(kind, image, text, scale, *bias),
+            logits_per_image=logits.T if needs_logits else None,
             logits_per_text=logits,
             text_embeds=text,
             image_embeds=image,
@@ -185,7 +238,7 @@ def _forward(cls: type, kind: _Model, loss: Callable) -> Callable:
         )
 
     del forward.__wrapped__  # Accelerate's unwrapping would go on to what is inside
-    asked = inspect.Parameter("return_logits", inspect.Parameter.KEYWORD_ONLY, default=False)
+    asked = inspect.Parameter("return_logits", inspect.Parameter.KEYWORD_ONLY, default=None)
     parameters = list(signature.parameters.values())
     place = next((i for i, one in enumerate(parameters) if one.kind is one.VAR_KEYWORD), len(parameters))
     # Trainer reads from it which columns of a data set the model takes.

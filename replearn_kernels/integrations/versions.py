@@ -1,4 +1,4 @@
-"""Which versions of other libraries the integrations were tested with."""
+"""Which versions of other libraries the integrations take."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ def require(distribution: str, first: str, before: str) -> None:
 
     Args:
         distribution: the name that pip knows it by.
-        first: the oldest version that was tested.
-        before: the first version that is held to be another library.
+        first: the oldest version with the same classes.
+        before: the first version that may be another library.
     """
-    wanted = f"replearn_kernels.integrations was tested with {distribution} >= {first}, < {before}"
+    wanted = f"this integration takes {distribution} >= {first}, < {before}"
+    how = f"pip install '{distribution}>={first},<{before}'"
     try:
         found = metadata.version(distribution)
     except metadata.PackageNotFoundError:
-        raise ImportError(f"{wanted}, and it is not installed") from None
+        raise ImportError(f"{wanted}, which is not installed: {how}") from None
     if not first <= TorchVersion(found) < before:
-        raise ImportError(f"{wanted}, and {found} is installed")
+        raise ImportError(f"{wanted}, and {found} is installed: {how}")

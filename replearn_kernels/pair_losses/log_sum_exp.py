@@ -97,6 +97,12 @@ def pair_logsumexp(
     hardness = validation.check_real("hardness", hardness)
     if hardness < 0:
         raise ValueError(f"hardness must be at least 0, got {hardness}")
+    if over != "every" and query_group is None and isinstance(query, Tensor) and isinstance(key, Tensor):
+        if 0 < query.ndim == key.ndim and query.shape[0] > key.shape[0]:
+            raise ValueError(
+                f"over={over!r} of more queries than keys needs query_group and key_group, "
+                f"got {query.shape[0]} queries and {key.shape[0]} keys"
+            )
     return pair_loss(
         PairLogSumExp(over, hardness > 0, hardness), query, key, query_group=query_group, key_group=key_group,
         logit_scale=logit_scale, reduction=reduction, normalize=normalize, backend=backend, memory_budget=memory_budget,

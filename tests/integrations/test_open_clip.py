@@ -70,7 +70,9 @@ def loss_and_gradients(classes: dict, name: str, batch: Batch, **options) -> lis
     leaves = [t.clone().requires_grad_() for t in (batch.image, batch.text, batch.scale, batch.bias)]
     loss = call(batch, classes[cls](**arguments, **options), *leaves)
     loss.backward()
-    return [loss.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
+    if "bias" not in name and name != "siglip":  # it is not given
+        leaves[3].grad = torch.zeros_like(batch.bias)
+    return [loss.detach(), *(leaf.grad for leaf in leaves)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -236,6 +238,14 @@ def test_compile(cls):
         torch.testing.assert_close(compiled(*given), loss(*given))
 
 
+def test_subclasses_of_ours():
+    with pytest.raises(TypeError, match="Mine replaces get_logits, which .*open_clip.ClipLoss does not call"):
+
+        class Mine(ours.ClipLoss):
+            def get_logits(self, *given):
+                return given
+
+
 def test_bad_input():
     with pytest.raises(NotImplementedError, match="use_horovod"):
         ours.ClipLoss(use_horovod=True)
@@ -250,5 +260,5 @@ def test_bad_input():
     b = Batch(4)
     with pytest.raises(RuntimeError, match="init_process_group"):
         ours.ClipLoss(world_size=2)(b.image, b.text, b.scale)
-    with pytest.raises(ValueError, match="query_guide requires"):
+    with pytest.raises(ValueError, match="dist_image_features requires"):
         ours.DistillClipLoss()(b.image, b.text, b.scale, b.dist_image.requires_grad_(), b.dist_text, b.scale)

@@ -215,9 +215,18 @@ LEFT = [
     ("TripletMarginLoss", lambda: dict(smooth_loss=True), "smooth_loss"),
     ("MultiSimilarityLoss", lambda: dict(distance=LP()), "the distance LpDistance"),
     ("ContrastiveLoss", lambda: dict(distance=LP(power=2)), "p=2 and power=2"),
-    ("ContrastiveLoss", lambda: dict(reducer=reducers.ThresholdReducer(low=0.1)), "this reducer"),
-    ("TripletMarginLoss", lambda: dict(reducer=reducers.ThresholdReducer(low=0.1)), "this reducer"),
+    ("ContrastiveLoss", lambda: dict(reducer=reducers.ThresholdReducer(low=0.1)), "the reducer ThresholdReducer"),
+    ("TripletMarginLoss", lambda: dict(reducer=reducers.ThresholdReducer(low=0.1)), "the reducer ThresholdReducer"),
     ("SupConLoss", lambda: dict(distance=distances.SNRDistance()), "the distance SNRDistance"),
+    ("ContrastiveLoss", lambda: dict(distance=LP(p=1)), "p=1 and power=1"),
+    ("TripletMarginLoss", lambda: dict(margin=-0.1), "a negative margin"),
+    ("SupConLoss", lambda: dict(temperature=-0.1), "a temperature that is not positive"),
+    ("NTXentLoss", lambda: dict(distance=COSINE(collect_stats=True)), "collect_stats"),
+    ("TripletMarginLoss", lambda: dict(reducer=reducers.AvgNonZeroReducer(collect_stats=True)), "collect_stats"),
+    ("MultiSimilarityLoss", lambda: dict(alpha=torch.tensor(2.0)), "a tensor for alpha"),
+    ("CircleLoss", lambda: dict(gamma=torch.tensor(20.0)), "a tensor for gamma"),
+    ("ContrastiveLoss", lambda: dict(neg_margin=torch.tensor(0.7)), "a tensor for neg_margin"),
+    ("TripletMarginLoss", lambda: dict(margin=torch.tensor(0.7)), "a tensor for margin"),
 ]
 
 
@@ -228,6 +237,117 @@ def test_what_is_left_to_them_is_told_once(name, options, why):
     with pytest.warns(UserWarning, match=f"{name} with {why}"):
         assert_same(name, options, rows, labels, indices=indices)
     assert_same(name, options, rows, labels, indices=indices)  # no second warning, which would be an error here
+
+
+def test_triplets_of_an_anchor_are_drawn_by_them():
+    with pytest.warns(UserWarning, match="TripletMarginLoss with triplets_per_anchor"):
+        OURS["TripletMarginLoss"](triplets_per_anchor=2)(batch(17), LABELS["eights"](17))
+
+
+@pytest.mark.parametrize("options", [
+    dict(swap=True), dict(smooth_loss=True), dict(margin=-0.1), dict(distance=LP(power=2)),
+    dict(reducer=reducers.AvgNonZeroReducer(collect_stats=True)),
+], ids=str)  # fmt: skip
+def test_mined_triplets_that_are_left_to_them(options):
+    rows, labels = batch(17), LABELS["eights"](17)
+    triplets = THEIRS["BatchHardMiner"]()(rows, labels)
+    with pytest.warns(UserWarning, match="TripletMarginLoss with"):
+        assert_same("TripletMarginLoss", lambda: options, rows, labels, indices=triplets)
+
+
+@pytest.mark.parametrize("name, options, why", [
+    ("BatchHardMiner", dict(allowed_pos_range=(0.0, 1.2)), "a range of distances"),
+    ("BatchHardMiner", dict(allowed_neg_range=(1.0, 2.0)), "a range of distances"),
+    ("BatchHardMiner", dict(collect_stats=True), "collect_stats"),
+    ("TripletMarginMiner", dict(collect_stats=True), "collect_stats"),
+    ("TripletMarginMiner", dict(margin=-0.2), "a margin that is negative or infinite"),
+    ("TripletMarginMiner", dict(margin=float("inf")), "a margin that is negative or infinite"),
+    ("TripletMarginMiner", dict(type_of_triplets="easy"), "easy triplets"),
+    ("TripletMarginMiner", dict(distance=distances.SNRDistance()), "the distance SNRDistance"),
+])  # fmt: skip
+def test_miners_that_are_left_to_them(name, options, why):
+    with pytest.warns(UserWarning, match=f"{name} with {why}"):
+        ours_found, expected = mined(name, batch(33), LABELS["eights"](33), **options)
+    assert ours_found == expected
+
+
+def test_distances_of_triplets_that_are_not_normalised():
+    labels = LABELS["eights"](33)
+    assert_same("TripletMarginLoss", lambda: dict(distance=LP(normalize_embeddings=False)), batch(33), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.uint8])
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_dtypes_of_labels(name, dtype):
+    labels = (torch.arange(17) % 2).to(dtype)
+    assert_same(name, dict, batch(17), labels)
+    if name in WITH_REFERENCES and name != "ContrastiveLoss" and "Lifted" not in name:
+        given = dict(references=batch(20, seed=1), ref_labels=(torch.arange(20) % 2).to(dtype))
+        assert_same(name, dict, batch(17), labels, **given)
+    for miner in ("BatchHardMiner", "TripletMarginMiner"):
+        ours_found, expected = mined(miner, batch(17), labels)
+        assert ours_found == expected
+
+
+def test_references_without_labels():
+    with pytest.warns(UserWarning, match="one tensor of labels"):
+        given = batch(9), LABELS["pairs"](9), None, batch(9, seed=1)
+        values = [classes["NTXentLoss"]()(*given) for classes in (OURS, THEIRS)]
+    torch.testing.assert_close(*values)
+
+
+def test_classes_that_are_far_apart():
+    """Losses below the rounding of 1 are not counted by the reducers that count losses above 0, as theirs are 0."""
+    labels = torch.arange(16) // 2
+    centers = torch.eye(8, dtype=torch.float64)[labels]
+    near = torch.cat([torch.zeros(8, 8), 0.7 * torch.randn(8, 8, generator=torch.Generator().manual_seed(0))]).double()
+    for reducer in (dict, lambda: dict(reducer=reducers.AvgNonZeroReducer())):
+        for name in ("SupConLoss", "NTXentLoss"):
+            options = partial(combined, lambda: dict(temperature=0.02), reducer)
+            value, _ = assert_same(name, options, centers + near, labels)
+            assert value > 0
+
+
+def test_reducers_of_parts():
+    """A reducer for one part alone: the other has the default one."""
+    for parts in ({}, {"pos_loss": reducers.SumReducer()}):
+        labels = LABELS["eights"](17)
+        options = partial(combined, lambda parts=parts: dict(reducer=reducers.MultipleReducers(parts)))
+        assert_same("ContrastiveLoss", options, batch(17), labels)
+    options = dict(embedding_regularizer=regularizers.LpRegularizer(), embedding_reg_weight=0.3)
+    for name in ("TripletMarginLoss", "ContrastiveLoss"):
+        assert_same(name, lambda: options, batch(17), LABELS["eights"](17))
+
+
+@pytest.mark.parametrize("name, options, why", [
+    ("ArcFaceLoss", dict(distance=COSINE(power=2)), "p=2 and power=2"), ("ArcFaceLoss", dict(margin=-5), "a margin"),
+    ("ArcFaceLoss", dict(margin=150), "a margin outside of 0 to 133"), ("CosFaceLoss", dict(margin=-0.1), "a margin"),
+    ("CosFaceLoss", dict(distance=COSINE(p=1)), "p=1 and power=1"),
+    ("CosFaceLoss", dict(collect_stats=True), "collect_stats"),
+])  # fmt: skip
+def test_classifiers_that_are_left_to_them(name, options, why):
+    results = []
+    with pytest.warns(UserWarning, match=f"{name} with {why}"):
+        for classes in (OURS, THEIRS):
+            torch.manual_seed(0)
+            results.append(loss_and_gradients(classes[name](7, 12, **options), batch(33), torch.arange(33) % 7))
+    torch.testing.assert_close(*results, **EXACT)
+
+
+def test_subclasses_of_ours():
+    with pytest.raises(TypeError, match="Mine replaces pos_calc, which .*ContrastiveLoss does not call"):
+
+        class Mine(OURS["ContrastiveLoss"]):
+            def pos_calc(self, distance, margin):
+                return distance
+
+    class WithAnotherDefault(OURS["ContrastiveLoss"]):
+        def get_default_distance(self):
+            return COSINE()
+
+    rows, labels = batch(17), LABELS["eights"](17)
+    expected = THEIRS["ContrastiveLoss"](distance=COSINE())(rows, labels)
+    torch.testing.assert_close(WithAnotherDefault()(rows, labels), expected, **EXACT)
 
 
 def test_references_of_distances_are_left_to_them():

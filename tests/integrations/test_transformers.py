@@ -2,10 +2,13 @@
 
 import copy
 import inspect
+import json
+import pickle
 from functools import partial
 
 import pytest
 import torch
+import transformers
 import without_torchvision_operators  # noqa: F401, before transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -16,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training import assert_same_training
 from transformers import CLIPModel, Trainer, TrainingArguments
 
-from replearn_kernels.integrations.transformers import CLIP_MODELS, SIGLIP_MODELS, apply_to_clip, apply_to_siglip
+from replearn_kernels.integrations.transformers import CLIP_MODELS, SIGLIP_MODELS, apply_to_clip, apply_to_siglip, undo
 
 BOTH = pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel"])
 
@@ -86,8 +89,35 @@ def test_ways_to_call(name):
     assert len(hidden.text_model_output.hidden_states) == len(hidden.vision_model_output.hidden_states) == 3
     assert list(inspect.signature(model.forward).parameters) == [*parameters[:-1], "return_logits", "kwargs"]
     assert torch.is_grad_enabled() and model(**batch, return_loss=False).loss is None
-    del model.forward
+    assert undo(model) is model and type(model).forward == own.__func__
     assert model(**batch, return_loss=True).logits_per_text is not None
+    with pytest.raises(TypeError, match="apply_to_clip or apply_to_siglip has had"):
+        undo(model)
+
+
+@BOTH
+def test_evaluation_finds_the_logits_where_they_are(name):
+    """By their place among the outputs, as Trainer's metrics do."""
+    model = small_model(name).eval()
+    batch = batch_for(model)
+    theirs = model(**batch, return_loss=True)
+    ours = apply_to(model)(**batch, return_loss=True)
+    assert list(ours) == list(theirs)
+    for a, b in zip(ours.to_tuple()[:5], theirs.to_tuple()[:5]):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert model(**batch, return_loss=True, return_logits=False).logits_per_text is None
+    assert model.train()(**batch, return_loss=True).logits_per_text is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_configuration_that_returns_tuples(name):
+    model = small_model(name)
+    batch = batch_for(model)
+    expected = model(**batch, return_loss=True).loss
+    apply_to(model).config.return_dict = False
+    output = model(**batch, return_loss=True)
+    assert isinstance(output, tuple)
+    torch.testing.assert_close(output[0], expected, rtol=1e-12, atol=0)
 
 
 class LargestResult(TorchDispatchMode):
@@ -113,7 +143,7 @@ def test_no_logits_are_formed(name, monkeypatch):
     image, text = torch.randn(2, n, 24)
     for side, features in (("image", image), ("text", text)):
         outputs = type("Outputs", (), dict(pooler_output=features))()
-        monkeypatch.setattr(type(model), f"get_{side}_features", lambda self, outputs=outputs: outputs)
+        monkeypatch.setattr(type(model), f"get_{side}_features", lambda self, outputs=outputs, **given: outputs)
     apply_to(model, memory_budget=0)
     with LargestResult() as results:
         model(return_loss=True).loss.backward()
@@ -203,17 +233,28 @@ def test_copies_and_files(name, tmp_path):
     model = apply_to(small_model(name))
     batch = batch_for(model)
     loss = model(**batch, return_loss=True).loss
-    twin = copy.deepcopy(model)
+    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    torch.save(model, tmp_path / "whole.pt")
+    twins.append(torch.load(tmp_path / "whole.pt", weights_only=False))
+    replica = model._replicate_for_data_parallel()  # as DataParallel makes them, with parameters of their own
+    replica._parameters = {name: parameter.detach() * 0 for name, parameter in model._parameters.items()}
+    assert (replica(**batch, return_loss=True).loss - loss).abs() > 0.1
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    output = twin(**batch, return_loss=True)
-    assert output.logits_per_text is None
-    torch.testing.assert_close(output.loss, loss, rtol=0, atol=0)
+    for twin in twins:
+        assert isinstance(twin, type(model).__bases__[1])
+        output = twin(**batch, return_loss=True)
+        assert output.logits_per_text is None
+        torch.testing.assert_close(output.loss, loss, rtol=0, atol=0)
     twin.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path).double().train()
-    torch.testing.assert_close(loaded(**batch, return_loss=True).loss, loss)
-    assert loaded(**batch).logits_per_text is not None
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [name]
+    own = getattr(transformers, name).from_pretrained(tmp_path).double().train()
+    torch.testing.assert_close(own(**batch, return_loss=True).loss, loss)
+    assert own(**batch, return_loss=True).logits_per_text is not None
+    fused = type(model).from_pretrained(tmp_path).double().train()
+    torch.testing.assert_close(fused(**batch, return_loss=True).loss, loss)
+    assert fused(**batch, return_loss=True).logits_per_text is None
 
 
 @BOTH
@@ -261,25 +302,27 @@ def test_subclasses():
 
     model = Mine(small_model("CLIPModel").config)
     assert apply_to_clip(model)(**batch_for(model), return_loss=True).logits_per_text is None
-    with pytest.raises(TypeError, match="with the forward of its class .* got Other"):
+    with pytest.raises(TypeError, match="Other has a forward of its own"):
         apply_to_clip(Other(model.config))
 
 
 def test_bad_input():
     clip = small_model("CLIPModel")
-    with pytest.raises(TypeError, match="SiglipModel, Siglip2Model, .* got CLIPModel"):
+    with pytest.raises(TypeError, match="CLIPModel has the other loss: use apply_to_clip"):
         apply_to_siglip(clip)
     with pytest.raises(TypeError, match="got Linear"):
         apply_to_clip(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="got str"):
         apply_to_clip("openai/clip-vit-base-patch32")
+    with pytest.raises(TypeError, match="got the class CLIPModel"):
+        apply_to_clip(CLIPModel)
     with pytest.raises(ValueError, match="backend"):
         apply_to_clip(clip, backend="cuda")
     with pytest.raises(TypeError, match="group"):
         apply_to_clip(clip, group=2)
     with pytest.raises(ValueError, match="strategy"):
         apply_to_clip(clip, strategy="tree")
-    assert "forward" not in vars(clip)
+    assert type(clip) is CLIPModel
     batch = batch_for(apply_to_clip(clip))
     with pytest.raises(ValueError, match="text_features|image_features"):
         clip(**dict(batch, pixel_values=batch["pixel_values"][:4]), return_loss=True)
