@@ -2,14 +2,15 @@
 
 ::
 
-    from replearn_kernels.integrations import open_clip
+    import open_clip
+    from replearn_kernels.integrations import open_clip as fused
 
-    open_clip.apply()                                      # from here on open_clip.create_loss(args) makes ours
-    loss = open_clip.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
+    fused.apply()                                          # from here on open_clip.create_loss(args) makes ours
+    loss = fused.ClipLoss(rank=rank, world_size=world_size, local_loss=True, gather_with_grad=True)
 
-or open_clip's own training script, as it is::
+or open_clip's own training script, as it is (it needs ``pip install open_clip_torch[training]``)::
 
-    python -m replearn_kernels.integrations.open_clip --train-data ... --model ViT-B-32
+    python -m replearn_kernels.integrations.open_clip_train --train-data ... --model ViT-B-32
 
 Each class is a subclass of open_clip's, with another ``forward``. Losses are fp32 for half-precision features, where
 open_clip's have the features' dtype. Feature gradients of several processes depend on how open_clip is told to gather
@@ -26,7 +27,6 @@ True        False            of the own rows' loss, with all that they are compa
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Callable
 
 import torch
@@ -193,8 +193,3 @@ def apply() -> None:
 def undo() -> None:
     """Put open_clip's own classes back."""
     _classes.undo()
-
-
-if __name__ == "__main__":
-    apply()
-    runpy.run_module("open_clip_train.main", run_name="__main__", alter_sys=True)

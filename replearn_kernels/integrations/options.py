@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
 
@@ -31,7 +33,7 @@ class TakesPlace:
     def __init_subclass__(cls, **keywords):
         super().__init_subclass__(**keywords)
         base = next(one for one in cls.__mro__ if one.__module__.startswith(__package__))
-        if base is cls or getattr(cls, cls.entry) is not getattr(base, cls.entry):
+        if base is cls or getattr(cls, cls.entry, None) is not getattr(base, cls.entry, None):
             return
         for name in cls.not_called:
             if getattr(cls, name, None) is not getattr(base, name, None):
@@ -39,6 +41,17 @@ class TakesPlace:
                     f"{cls.__name__} replaces {name}, which {base.__module__}.{base.__name__} does not call: let it be "
                     "a subclass of the other library's own class, as it is without apply()"
                 )
+
+
+def _signature(cls: type[TakesOptions]) -> inspect.Signature:
+    """The other library's constructor's, or a subclass's own, with our options, for ``help`` and IDEs."""
+    first = next(one for one in cls.__mro__ if not one.__module__.startswith(__package__) and "__init__" in vars(one))
+    _, *parameters = inspect.signature(first.__init__).parameters.values()
+    if issubclass(first, TakesOptions):
+        return inspect.Signature(parameters)
+    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=it) for name, it in cls.options.items()]
+    others = [one for one in parameters if one.kind is one.VAR_KEYWORD]
+    return inspect.Signature([*(one for one in parameters if one not in others), *ours, *others])
 
 
 class TakesOptions(TakesPlace):
@@ -52,6 +65,10 @@ class TakesOptions(TakesPlace):
     """
 
     options = {"backend": "auto", "memory_budget": DEFAULT_MEMORY_BUDGET, "strategy": "auto"}
+
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        cls.__signature__ = _signature(cls)
 
     def __init__(self, *args, backend="auto", memory_budget=DEFAULT_MEMORY_BUDGET, strategy="auto", **keywords):
         super().__init__(*args, **keywords)

@@ -2,10 +2,11 @@
 
 ::
 
-    from replearn_kernels.integrations import pytorch_metric_learning
+    from pytorch_metric_learning import losses
+    from replearn_kernels.integrations import pytorch_metric_learning as fused
 
-    pytorch_metric_learning.apply()              # pytorch_metric_learning.losses and .miners have ours from here on
-    loss = pytorch_metric_learning.NTXentLoss(temperature=0.07)
+    fused.apply()                                # losses and miners of pytorch_metric_learning are ours from here on
+    loss = losses.NTXentLoss(temperature=0.07)   # or fused.NTXentLoss, without apply()
     loss(embeddings, labels, ref_emb=reference, ref_labels=reference_labels).backward()
 
 Each is a subclass of theirs with its constructor: ``reducer``, ``distance``, ``embedding_regularizer``,

@@ -7,9 +7,9 @@
     loss = MultipleNegativesRankingLoss(model)               # in the place of sentence_transformers.losses'
     SentenceTransformerTrainer(model, args, train_dataset=dataset, loss=loss).train()
 
-or ``apply()`` once, and ``sentence_transformers.losses`` has these. Each is a subclass of theirs with its constructor,
-and takes ``backend``, ``memory_budget`` and ``strategy`` besides. ``MatryoshkaLoss`` and the like take it as they take
-theirs. Losses are fp32 for half-precision embeddings, where theirs have the embeddings' dtype.
+or ``apply()`` once, and ``sentence_transformers.sentence_transformer.losses`` has these. Each is a subclass of theirs
+with its constructor, and takes ``backend``, ``memory_budget`` and ``strategy`` besides. ``MatryoshkaLoss`` and the like
+take it as they take theirs. Losses are fp32 for half-precision embeddings, where theirs have the embeddings' dtype.
 
 All other losses stay theirs. (CoSENT and AnglE compare numbers, not rows, and need no N x N matrix there either.)
 """

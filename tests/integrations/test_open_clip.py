@@ -1,6 +1,7 @@
 """open_clip's losses and ours in their place: values, gradients, training, several processes."""
 
 import copy
+import inspect
 from functools import partial
 from types import SimpleNamespace
 
@@ -236,6 +237,19 @@ def test_compile(cls):
     for n in (33, 20):
         given = b.image[:n], b.text[:n], b.scale, b.bias
         torch.testing.assert_close(compiled(*given), loss(*given))
+
+
+def test_constructors_are_shown():
+    options = ["backend", "memory_budget", "strategy"]
+    for name, cls in OURS.items():
+        theirs = list(inspect.signature(THEIRS[name]).parameters)
+        assert list(inspect.signature(cls).parameters) == theirs + options
+
+    class Mine(ours.ClipLoss):
+        def __init__(self, extra):
+            super().__init__()
+
+    assert list(inspect.signature(Mine).parameters) == ["extra"]
 
 
 def test_subclasses_of_ours():
