@@ -233,7 +233,6 @@ class ContrastiveLoss(_Fused, their_losses.ContrastiveLoss):
     """
 
     distances = (LpDistance, CosineSimilarity, DotProductSimilarity)
-
     numbers = ("pos_margin", "neg_margin")
 
     def _why_theirs(self, *given) -> str | None:
@@ -293,7 +292,6 @@ class TripletMarginLoss(_Fused, their_losses.TripletMarginLoss):
     """
 
     distances = (LpDistance, CosineSimilarity)
-
     numbers = ("margin",)
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
@@ -367,7 +365,7 @@ class ArcFaceLoss(_Classifier, their_losses.ArcFaceLoss):
     _loss = staticmethod(F.arcface_loss)
 
     def _why_not_margin(self) -> str | None:
-        """Up to 133 degrees both stay monotonic beyond pi - margin by the same formula."""
+        """Past 133 degrees, 2.33, ours and theirs go on by other formulas where angle and margin exceed 180."""
         return None if 0 <= self.margin <= 2.33 else "a margin outside of 0 to 133 degrees"
 
 

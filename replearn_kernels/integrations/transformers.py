@@ -110,7 +110,6 @@ def apply_to_clip(
         model = apply_to_clip(CLIPModel(CLIPConfig()))
         Trainer(model, args, data_collator=collate, train_dataset=dataset).train()  # collate sets return_loss=True
     """
-
     options = _options(backend, memory_budget, group, strategy)
     return _apply(model, CLIP_MODELS, partial(_clip_loss, options))
 
@@ -127,7 +126,6 @@ def apply_to_siglip(
 
     The arguments, the result and the exceptions are those of :func:`apply_to_clip`, with :data:`SIGLIP_MODELS`.
     """
-
     options = _options(backend, memory_budget, group, strategy)
     return _apply(model, SIGLIP_MODELS, partial(_siglip_loss, options))
 
@@ -146,7 +144,7 @@ def _options(backend: str, memory_budget: int, group, strategy: str) -> dict:
 
 
 def _apply(model: PreTrainedModel, kinds: dict[str, _Model], loss: Callable) -> PreTrainedModel:
-    own = type(model).__bases__[1] if isinstance(model, FusedLoss) else type(model)
+    own = model.own_class if isinstance(model, FusedLoss) else type(model)
     kind = next((cls for cls in own.__mro__ if cls.__name__ in kinds), None)
     if not isinstance(model, torch.nn.Module) or kind is None:
         raise TypeError(_what_is_expected(model, kinds))
@@ -175,9 +173,12 @@ def undo(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         TypeError: it has it.
     """
-    if not isinstance(model, FusedLoss):
-        raise TypeError(f"model must be one that apply_to_clip or apply_to_siglip has had, got {type(model).__name__}")
-    model.__class__ = type(model).__bases__[1]
+    if not isinstance(model, FusedLoss) or type(model).__bases__[0] is not FusedLoss:
+        raise TypeError(
+            "model must be what apply_to_clip or apply_to_siglip returned, and nothing else may have changed its class "
+            f"since, got {type(model).__name__}"
+        )
+    model.__class__ = model.own_class
     vars(model).pop("fused_loss", None)
     return model
 
@@ -185,10 +186,12 @@ def undo(model: PreTrainedModel) -> PreTrainedModel:
 class FusedLoss:
     """Comes before a model's class among the bases of a class of the same name, which has another forward."""
 
+    own_class: type[PreTrainedModel]
+
     def __reduce_ex__(self, protocol):
         """Copies and pickles are made of the model's own class, which others can import, and made so again."""
         _, (_, *arguments), *rest = super().__reduce_ex__(protocol)
-        return _new, (type(self).__bases__[1], *arguments), *rest
+        return _new, (self.own_class, *arguments), *rest
 
 
 def _new(own: type, *arguments) -> PreTrainedModel:
@@ -202,7 +205,7 @@ def _new(own: type, *arguments) -> PreTrainedModel:
 def _fused_class(own: type, kind: type, model: _Model) -> type:
     """A subclass of ``own`` by its name, which checkpoints record, with another forward."""
     loss = _clip_loss if kind.__name__ in CLIP_MODELS else _siglip_loss
-    members = {"forward": _forward(kind, model), "fused_loss": staticmethod(partial(loss, {}))}
+    members = {"own_class": own, "forward": _forward(kind, model), "fused_loss": staticmethod(partial(loss, {}))}
     return type(own.__name__, (FusedLoss, own), {**members, "__module__": own.__module__})
 
 
