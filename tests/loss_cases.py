@@ -69,7 +69,9 @@ DECLARED = {
     "multi_positive": lambda x, y, labels, scale, **k: rk.multi_positive_clip_loss(
         x, y, scale, image_group=labels, **k
     ),
-    "log_sum_exp": lambda x, y, labels, scale, **k: rk.pair_logsumexp(x, y, logit_scale=scale, hardness=0.3, **k),
+    "log_sum_exp": lambda x, y, labels, scale, **k: rk.pair_logsumexp(
+        x, y, logit_scale=scale, hardness=0.3, **{"reduction": "mean", **k}
+    ),
     "soft_target": lambda x, y, labels, scale, **k: rk.soft_target_loss(
         x, y, y[: len(x)].detach().flip(0), y.detach(), logit_scale=scale, guide_scale=5.0, **k
     ),
