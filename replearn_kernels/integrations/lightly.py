@@ -26,7 +26,7 @@ from .options import TakesOptions, checked_options
 from .replacing import Replacement
 from .versions import require
 
-require("lightly", "1.5.20", "2")
+require("lightly", "1.5.26", "2")
 
 from lightly import loss as theirs  # noqa: E402
 

@@ -33,7 +33,7 @@ from .options import TakesOptions
 from .replacing import Replacement
 from .versions import require
 
-require("sentence-transformers", "6.0", "7")
+require("sentence-transformers", "6.2", "7")
 
 from sentence_transformers.base.losses.merged_forward import embed_columns  # noqa: E402
 from sentence_transformers.sentence_transformer import losses as theirs  # noqa: E402

@@ -33,7 +33,7 @@ from ..engine.world import World
 from .options import checked_options
 from .versions import require
 
-require("transformers", "5.0", "6")
+require("transformers", "5.12", "6")
 
 from transformers import PreTrainedModel  # noqa: E402
 from transformers.utils import can_return_tuple  # noqa: E402
