@@ -7,7 +7,6 @@ take turns.
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import statistics
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import Tensor
 
 import replearn_kernels as rk
 from bench.harness import Step, choose_loops, time_cpu, time_rounds
-from bench.results import MACHINE, machine
+from bench.results import MACHINE, machine, write_csv
 
 ROUNDS, SECONDS = 25, 20.0
 COLUMNS = (
@@ -146,11 +145,7 @@ def main() -> None:
             rows.append(row(name, entry, n, options.width, measure(entry, n, options.width)))
             print({column: rows[-1].get(column, "") for column in COLUMNS[1:9]}, flush=True)
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.output, COLUMNS, rows)
 
 
 if __name__ == "__main__":

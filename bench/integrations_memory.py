@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib.metadata
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from bench.memory import host_peak
-from bench.results import MACHINE, machine
+from bench.results import MACHINE, machine, write_csv
 
 COLUMNS = ("date", "what", "n", "d", "peak_mb", "memory_method", "matrix_mb", "library", *MACHINE)
 WHAT = ("NTXentLoss", "BatchHardMiner", "TripletMarginMiner")
@@ -60,11 +59,7 @@ def main() -> None:
         } | machine("cpu"))  # fmt: skip
         print(f"{what}: {peak} MB; one matrix of pairs {rows[-1]['matrix_mb']} MB")
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(options.output, COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,15 @@ def make_row(date: str, case: Case, implementation: Implementation, point: Point
     return row | {"date": date, "case": case.name, "implementation": implementation.name, "kind": implementation.kind}
 
 
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[Row]) -> None:
+    """A file of these rows alone, in a folder that need not be there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def quantiles(times: list[float]) -> dict[str, str]:
     deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
     picked = {"ms_p10": deciles[0], "ms_median": statistics.median(times), "ms_p90": deciles[-1]}

@@ -149,9 +149,14 @@ def clip_loss(
     features = {"image_features": image_features, "text_features": text_features}
     options = reduction, backend, memory_budget, group, strategy
     loss = _softmax_loss(objective, features, None, None, None, logit_scale, normalize, options)
-    if logit_bias is None or not logit_bias.requires_grad:
+    return with_unseen(loss, logit_bias)
+
+
+def with_unseen(loss: Tensor, logit_bias: float | Tensor | None) -> Tensor:
+    """The loss, and a gradient of 0 for a bias of all logits, which a softmax does not see."""
+    if not isinstance(logit_bias, Tensor) or not logit_bias.requires_grad:
         return loss
-    return loss + logit_bias.expand(0).sum(dtype=loss.dtype)  # no value of it, and a gradient of 0
+    return loss + logit_bias.expand(0).sum(dtype=loss.dtype)
 
 
 @in_group

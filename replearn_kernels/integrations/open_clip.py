@@ -35,6 +35,7 @@ from torch import Tensor
 from .. import functional as F
 from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
+from ..functional.contrastive import with_unseen
 from ..pair_losses import soft_target_loss
 from ..ranks import group_of, with_mean_over_ranks
 from .options import TakesOptions, checked_options
@@ -82,10 +83,7 @@ class ClipLoss(_Fused, theirs.ClipLoss):
         def loss(query, key, **how):
             return F.info_nce_loss(*query, *key, logit_scale=logit_scale, **how, **self.options)
 
-        value = self._over_ranks(loss, [image_features], [text_features])
-        if isinstance(logit_bias, Tensor) and logit_bias.requires_grad:
-            value = value + logit_bias.expand(0).sum(dtype=value.dtype)  # a softmax does not see it: a gradient of 0
-        return value
+        return with_unseen(self._over_ranks(loss, [image_features], [text_features]), logit_bias)
 
     def _over_ranks(self, loss: Callable, image: list[Tensor], text: list[Tensor]) -> Tensor:
         """``loss(query, key, symmetric=, group=)`` of all ranks' images and texts, as open_clip gathers them.

@@ -80,7 +80,7 @@ class _Fused(TakesOptions):
         common_functions.labels_or_indices_tuple_required(labels, indices_tuple)
         own = ref_emb is embeddings
         why = self._why_theirs(indices_tuple, own, ref_labels is None or ref_labels is labels)
-        if why := why or _statistics(self, self.distance, self.reducer) or _tensor(self, self.numbers):
+        if why := why or _statistics(self) or _tensor(self, self.numbers):
             _tell(self, why)
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         pairs = LabelledPairs(embeddings, labels, ref_emb, ref_labels, self.distance.normalize_embeddings)
@@ -113,10 +113,9 @@ def _tell(module, why: str) -> None:
         warnings.warn(text, stacklevel=5)
 
 
-def _statistics(*modules) -> str | None:
-    """Whether any of them, or of a loss's reducers, collects some: what is fused has none."""
-    parts = [part for module in modules for part in module.modules()]
-    return "collect_stats" if any(getattr(part, "collect_stats", False) for part in parts) else None
+def _statistics(module) -> str | None:
+    """Whether a loss or miner, its distance or a reducer collects some: what is fused has none."""
+    return "collect_stats" if any(getattr(part, "collect_stats", False) for part in module.modules()) else None
 
 
 def _tensor(loss, names: tuple[str, ...]) -> str | None:
@@ -136,7 +135,7 @@ def _why_not(distance, kinds: tuple[type, ...], own: bool) -> str | None:
 
 
 def _elements(losses: Tensor) -> dict:
-    """One for each row."""
+    """A reducer takes this dictionary: ``losses`` has one element for each row."""
     rows = torch.arange(len(losses), device=losses.device)
     return {"loss": {"losses": losses, "indices": rows, "reduction_type": "element"}}
 
@@ -297,7 +296,7 @@ class TripletMarginLoss(_Fused, their_losses.TripletMarginLoss):
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         """What pytorch-metric-learning's reducers take."""
         chosen = ref_emb is embeddings and _are_triplets(indices_tuple)
-        why = _why_not(self.distance, self.distances, own=True) or _statistics(self, self.distance, self.reducer)
+        why = _why_not(self.distance, self.distances, own=True) or _statistics(self)
         if not chosen or why or self._why_not_fused():
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if len(indices_tuple[0]) == 0:
@@ -320,7 +319,8 @@ class TripletMarginLoss(_Fused, their_losses.TripletMarginLoss):
 
     def _fused(self, pairs: LabelledPairs) -> dict:
         reduction = _reduction(self, "loss")
-        return _reduced(loss=self._loss(pairs.rows, pairs.labels, mining="batch_all", reduction=reduction))
+        how = {"mining": "batch_all", "normalize": False, "reduction": reduction}  # pairs.rows are normalised
+        return _reduced(loss=self._loss(pairs.rows, pairs.labels, **how))
 
     def _loss(self, rows: Tensor, labels: Tensor | None = None, **how) -> Tensor:
         distance = "euclidean" if type(self.distance) is LpDistance else "cosine"
@@ -343,7 +343,7 @@ class _Classifier(TakesOptions):
 
     def compute_loss(self, embeddings, labels, indices_tuple, ref_emb, ref_labels):
         """What pytorch-metric-learning's reducers take."""
-        why = _why_not(self.distance, (CosineSimilarity,), True) or _statistics(self, self.distance, self.reducer)
+        why = _why_not(self.distance, (CosineSimilarity,), True) or _statistics(self)
         if why := why or _tensor(self, ("margin", "scale")) or self._why_not_margin():
             _tell(self, why)
             return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
@@ -405,7 +405,7 @@ class _Miner(TakesPlace):
         return self._mined(embeddings, as_integers(labels), how)
 
     def _why_theirs(self) -> str | None:
-        return _statistics(self, self.distance)
+        return _statistics(self)
 
 
 class BatchHardMiner(_Miner, their_miners.BatchHardMiner):

@@ -145,7 +145,7 @@ def _options(backend: str, memory_budget: int, group, strategy: str) -> dict:
 
 def _apply(model: PreTrainedModel, kinds: dict[str, _Model], loss: Callable) -> PreTrainedModel:
     own = model.own_class if isinstance(model, FusedLoss) else type(model)
-    kind = next((cls for cls in own.__mro__ if cls.__name__ in kinds), None)
+    kind = _kind_of(own, kinds)
     if not isinstance(model, torch.nn.Module) or kind is None:
         raise TypeError(_what_is_expected(model, kinds))
     if own.forward is not kind.forward:
@@ -153,7 +153,7 @@ def _apply(model: PreTrainedModel, kinds: dict[str, _Model], loss: Callable) -> 
             f"{own.__name__} has a forward of its own, which may not be {kind.__name__}'s: compute the loss there, by "
             "replearn_kernels.clip_loss or siglip_loss of the normalised embeddings"
         )
-    model.__class__ = _fused_class(own, kind, kinds[kind.__name__])
+    model.__class__ = _fused_class(own)
     model.fused_loss = loss
     return model
 
@@ -195,17 +195,23 @@ class FusedLoss:
 
 
 def _new(own: type, *arguments) -> PreTrainedModel:
-    kinds = CLIP_MODELS | SIGLIP_MODELS
-    kind = next(cls for cls in own.__mro__ if cls.__name__ in kinds)
-    fused = _fused_class(own, kind, kinds[kind.__name__])
+    fused = _fused_class(own)
     return fused.__new__(fused, *arguments)
 
 
+def _kind_of(own: type, kinds: dict[str, _Model]) -> type | None:
+    """The class of transformers among ``kinds`` that ``own`` is, or is derived from."""
+    return next((cls for cls in own.__mro__ if cls.__name__ in kinds), None)
+
+
 @cache
-def _fused_class(own: type, kind: type, model: _Model) -> type:
+def _fused_class(own: type) -> type:
     """A subclass of ``own`` by its name, which checkpoints record, with another forward."""
+    kinds = CLIP_MODELS | SIGLIP_MODELS
+    kind = _kind_of(own, kinds)
     loss = _clip_loss if kind.__name__ in CLIP_MODELS else _siglip_loss
-    members = {"own_class": own, "forward": _forward(kind, model), "fused_loss": staticmethod(partial(loss, {}))}
+    forward = _forward(kind, kinds[kind.__name__])
+    members = {"own_class": own, "forward": forward, "fused_loss": staticmethod(partial(loss, {}))}
     return type(own.__name__, (FusedLoss, own), {**members, "__module__": own.__module__})
 
 
