@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
 def entries() -> dict[str, Entry]:
     """By name; imported here, as the libraries are in no other environment."""
-    from replearn_kernels.integrations import open_clip, pytorch_metric_learning, sentence_transformers
+    from replearn_kernels.integrations import open_clip, sentence_transformers
 
     scale, bias = torch.tensor(14.3, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
 
@@ -63,16 +63,6 @@ def entries() -> dict[str, Entry]:
         loss = classes["BatchHardTripletLoss"](None)
         return lambda x, y: loss.compute_loss_from_embeddings([x], torch.arange(len(x)) // 8)
 
-    def in_metric_learning(classes):
-        loss = classes["NTXentLoss"](temperature=0.07)
-
-        def call(x, y):
-            labels = torch.arange(len(x))
-            return loss(x, labels, ref_emb=y, ref_labels=labels.clone())
-
-        return call
-
-    metric_learning = "pytorch-metric-learning", vars(pytorch_metric_learning._classes[0])
     clip = "open_clip_torch", vars(open_clip._classes)
     ranking = "sentence-transformers", vars(sentence_transformers._classes)
     every_direction = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -92,10 +82,6 @@ def entries() -> dict[str, Entry]:
         "BatchHardTripletLoss": Entry(
             *ranking, triplets,
             lambda x, y: rk.triplet_margin_loss(x, torch.arange(len(x)) // 8, margin=5.0, mining="batch_hard"),
-        ),
-        "NTXentLoss against references": Entry(
-            *metric_learning, in_metric_learning,
-            lambda x, y: rk.info_nce_loss(x, y, logit_scale=1 / 0.07, normalize=True),
         ),
     }  # fmt: skip
 
