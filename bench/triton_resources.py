@@ -85,7 +85,8 @@ class Row:
             found.append(f"{name}: {self.spills} instructions spill registers")
         if self.shared_bytes > SHARED_LIMIT[self.target]:
             found.append(f"{name}: {self.shared_bytes} B of shared memory, limit {SHARED_LIMIT[self.target]} B")
-        if not self.matrix and self.product != "fp32" and not self.kernel.startswith(NO_PRODUCTS):
+        forms_none = self.kernel.startswith("weights") and not VARIANTS[self.variant].weighs_similarities
+        if not (self.matrix or forms_none or self.product == "fp32" or self.kernel.startswith(NO_PRODUCTS)):
             found.append(f"{name}: no {self.instruction}")
         return found
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from replearn_kernels.declare import PairLoss
+from replearn_kernels.declare.algebra import walk
 from replearn_kernels.declare.objective import objective_of
 from replearn_kernels.declare.triton_source import epilogue_of
 from replearn_kernels.pair_losses.circle import Circle
@@ -20,6 +21,7 @@ from replearn_kernels.pair_losses.multi_positive import MultiPositiveClip
 from replearn_kernels.pair_losses.multi_similarity import MultiSimilarity
 from replearn_kernels.pair_losses.sampled_softmax import SampledSoftmax
 from replearn_kernels.pair_losses.soft_targets import SoftTargets, SymmetricSoftTargets
+from replearn_kernels.pair_losses.vse import Vse
 from replearn_kernels.triton_kernels import (
     EPILOGUES,
     Epilogue,
@@ -84,17 +86,28 @@ class Variant:
         return EPILOGUES[self.epilogue] if self.loss is None else epilogue_of(objective_of(self.loss).definition)
 
     @property
-    def roles(self) -> tuple[float, ...]:
+    def roles(self) -> tuple[float | torch.Tensor, ...]:
         if self.loss is None:
             return ROLES.get(self.epilogue, ())
-        return (0.5,) * len(objective_of(self.loss).definition.parameters)
+        objective = objective_of(self.loss)
+        return objective(False, [0.5] * len(objective.definition.parameters)).roles
+
+    @property
+    def weighs_similarities(self) -> bool:
+        """Whether W depends on them. Where it does not, as of pairs with a constant slope, the compiler leaves their
+        product out of the kernel that forms W."""
+        if self.loss is None:
+            return True
+        terms = [term for term in objective_of(self.loss).definition.terms if term.slope is not None]
+        read = {e.op for term in terms for e in walk([term.slope, term.over])}
+        return any(term.kind == "logsumexp" for term in terms) or not read.isdisjoint(("s", "logit"))
 
     def given(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...] | None:
         """What calls of a declared loss give for rows and columns: values, and features of the guide."""
         if not self.functions.takes_given:
             return None
         definition = objective_of(self.loss).definition
-        counts = (len(definition.cls.row_values), rows), (len(definition.column_values), columns)
+        counts = (len(definition.row_values), rows), (len(definition.column_values), columns)
         values = (torch.empty(shape) if shape[0] else None for shape in counts)
         guides = (torch.empty(size, 384, dtype=dtype) if definition.cls.guide else None for size in (rows, columns))
         return *values, *guides
@@ -179,6 +192,7 @@ VARIANTS = {
         "declared_guided", **OF_PAIRS, diagonal=True, first=False, loss=GistAmong(True, True, True)
     ),
     "multi_positive": Variant("declared_large", **OF_PAIRS, fused=True, quantities=4, loss=MultiPositiveClip()),
+    "vse": Variant("declared_large", **OF_PAIRS, target="own", fused=True, loss=Vse(0.2)),
 }
 
 

@@ -41,6 +41,7 @@ from .pair_losses import (
     MultiSimilarityLoss,
     SampledSoftmaxLoss,
     SoftTargetLoss,
+    VSELoss,
     circle_loss,
     decoupled_contrastive_loss,
     gist_loss,
@@ -50,6 +51,7 @@ from .pair_losses import (
     pair_logsumexp,
     sampled_softmax_loss,
     soft_target_loss,
+    vse_loss,
 )
 
 __version__ = "0.1.0"  # the package's: pyproject.toml reads it here
@@ -79,6 +81,7 @@ __all__ = [
     "SoftTargetLoss",
     "SupConLoss",
     "TripletMarginLoss",
+    "VSELoss",
     "arcface_loss",
     "circle_loss",
     "clip_loss",
@@ -106,4 +109,5 @@ __all__ = [
     "sup_con_loss",
     "triplet_margin_loss",
     "update_momentum",
+    "vse_loss",
 ]

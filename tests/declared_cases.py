@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import hardest_toys as hardest
+import learned_toys as toys
 import torch
 import torch.nn.functional as F
 from declared_toys import (
@@ -134,6 +136,15 @@ def decoupled(x, y, labels, scale):
         kept = [j for j in range(2 * n) if j not in (i, other)]
         losses.append(logits[i, kept].logsumexp(0) - logits[i, other])
     return _rows(torch.cat([x, y]), losses), 2 * n
+
+
+def vse(x, y, labels, scale, margin=0.4, by_group=False):
+    s, losses = x @ y.t(), []
+    for i in range(len(x)):
+        rest = [j for j in range(len(x)) if j != i and not (by_group and labels[i] == labels[j])]
+        hinges = [(margin + of.max() - s[i, i]).clamp(min=0) for of in (s[i, rest], s[rest, i]) if rest]
+        losses.append(sum(hinges) if hinges else s[i, i] * 0)
+    return _rows(x, losses), len(x)
 
 
 def multi_positive(x, y, labels, scale):
@@ -403,6 +414,11 @@ CASES = {
         ),
         lambda *inputs: log_sum_exp(*inputs, counts=lambda same: same, hardness=0.3), True,
     ),
+    "vse": Case(lambda x, y, labels, scale, **k: rk.vse_loss(x, y, margin=0.4, **k), vse),
+    "vse, by group": Case(
+        lambda x, y, labels, scale, **k: rk.vse_loss(x, y, margin=0.4, image_group=labels, **k),
+        lambda *inputs: vse(*inputs, by_group=True),
+    ),
     "toy clip": Case(_of_pairs(Clip()), _clip, True),
     "toy siglip": Case(_of_pairs(SigLip()), _siglip, True),
     "toy siglip by group": Case(
@@ -429,6 +445,15 @@ CASES = {
         lambda x, y, labels, scale, **k: fuse(Imitation(), **k)(x, row_guide=guides_of(labels)[0]),
         _imitation, batch=True,
     ),
+    "toy hard triplets": Case(_of_batch(hardest.Triplets()), hardest.triplets, batch=True),
+    "toy hardest of both sides": Case(hardest.call_violation, hardest.violation, True),
+    "toy hardest by group": Case(hardest.call_among, hardest.among, True),
+    "toy hardest by grade": Case(hardest.call_graded, hardest.graded, True, batch=True),
+    "toy learned bias": Case(toys.call_bias, toys.bias, True),
+    "toy learned steepness": Case(toys.call_steep, toys.steep, True, batch=True),
+    "toy learned columns": Case(toys.call_columns, toys.columns, True),
+    "toy learned sides": Case(toys.call_sides, toys.sides, True, batch=True),
+    "toy learned distance": Case(toys.call_contrastive, toys.contrastive, True, batch=True),
     "toy everything": Case(
         _of_pairs(Everything(), by_group=True), lambda x, *rest: _everything(x, *rest, range(len(x))), True
     ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
+import hardest_toys as hardest
+import learned_toys as toys
 import torch
 import torch.distributed as dist
 from declared_cases import (
@@ -42,6 +44,7 @@ from replearn_kernels import (
     soft_target_loss,
     sup_con_loss,
     triplet_margin_loss,
+    vse_loss,
 )
 from replearn_kernels.declare import fuse
 
@@ -156,6 +159,7 @@ LOSSES = {
         b.x, b.labels, margin=1.0, mining="batch_all", **{"reduction": "mean_nonzero", **k}
     ),
     "circle": lambda b, **k: circle_loss(b.x, b.labels, gamma=5.0, **k),
+    "vse": lambda b, **k: vse_loss(b.x, b.y, margin=2.0, image_group=b.labels, **k),
     "multi_similarity": lambda b, **k: multi_similarity_loss(b.x, b.labels, beta=5.0, **k),
     "decoupled": lambda b, **k: decoupled_contrastive_loss(b.x, b.y, temperature=1 / b.scale, **k),
     "hard_negative": lambda b, **k: hard_negative_loss(b.x, b.y, logit_scale=b.scale, **k),
@@ -216,6 +220,30 @@ LOSSES = {
         b.x, b.labels, row_values=numbers(b, "weight"), row_guide=b.own.detach()[:, 0]
     ),
     "declared_in_one_sweep_by_a_guide": lambda b, **k: fuse(Imitation(), **k)(b.x, row_guide=b.own.detach().flatten(1)),
+    "declared_hardest_over_distances": lambda b, **k: fuse(hardest.Triplets(), **k)(b.x, b.labels),
+    "declared_hardest_of_both_sides": lambda b, **k: fuse(hardest.Violation(b.bias, b.scale), **k)(
+        b.x, b.y, b.scale, target=b.target
+    ),
+    "declared_hardest_by_group": lambda b, **k: fuse(hardest.Among(), **k)(
+        b.x, b.y, b.scale, query_group=b.labels, key_group=b.labels
+    ),
+    "declared_hardest_by_values": lambda b, **k: fuse(hardest.Grades(b.scale), **k)(
+        b.x, row_values=numbers(b, "grade")
+    ),
+    "declared_that_learns_in_one_sweep": lambda b, **k: fuse(toys.Bias(b.bias), **k)(
+        b.x, b.y, b.scale, query_group=b.labels, key_group=b.labels
+    ),
+    "declared_that_learns_over_a_batch": lambda b, **k: fuse(toys.Steep(b.bias, b.scale), **k)(b.x, b.labels),
+    "declared_that_learns_by_columns": lambda b, **k: fuse(toys.Columns(b.scale, b.bias), **k)(
+        b.x, b.y, target=b.target, row_values=numbers(b, "weight"), column_values=numbers(b, "weight")
+    ),
+    "declared_that_learns_by_sides": lambda b, **k: fuse(toys.Sides(b.scale), **k)(
+        b.x, row_values=numbers(b, "grade")
+    ),
+    "declared_that_learns_over_distances": lambda b, **k: fuse(Contrastive(b.scale), **k)(b.x, b.labels),
+    "declared_that_learns_over_frozen_distances": lambda b, **k: fuse(Contrastive(b.scale), **k)(
+        b.x.detach(), b.labels
+    ),
     "sup_con_views": lambda b, **k: sup_con_loss(b.views, temperature=0.3, **k),
 }
 

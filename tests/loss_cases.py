@@ -69,6 +69,7 @@ DECLARED = {
     "multi_positive": lambda x, y, labels, scale, **k: rk.multi_positive_clip_loss(
         x, y, scale, image_group=labels, **k
     ),
+    "vse": lambda x, y, labels, scale, **k: rk.vse_loss(x, y[: len(x)], **k),
     "log_sum_exp": lambda x, y, labels, scale, **k: rk.pair_logsumexp(
         x, y, logit_scale=scale, hardness=0.3, **{"reduction": "mean", **k}
     ),

@@ -40,6 +40,7 @@ from replearn_kernels import (
     soft_target_loss,
     sup_con_loss,
     triplet_margin_loss,
+    vse_loss,
 )
 from replearn_kernels.engine.backends import _interpreted
 from replearn_kernels.engine.columns import blocks
@@ -74,6 +75,7 @@ LOSSES = {
     "soft_target": lambda x, y, labels, s: soft_target_loss(
         x, y, y.detach(), x.detach(), logit_scale=s, guide_scale=3.0, symmetric=True, memory_budget=BUDGET
     ),
+    "vse": lambda x, y, labels, s: vse_loss(x, y, margin=0.5, image_group=labels, memory_budget=BUDGET),
     "log_sum_exp": lambda x, y, labels, s: pair_logsumexp(
         x, y, over="other", query_group=labels, key_group=labels, logit_scale=s, hardness=0.3, memory_budget=BUDGET
     ).square().mean(),

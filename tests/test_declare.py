@@ -67,11 +67,11 @@ def one(expression):
         (lambda: declared(one(lambda self, s, p: s & p.same)), "& takes conditions"),
         (lambda: declared(one(lambda self, s, p: where(p.same & (self.a > 0), s, 0))), "is the same for all pairs"),
         (lambda: declared(lambda self, s, p: {"t": total(s, where=sqrt(2) < 1)}), "takes conditions|holds for no pair"),
-        (lambda: declared(one(lambda self, s, p: total(s))), "a total is a sum.*return it as a term"),
-        (lambda: declared(one(lambda self, s, p: s - logsumexp(s))), "a logsumexp is a sum.*return it as a term"),
-        (lambda: declared(lambda self, s, p: {"t": total(s) / total(1)}), "a total is a sum.*return it as a term"),
-        (lambda: declared(lambda self, s, p: {"t": torch.exp(total(s))}), "a total is a sum.*return it as a term"),
-        (lambda: declared(lambda self, s, p: {"t": total(s).mean()}), "a total is a sum.*return it as a term"),
+        (lambda: declared(one(lambda self, s, p: total(s))), "a total is taken over.*return it as a term"),
+        (lambda: declared(one(lambda self, s, p: s - logsumexp(s))), "a logsumexp is taken over.*return it as a term"),
+        (lambda: declared(lambda self, s, p: {"t": total(s) / total(1)}), "a total is taken over.*return it as a term"),
+        (lambda: declared(lambda self, s, p: {"t": torch.exp(total(s))}), "a total is taken over.*return it as a term"),
+        (lambda: declared(lambda self, s, p: {"t": total(s).mean()}), "a total is taken over.*return it as a term"),
         (lambda: declared(one(lambda self, s, p: where(p.same and s > 0, s, 0))), "join conditions by & . ~"),
         (lambda: declared(one(lambda self, s, p: max(s, 0))), r"maximum\(a, b\)"),
         (lambda: declared(one(lambda self, s, p: s.exp())), r"no method 'exp': write exp\(x\)"),
@@ -87,8 +87,8 @@ def one(expression):
         (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t / row.t.mean().detach()), "mixes rows"),
         (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t.cumsum(0)), "mixes rows"),
         (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t.detach()), "no gradient in any term"),
-        (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t * LEARNED), "learns no parameters but"),
-        (lambda: declared(lambda self, s, p: {"t": s}), r"t must be total\(...\) or logsumexp"),
+        (lambda: declared(one(lambda self, s, p: s), lambda self, row: row.t * LEARNED), "its float fields"),
+        (lambda: declared(lambda self, s, p: {"t": s}), r"t must be total\(...\), logsumexp"),
         (lambda: declared(lambda self, s, p: total(s)), "must return a dict of terms"),
         (lambda: declared(lambda self, s, p: {}), "must return a dict of terms"),
         (lambda: declared(lambda self, s, p: {"a b": total(s)}), "needs a name of its own, an ASCII identifier"),
@@ -113,7 +113,9 @@ def one(expression):
         (lambda: dataclass(type("Bad", (PairLoss,), {}))(), "must be a frozen dataclass"),
         (lambda: Clip, r"takes an instance of a PairLoss.*call fuse\(Clip\(\)\)"),
         (lambda: torch.nn.Linear(2, 2), "takes an instance of a PairLoss"),
-        (lambda: Contrastive(torch.tensor(1.0)), "tensor of shape"),
+        (lambda: Contrastive(torch.ones(3)), r"Contrastive.margin must be a float or a tensor of one.*\(3,\)"),
+        (lambda: Contrastive(torch.ones((), dtype=torch.int64)), "Contrastive.margin must be floating-point"),
+        (lambda: Contrastive(torch.tensor(math.nan)), "Contrastive.margin must be finite"),
         (lambda: Contrastive(math.inf), "Contrastive.margin must be finite"),
     ],
 )  # fmt: skip
@@ -123,7 +125,7 @@ def test_what_cannot_be_declared_is_said(make, message):
 
 
 def test_fields_are_numbers_or_options():
-    with pytest.raises(TypeError, match="margins must be annotated float, bool, int or str, got list"):
+    with pytest.raises(TypeError, match="margins must be annotated float, float . Tensor, bool, int or str, got list"):
         members = {"__annotations__": {"margins": list}, "margins": None}
         fuse(dataclass(frozen=True)(type("Bad", (PairLoss,), members))())
 

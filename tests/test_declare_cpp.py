@@ -57,7 +57,9 @@ struct Loss {{
   static constexpr int kTerms = 2, kParameters = 2;
   static constexpr int kRowValues = 0, kColumnValues = 0;
   static constexpr bool kReadsGuide = false;
-  static constexpr bool kIsTotal[] = {{false, false}}, kHasSlope[] = {{true, true}};
+  static constexpr Kind kKind[] = {{kLogSumExp, kLogSumExp}};
+  static constexpr bool kHasSlope[] = {{true, true}};
+  static constexpr int kFirstMean[] = {{0, 0, 0}};  // of what terms average or read
   static constexpr bool kOneSweep = false, kHasSides = false;
   T sign[kTerms], steepness[kTerms];  // of the terms' factors
   T number_0;
@@ -83,7 +85,8 @@ struct Loss {{
   }}
 
   template <bool Slopes>
-  void of(const Pairs<T, kRowValues, kColumnValues>& pair, Vec<T>* rest, Bits<T>* over, Vec<T>* slope) const {{
+  void of(const Pairs<T, kRowValues, kColumnValues>& pair, Vec<T>* rest, Bits<T>* over, Vec<T>* slope,
+          Vec<T>* mean) const {{
     const Vec<T> s = pair.s;
     (void)s;
     const auto x0 = relu<T>((number_0 - s));

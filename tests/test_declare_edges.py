@@ -246,7 +246,7 @@ def test_a_program_without_its_loss_says_so():
     scale = torch.ones(())
     with pytest.raises(RuntimeError, match="calls the declared loss 'Nowhere-1'.*fuse it first"):
         torch.ops.replearn_kernels.pair_loss(
-            torch.ones(2, 2), [torch.ones(2, 2)], None, None, None, None, scale, None, *[None] * 4,
+            torch.ones(2, 2), [torch.ones(2, 2)], None, None, None, None, scale, None, *[None] * 5,
             "Nowhere-1", [0.0], "mean", "torch", 0, [0, 0, 0], False,
         )  # fmt: skip
 

@@ -403,6 +403,6 @@ def test_the_operator_with_values():
     x, y, labels, scale = (t.clone() for t in inputs_of(6, 4, torch.arange(6) % 2))
     values = torch.rand(2, 6, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64)
     features = [t.requires_grad_() for t in (x, y, scale)]
-    arguments = features[0], [features[1]], None, None, None, None, features[2], None, *values, None, None
+    arguments = features[0], [features[1]], None, None, None, None, features[2], None, *values, None, None, None
     config = objective_of(Sampled()).name, [0.0], "mean", "torch", 2**20, [1, 1, 1], False
     torch.library.opcheck(torch.ops.replearn_kernels.pair_loss.default, (*arguments, *config))

@@ -33,7 +33,7 @@ def arguments(symmetric, reduction, memory_budget, backend, own=False, any_size=
     needs_grad = [True] * (5 if own else 4)
     return (
         query, [key, queue], negatives, torch.tensor([0, 6, 2, 2, 1]), None, None,
-        torch.tensor(2.0, requires_grad=True), *[None] * 5,
+        torch.tensor(2.0, requires_grad=True), *[None] * 6,
         "softmax", [float(symmetric), 0.1, 0.0, 0.0], reduction, backend, memory_budget, needs_grad, any_size,
     )  # fmt: skip
 
@@ -52,7 +52,7 @@ def family_arguments(name, reduction, backend, any_size=False):
     query, key = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
     rows, columns = torch.tensor([0, 0, 1, -2, 1, 9]), torch.tensor([0, 1, 1, 5, -2, -2, 0])
     scale, bias = (torch.tensor(x, requires_grad=True) for x in (2.0, -1.0))
-    options, none = (reduction, backend, 0), (None,) * 5  # no bias, nor values, nor guide
+    options, none = (reduction, backend, 0), (None,) * 6  # no bias, nor values, guide or learned parameters
     arguments = {
         "moco": (
             query, [key], torch.randn(6, 1, 5, requires_grad=True), None, None, None, scale, *none,
@@ -98,7 +98,7 @@ def test_opcheck_of_one_tile_where_not_all_is_needed(wanted, backend):
     inputs[wanted].requires_grad_()
     query, key, scale = inputs
     config = ("softmax", [1.0, 0.0, 0.0, 0.0], "mean", backend, 2**20, [i == wanted for i in range(3)], False)
-    given = query, [key], None, None, None, None, scale, *[None] * 5, *config
+    given = query, [key], None, None, None, None, scale, *[None] * 6, *config
     torch.library.opcheck(torch.ops.replearn_kernels.pair_loss.default, given)
 
 
@@ -132,7 +132,7 @@ def test_opcheck_tile_passes():
 
 
 def test_opcheck_of_the_checks_of_a_compiled_formula():
-    query, keys, own, target, *others = arguments(True, "mean", 0, "eager")[:12]
+    query, keys, own, target, *others = arguments(True, "mean", 0, "eager")[:13]
     for given in ((keys, target, *others, "softmax"), ([], None, *others, "sup_con")):
         inputs = query, given[0], None, *given[1:]
         torch.library.opcheck(torch.ops.replearn_kernels.checked_rows.default, inputs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from declared_cases import CASES, Clip, Contrastive, Graded, inputs_of, leaves_of, value_and_gradients
+from learned_toys import Steep
 from metric_cases import LABELS
 from test_declare_expressions import Random
 from triton_harness import DTYPES, SMALL_BLOCKS, aot, blocks_for, gpu, interpreter, relative_error, tolerance
@@ -148,6 +149,14 @@ class TestCompiled:
         monkeypatch.setitem(VARIANTS, "toy graded", variant)
         assert measure(Case("toy graded", kernel, "bf16", "sm_90")).problems() == []
 
+    @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+    @pytest.mark.parametrize("kernel", ["statistics", "merge rows", "weights"])
+    def test_parameters_that_learn_spill_nothing(self, kernel, target, monkeypatch):
+        loss = Steep(*(torch.ones((), requires_grad=True) for _ in range(2)))
+        variant = Variant("declared_large", groups=True, columns=True, quantities=10, loss=loss)
+        monkeypatch.setitem(VARIANTS, "toy steep", variant)
+        assert measure(Case("toy steep", kernel, "bf16", target)).problems() == []
+
 
 class TestGPU:
     pytestmark = gpu
@@ -182,8 +191,8 @@ import triton
 import triton.language as tl
 
 from replearn_kernels.triton_kernels.declared import (
-    every_pairs, fold, guide_tile, maximum, merged, minimum, other_pairs, rate_of, relu, same_pairs, share, sigmoid,
-    signed, softplus, target_pairs,
+    every_pairs, fold, fold_largest, fold_weights, guide_tile, is_larger, maximum, merged, minimum, other_pairs,
+    rate_of, relu, rescaled, same_pairs, share, sigmoid, signed, softplus, target_pairs,
 )
 from replearn_kernels.triton_kernels.tiles import (
     LOWEST, Epilogue, table_quantity, value_of_columns, value_of_rows,

@@ -330,15 +330,15 @@ def test_what_is_saved_is_as_the_fake_kernels_say(name, dtype, reduction, needs_
     """torch.compile knows the tensors between forward and backward call from these alone."""
     query, key = random(rng, 6, 5).to(dtype), random(rng, 8, 5).to(dtype)
     scale, bias, labels = torch.tensor(2.0), torch.tensor(-1.0), torch.arange(6) // 2
-    batch = query, [], None, None, labels, None, scale, *[None] * 5
+    batch = query, [], None, None, labels, None, scale, *[None] * 6
     target = labels if name == "target" else None
     arguments = {
-        "symmetric": (query, [key], None, None, None, None, scale, *[None] * 5, "softmax", [1.0, 0.0, 0.0, 0.0]),
-        "smoothed": (query, [key], None, None, None, None, scale, *[None] * 5, "softmax", [1.0, 0.1, 0.0, 0.0]),
-        "target": (query, [key], None, target, None, None, scale, *[None] * 5, "softmax", [1.0, 0.0, 0.0, 0.0]),
+        "symmetric": (query, [key], None, None, None, None, scale, *[None] * 6, "softmax", [1.0, 0.0, 0.0, 0.0]),
+        "smoothed": (query, [key], None, None, None, None, scale, *[None] * 6, "softmax", [1.0, 0.1, 0.0, 0.0]),
+        "target": (query, [key], None, target, None, None, scale, *[None] * 6, "softmax", [1.0, 0.0, 0.0, 0.0]),
         "sup_con": (*batch, "sup_con", [0.0]),
         "pairs": (*batch, "sup_con", [2.0]),
-        "sigmoid": (query, [key], None, None, None, None, scale, bias, *[None] * 4, "sigmoid", [0.0]),
+        "sigmoid": (query, [key], None, None, None, None, scale, bias, *[None] * 5, "sigmoid", [0.0]),
     }[name]
     of_query, of_key, of_scalars = (bool(needs) for needs in needs_grad)
     due = [of_query, *([of_key] if arguments[1] else []), of_scalars, *([of_scalars] if name == "sigmoid" else [])]

@@ -90,6 +90,42 @@ def fold(v, rate, AXIS: tl.constexpr):
 
 
 @triton.jit
+def fold_weights(v, rate, AXIS: tl.constexpr):
+    """Return (max, sum of exp) along AXIS, and every exp."""
+    top = tl.maximum(tl.max(v, AXIS), LOWEST)
+    weights = tl.exp2((v - tl.expand_dims(top, AXIS)) * rate)
+    return top, tl.sum(weights, AXIS), weights
+
+
+@triton.jit
+def fold_largest(v, numbers, AXIS: tl.constexpr):
+    """Return the max along AXIS, NaN if there is one, its number, of equal ones the lowest, and which entry that is.
+
+    ``numbers``: of what is along AXIS. Values at -inf do not count; over none the number is -1.
+    """
+    top = tl.maximum(tl.max(v, AXIS), LOWEST)
+    chosen = v == tl.expand_dims(top, AXIS)
+    number = tl.min(tl.where(chosen, numbers, HIGHEST), AXIS)
+    chosen = chosen & (numbers == tl.expand_dims(number, AXIS))
+    nan = tl.sum(tl.where(v != v, v, 0.0), AXIS)
+    return top + nan, tl.where(number < HIGHEST, number, -1.0), chosen
+
+
+@triton.jit
+def is_larger(top, number, other_top, other_number):
+    """Whether the second of two (max, number) is larger, NaN above all, or the lower number of equal ones."""
+    is_first = (other_top == top) & (other_number >= 0) & ((other_number < number) | (number < 0))
+    return (other_top > top) | ((other_top != other_top) & (top == top)) | is_first
+
+
+@triton.jit
+def rescaled(top, other_top, rate):
+    """Return the max of two disjoint sets, and what the sums of each are multiplied by to be against it."""
+    new = tl.maximum(top, other_top)
+    return new, tl.exp2((top - new) * rate), tl.exp2((other_top - new) * rate)
+
+
+@triton.jit
 def merged(top, total, other_top, other_total, rate):
     """Return (max, sum of exp) of two disjoint sets, from those of each."""
     new = tl.maximum(top, other_top)

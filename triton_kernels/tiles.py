@@ -120,11 +120,13 @@ class TileInputs(NamedTuple):
         if given is not None:
             strides = (0 if t is None else t.stride(0) for t in given)
             fields = *fields, *given, *strides, 0 if given[2] is None else given[2].shape[1]
-        return _with_more(len(roles), given is not None)._make((*fields, *map(float, roles)))
+        numbers = (role if isinstance(role, Tensor) else float(role) for role in roles)
+        return _with_more(len(roles), given is not None)._make((*fields, *numbers))
 
     @property
-    def roles(self) -> tuple[float, ...]:
-        """The objective's, ``role_0``, ``role_1``, ...: of an epilogue that takes them; a bool is 0 or 1."""
+    def roles(self) -> tuple[float | Tensor, ...]:
+        """The objective's, ``role_0``, ``role_1``, ...: of an epilogue that takes them; a bool is 0 or 1, a parameter
+        that is learned a 0-d tensor."""
         return tuple(value for name, value in zip(self._fields, self) if name.startswith("role_"))
 
 

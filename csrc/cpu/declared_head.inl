@@ -20,6 +20,9 @@ using replearn::Tile;
 #include "vector.h"
 #include "vector_loops.inl"
 
+// What is taken of a term's pairs.
+enum Kind { kTotal, kLogSumExp, kLargest };
+
 // A vector of similarities, those of the guide, which lanes are pairs, and of which kind, and the values of their rows
 // and columns.
 template <typename T, int RowValues, int ColumnValues>

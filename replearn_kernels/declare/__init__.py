@@ -2,7 +2,9 @@
 
     expressions.py    what an author's functions are made of
     algebra.py        their derivatives, and what all pairs share taken out of them
-    pair_loss.py      PairLoss, total, logsumexp, and the facts of a pair: the rest of what an author writes
+    pair_loss.py      PairLoss, total, logsumexp, largest, smallest, and the facts of a pair: what else an author writes
+    terms.py          terms as the passes take them
+    learning.py       their derivatives in parameters that learn
     definition.py     the structure of a declared loss
     checks.py         its formulas, tried out
     fuse.py           the module that a declared loss becomes
@@ -32,9 +34,10 @@ from .expressions import (
     where,
 )
 from .fuse import FusedBatchLoss, FusedPairLoss, fuse
-from .pair_loss import Facts, PairLoss, Reduction, logsumexp, total
+from .pair_loss import Facts, PairLoss, Reduction, largest, logsumexp, smallest, total
 
 __all__ = [
     "Expr", "Facts", "FusedBatchLoss", "FusedPairLoss", "PairLoss", "Reduction", "absolute", "clamp", "equal", "exp",
-    "fuse", "log", "logsumexp", "maximum", "minimum", "relu", "sigmoid", "softplus", "sqrt", "total", "where",
+    "fuse", "largest", "log", "logsumexp", "maximum", "minimum", "relu", "sigmoid", "smallest", "softplus", "sqrt",
+    "total", "where",
 ]  # fmt: skip

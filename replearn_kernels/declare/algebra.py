@@ -24,7 +24,7 @@ def walk(roots: list[Expr]) -> Iterator[Expr]:
 
 
 def slope(e: Expr, x: Expr, found: dict[Expr, Expr] | None = None) -> Expr:
-    """``de / dx`` of an atom x, by the rules that torch's autograd has."""
+    """``de / dx`` of an atom x, a pair's or a number that all pairs share, by the rules that torch's autograd has."""
     found = {} if found is None else found
     if e not in found:
         found[e] = _slope(e, x, found)
@@ -34,7 +34,7 @@ def slope(e: Expr, x: Expr, found: dict[Expr, Expr] | None = None) -> Expr:
 def _slope(e: Expr, x: Expr, found: dict[Expr, Expr]) -> Expr:
     if e is x:
         return number(1, "")
-    if e.op in ATOMS or e.op == "detach" or not e.of_pair:
+    if e.op in ATOMS or e.op == "detach" or (x.of_pair and not e.of_pair):
         return number(0, "")
     if e.op == "where":
         condition, *branches = e.args

@@ -10,6 +10,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
+from ..engine.validation import check_finite, check_scale
 from .definition import Definition, Given, check_rows, definition_of, fields_of, instance_of, kind_of
 from .expressions import number
 from .pair_loss import PairLoss
@@ -25,21 +26,31 @@ def check_formulas(loss: PairLoss) -> None:
     """
     cls = type(loss)
     parameters, options = fields_of(cls)
-    for name in parameters:
-        number(getattr(loss, name), f"{cls.__name__}.{name}")
-        if not math.isfinite(getattr(loss, name)):
-            raise ValueError(f"{cls.__name__}.{name} must be finite, got {getattr(loss, name)}")
+    values = {name: _value_of(f"{cls.__name__}.{name}", getattr(loss, name)) for name in parameters}
     kinds = {field.name: kind_of(field) for field in fields(cls)}
     for name in options:
         value, kind = getattr(loss, name), kinds[name]
         if type(value) is not _OPTIONS[kind]:
             raise TypeError(f"{cls.__name__}.{name} must be {kind}, got {value!r}")
     definition = definition_of(cls, tuple(getattr(loss, name) for name in options))
-    loss = instance_of(cls, {name: getattr(loss, name) for name in (*parameters, *options)})
+    loss = instance_of(cls, values | {name: getattr(loss, name) for name in options})
     definition.count(loss, _made_up(definition), _leaf(1.3), _given(definition))
     if cls.loss is not PairLoss.loss:
         _check_signature(cls)
         _check_losses(loss, definition)
+
+
+def _value_of(name: str, parameter: float | Tensor) -> float | Tensor:
+    """A parameter's value; of a tensor, what stands for it in a formula."""
+    if not isinstance(parameter, Tensor):
+        number(parameter, name)
+        if not math.isfinite(parameter):
+            raise ValueError(f"{name} must be finite, got {parameter}")
+        return parameter
+    check_scale(name, parameter, parameter)
+    if parameter.is_cpu:
+        check_finite(name, parameter.item(), torch.float64)
+    return _leaf(parameter.item() if parameter.is_cpu else 0.7)  # read from no GPU
 
 
 def _check_signature(cls: type[PairLoss]) -> None:
@@ -54,6 +65,7 @@ def _check_losses(loss: PairLoss, definition: Definition) -> None:
     name = f"{type(loss).__name__}.loss"
     row, column = _made_up(definition), _made_up(definition) if type(loss).symmetric else []
     leaves, scale, given = [*row, *column], _leaf(1.3), _given(definition)
+    learned = [value for value in vars(loss).values() if isinstance(value, Tensor)]
     with torch.enable_grad():
         losses = definition.row_losses(loss, row, column, scale, given)
     check_rows(name, losses, 3)
@@ -61,10 +73,10 @@ def _check_losses(loss: PairLoss, definition: Definition) -> None:
         raise TypeError(f"{name} must return floating-point losses, got {losses.dtype}")
     if not losses.requires_grad:
         raise ValueError(f"{name} has no gradient in any term: it detaches all of them, or leaves torch")
-    if any(leaf is not scale and all(leaf is not known for known in leaves) for leaf in _leaves_of(losses)):
+    if any(all(leaf is not known for known in (*leaves, scale, *learned)) for leaf in _leaves_of(losses)):
         raise TypeError(
             f"{name} reads a tensor that requires a gradient and is none of its terms, which would get none: "
-            "a declared loss learns no parameters but logit_scale"
+            "what a declared loss learns is logit_scale, and its float fields"
         )
     for i in range(3):
         with torch.no_grad():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import accumulate
 
 from .definition import Definition
 from .expressions import Expr
@@ -40,6 +41,7 @@ _OF_PAIRS = INFIX | {
     "exp": "any_exp<T>({})", "log": "any_log<T>({})", "sqrt": "any_sqrt<T>({})",
     **{name: f"{name}<T>({{}})" for name in _OF_ONE}, **{name: f"{name}<T>({{}}, {{}})" for name in _OF_TWO},
 }  # fmt: skip
+_KINDS = {"total": "kTotal", "logsumexp": "kLogSumExp", "largest": "kLargest"}
 _TAKES_VECTORS = {"where", "minimum", "maximum"}  # where an operator would take a number beside a vector
 
 
@@ -47,15 +49,18 @@ _TAKES_VECTORS = {"where", "minimum", "maximum"}  # where an operator would take
 def source_of(definition: Definition) -> str:
     """The text of a library's only file."""
     terms = definition.terms
-    kinds = ", ".join(_word(term.kind == "total") for term in terms)
+    kinds = ", ".join(_KINDS[term.kind] for term in terms)
     slopes = ", ".join(_word(term.slope is not None) for term in terms)
-    row_values, column_values = len(definition.cls.row_values), len(definition.column_values)
-    groups = [[term.rest, term.over, *([] if term.slope is None else [term.slope])] for term in terms]
-    pairs = _OfPairs(definition, [e for group in groups for e in group])
+    row_values, column_values = len(definition.row_values), len(definition.column_values)
+    means, first_mean = [e for term in terms for e in term.means], _starts([len(term.means) for term in terms])
+    of_terms = [e for t in terms for e in (t.rest, t.over, t.slope) if e is not None]
+    pairs = _OfPairs(definition, [*of_terms, *means])
     body = []
-    for k, (rest, over, *slope) in enumerate(groups):
-        body += [f"rest[{k}] = {pairs.vector(rest)};", f"over[{k}] = {pairs.text(over)};"]
-        body += [f"if (Slopes) slope[{k}] = {pairs.vector(each)};" for each in slope]
+    for k, term in enumerate(terms):
+        body += [f"rest[{k}] = {pairs.vector(term.rest)};", f"over[{k}] = {pairs.text(term.over)};"]
+        if term.slope is not None:
+            body.append(f"if (Slopes) slope[{k}] = {pairs.vector(term.slope)};")
+    body += [f"if (!Slopes) mean[{m}] = {pairs.vector(e)};" for m, e in enumerate(means)]
     numbers = _OfNumbers(definition, [*pairs.shared, *(term.factor for term in terms)])
     shared = [f"{name} = {numbers.value(e)};" for e, name in pairs.shared.items()]
     factors = [f"set_factor({k}, {numbers.text(term.factor)});" for k, term in enumerate(terms)]
@@ -63,7 +68,9 @@ def source_of(definition: Definition) -> str:
         f"static constexpr int kTerms = {len(terms)}, kParameters = {len(definition.parameters)};",
         f"static constexpr int kRowValues = {row_values}, kColumnValues = {column_values};",
         f"static constexpr bool kReadsGuide = {_word(bool(definition.cls.guide))};",
-        f"static constexpr bool kIsTotal[] = {{{kinds}}}, kHasSlope[] = {{{slopes}}};",
+        f"static constexpr Kind kKind[] = {{{kinds}}};",
+        f"static constexpr bool kHasSlope[] = {{{slopes}}};",
+        f"static constexpr int kFirstMean[] = {{{', '.join(map(str, first_mean))}}};  // of what terms average or read",
         f"static constexpr bool kOneSweep = {_word(definition.one_sweep)}, kHasSides = {_word(definition.has_sides)};",
         "T sign[kTerms], steepness[kTerms];  // of the terms' factors",
         *(f"{'bool' if e.is_mask else 'T'} {name};" for e, name in pairs.shared.items()),
@@ -80,7 +87,8 @@ def source_of(definition: Definition) -> str:
         "}",
         "",
         "template <bool Slopes>",
-        "void of(const Pairs<T, kRowValues, kColumnValues>& pair, Vec<T>* rest, Bits<T>* over, Vec<T>* slope) const {",
+        "void of(const Pairs<T, kRowValues, kColumnValues>& pair, Vec<T>* rest, Bits<T>* over, Vec<T>* slope,",
+        "        Vec<T>* mean) const {",
         *_indented(["const Vec<T> s = pair.s;", "(void)s;", *pairs.lines, *body]),
         "}",
     ]
@@ -137,6 +145,11 @@ class _OfPairs(Writer):
 
     def let(self, name: str, text: str) -> None:
         self.lines.append(f"const auto {name} = {text};")
+
+
+def _starts(counts: list[int]) -> list[int]:
+    """Where each of the parts of these sizes begins, and where the last one ends."""
+    return [0, *accumulate(counts)]
 
 
 def _indented(lines: list[str]) -> list[str]:

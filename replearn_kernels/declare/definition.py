@@ -4,76 +4,43 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .algebra import affine, factored, is_symmetric, slope, walk
-from .expressions import Expr, number
+from .algebra import is_symmetric, walk
+from .expressions import Expr
+from .learning import Derivative, with_derivatives
 from .pair_loss import Facts, PairLoss, Reduction
+from .terms import NUMBER, Term
 
 _RESERVED = (
     "batch", "scaled", "symmetric", "similarity", "row_values", "column_values", "guide", "terms", "loss", "counted",
 )  # fmt: skip
 SIMILARITIES = ("product", "cosine", "distance", "squared_distance")
-
-
-@dataclass(frozen=True)
-class Term:
-    """A reduction as the passes take it: ``factor * rest + offset`` summed, or in a log-sum-exp.
-
-    ``slope``: its derivative in the logit (the similarity, of a loss without scale); None where that is 0.
-    """
-
-    name: str
-    kind: str
-    factor: Expr
-    rest: Expr
-    offset: Expr
-    over: Expr
-    slope: Expr | None
-
-    @classmethod
-    def of(cls, name: str, reduction: Reduction, variable: Expr) -> Term:
-        if reduction.kind == "total":  # an offset would count the pairs
-            parts = (*factored(reduction.of), number(0, ""))
-        else:
-            parts = affine(reduction.of)
-        derivative = slope(reduction.of, variable)
-        return cls(name, reduction.kind, *parts, reduction.over, None if derivative.constant == 0 else derivative)
-
-    @property
-    def statistics(self) -> int:
-        """How many quantities the statistics keep of the term: its sum; of a log-sum-exp (max, sum)."""
-        return 1 if self.kind == "total" else 2
-
-    @property
-    def coefficients(self) -> int:
-        """How many quantities W reads of the term: a weight; of a log-sum-exp (max, log_sum, weight)."""
-        return 0 if self.slope is None else 1 if self.kind == "total" else 3
-
-
-def places(terms: tuple[Term, ...], of: str) -> Iterator[tuple[Term, int]]:
-    """Every term, and the place of its first quantity in a table of "statistics" or "coefficients"."""
-    place = 0
-    for term in terms:
-        yield term, place
-        place += getattr(term, of)
+_NUMBER_OR_TENSOR = re.compile(r"float \| (torch\.)?Tensor|(torch\.)?Tensor \| float")
 
 
 @dataclass(frozen=True, eq=False)
 class Definition:
-    """A loss's structure: all but the values of its parameters."""
+    """A loss's structure: all but the values of its parameters.
+
+    ``learned``: those parameters that are tensors, and get a gradient. ``terms``: the author's, then those that the
+    ``derivatives`` in such parameters need.
+    """
 
     name: str
     cls: type[PairLoss]
     options: tuple[tuple[str, bool | int | str], ...]
     parameters: tuple[str, ...]
+    learned: tuple[str, ...]
     terms: tuple[Term, ...]
+    derivatives: tuple[Derivative, ...]
     facts: frozenset[str]
 
     @property
@@ -82,20 +49,35 @@ class Definition:
         return self.cls.batch or self.cls.symmetric
 
     @property
+    def has_numbers(self) -> bool:
+        """Whether a term is of a single pair, which is known by the numbers of its row and column."""
+        return any(term.kind == "largest" for term in self.terms)
+
+    @property
+    def row_values(self) -> tuple[str, ...]:
+        """The names of the values of a row: those that calls give, and last its number if that is needed."""
+        return self.cls.row_values + (NUMBER,) * (self.has_numbers and self.has_columns)
+
+    @property
     def column_values(self) -> tuple[str, ...]:
-        """The names of the values of a column: of a batch, those of its rows."""
-        return self.cls.row_values if self.cls.batch else self.cls.column_values
+        """The same of a column; of a batch, those of its rows."""
+        return self.row_values if self.cls.batch else self.cls.column_values + (NUMBER,) * self.has_numbers
 
     @property
     def takes_given(self) -> bool:
-        """Whether calls give something for rows, columns or pairs beside what every loss takes."""
-        return bool(self.cls.row_values or self.column_values or self.cls.guide)
+        """Whether passes are given something for rows, columns or pairs beside what every loss takes."""
+        return bool(self.row_values or self.column_values or self.cls.guide)
 
     @property
     def has_sides(self) -> bool:
         """Whether, in a batch, a pair's terms are others seen from its column than from its row."""
-        parts = (e for term in self.terms for e in (term.rest, term.over, term.slope) if e is not None)
+        parts = (e for t in self.terms for e in (t.rest, t.over, t.slope, *t.means) if e is not None)
         return self.cls.batch and not all(map(is_symmetric, parts))
+
+    @cached_property
+    def own_terms(self) -> tuple[Term, ...]:
+        """The author's."""
+        return tuple(term for term in self.terms if not term.is_derivative)
 
     @property
     def one_sweep(self) -> bool:
@@ -132,7 +114,7 @@ class Definition:
         return row
 
     def _values(self, of_terms: list[Tensor], names: tuple[str, ...], given: Tensor | None) -> Values:
-        values = dict(zip((term.name for term in self.terms), of_terms))
+        values = dict(zip((term.name for term in self.own_terms), of_terms))
         return Values(values if given is None else values | dict(zip(names, given.double())))
 
 
@@ -188,31 +170,38 @@ def fields_of(cls: type[PairLoss]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for field in fields(cls):
         kind = kind_of(field)
         if kind not in ("float", "bool", "int", "str"):
-            raise TypeError(f"{cls.__name__}.{field.name} must be annotated float, bool, int or str, got {kind}")
+            raise TypeError(
+                f"{cls.__name__}.{field.name} must be annotated float, float | Tensor, bool, int or str, got {kind}"
+            )
         (parameters if kind == "float" else options).append(field.name)
     return tuple(parameters), tuple(options)
 
 
 def kind_of(field: Field) -> str:
-    """The name of the type that a field is annotated with."""
-    return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+    """The name of the type that a field is annotated with; of a float or a tensor, "float"."""
+    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+    return "float" if _NUMBER_OR_TENSOR.fullmatch(kind) else kind
 
 
 @cache
-def definition_of(cls: type[PairLoss], options: tuple[bool | int | str, ...]) -> Definition:
+def definition_of(
+    cls: type[PairLoss], options: tuple[bool | int | str, ...], learned: tuple[str, ...] = ()
+) -> Definition:
     """The structure of a loss with these options, whatever the values of its parameters.
+
+    ``learned``: the parameters that get a gradient.
 
     Raises:
         TypeError, ValueError, AttributeError: the loss cannot be declared so; the message says what to write instead.
     """
     parameters, names = fields_of(cls)
     try:
-        return _defined(cls, tuple(zip(names, options)), parameters)
+        return _defined(cls, tuple(zip(names, options)), parameters, learned)
     except RecursionError:
         raise ValueError(f"{cls.__name__}.terms nests some hundred operations: that is too deep") from None
 
 
-def _defined(cls: type[PairLoss], options: tuple, parameters: tuple[str, ...]) -> Definition:
+def _defined(cls: type[PairLoss], options: tuple, parameters: tuple[str, ...], learned: tuple[str, ...]) -> Definition:
     symbolic = instance_of(cls, dict(options) | {name: Expr("parameter", name) for name in parameters})
     variable = Expr("logit" if cls.scaled else "s")
     pair = Facts(cls.row_values, cls.row_values if cls.batch else cls.column_values, bool(cls.guide))
@@ -227,10 +216,16 @@ def _defined(cls: type[PairLoss], options: tuple, parameters: tuple[str, ...]) -
     if cls.batch and "target" in facts:
         raise TypeError(f"{cls.__name__}: rows of a batch have no target; use pair.same and pair.other")
     settings = cls.batch, cls.scaled, cls.symmetric, cls.similarity, cls.row_values, cls.column_values, cls.guide
-    structure = repr((cls.__qualname__, settings, options, parameters)) + _listing(terms)
+    terms, derivatives = with_derivatives(terms, list(reductions.values()), learned)
+    structure = repr((cls.__qualname__, settings, options, parameters, *[learned] * bool(learned))) + _listing(terms)
     if not cls.__module__.startswith("replearn_kernels."):  # of ours the name says enough
         structure += _text_of(cls.loss) + _text_of(cls.counted)
-    return _known(structure, cls, options, parameters, terms, facts)
+    return _known(structure, cls, options, parameters, learned, terms, derivatives, facts)
+
+
+def with_fields(loss: PairLoss, values: Mapping[str, Tensor]) -> PairLoss:
+    """The loss with these values of its fields."""
+    return instance_of(type(loss), {**vars(loss), **values})
 
 
 def instance_of(cls: type[PairLoss], values: dict) -> PairLoss:
@@ -243,7 +238,7 @@ def instance_of(cls: type[PairLoss], values: dict) -> PairLoss:
 
 def _listing(terms: tuple[Term, ...]) -> str:
     """A text that tells the terms from any others. It lists every expression once, however often it is used."""
-    roots = [e for t in terms for e in (t.factor, t.rest, t.offset, t.over)]
+    roots = [e for t in terms for e in (t.factor, t.rest, t.offset, t.over, *t.means)]
     numbers: dict[Expr, int] = {}
     lines = [repr([(term.name, term.kind) for term in terms])]
     for e in walk(roots):
@@ -338,5 +333,6 @@ def _check_reductions(cls: type[PairLoss], reductions) -> None:
             raise ValueError(f"{cls.__name__}: {name} is a value that calls give: a term needs another name")
         if not isinstance(reduction, Reduction):
             raise TypeError(
-                f"{cls.__name__}.terms: {name} must be total(...) or logsumexp(...) of an expression, got {reduction!r}"
+                f"{cls.__name__}.terms: {name} must be total(...), logsumexp(...), largest(...) or smallest(...) of an "
+                f"expression, got {reduction!r}"
             )

@@ -222,8 +222,9 @@ def number(value, where: str) -> Expr:
         return value
     if isinstance(value, Tensor):
         raise TypeError(
-            f"{where} got a tensor of shape {tuple(value.shape)}: a declared loss cannot hold tensors. A number that "
-            "all pairs share is a float field of the loss, one for every row is pair.row.name, of row_values"
+            f"{where} got a tensor of shape {tuple(value.shape)}: terms() cannot hold tensors. A number that all pairs "
+            "share is a float field of the loss, which may be a tensor of one element; one for every row is "
+            "pair.row.name, of row_values"
         )
     if hasattr(type(value), "_refuse"):  # a sum over pairs
         value._refuse()

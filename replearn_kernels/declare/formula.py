@@ -10,27 +10,31 @@ from ..engine.problem import Inputs, statistics_dtype
 from .definition import Given, check_rows
 from .objective import Declared
 from .on_tensors import Facts, TermOfTile, given_of_tile, terms_of_tile
-from .pair_loss import PairLoss
 
 
-def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: str) -> Tensor:
+def dense_loss(inputs: Inputs, objective: Declared, reduction: str) -> Tensor:
     """What ``backend="eager"`` runs, in the dtype of the statistics."""
     definition, scale = objective.definition, inputs.logit_scale
+    learned = () if inputs.learned is None else inputs.learned.unbind()
+    parameters, loss = objective.values_with(learned), objective.loss_with(learned)
     similarities, target = _similarities(inputs, objective), _targets(inputs)
     facts = _facts(inputs, similarities, target if objective.uses_target else None)
     column_values = inputs.row_values if inputs.is_batch else inputs.column_values
     of_pairs = given_of_tile(_guide(inputs, similarities.dtype), inputs.row_values, column_values)
-    call = definition.terms, objective.functions, similarities, scale, objective.values, facts, of_pairs
+    call = definition.own_terms, objective.functions, similarities, scale, parameters, facts, of_pairs
     terms = {name: _of_its_pairs_alone(term, *call) for name, term in terms_of_tile(*call).items()}
-    offsets = dict(zip(terms, objective.functions.offsets(None, scale, *objective.values)))
+    offsets = dict(zip(terms, objective.functions.offsets(None, scale, *parameters)))
 
     def of(name: str, dim: int) -> Tensor:
         term = terms[name]
-        value = term.total(dim) * term.factor if term.term.kind == "total" else term.logsumexp(dim, offsets[name])
-        return value.double()
+        if term.term.kind == "total":
+            return (term.total(dim) * term.factor).double()
+        of_row = term.logsumexp if term.term.kind == "logsumexp" else term.largest
+        value = of_row(dim, offsets[name]).double()
+        return -value if term.term.is_negated else value
 
-    of_rows = [of(term.name, 1) for term in definition.terms]
-    of_columns = [of(term.name, 0)[target] for term in definition.terms] if definition.cls.symmetric else []
+    of_rows = [of(term.name, 1) for term in definition.own_terms]
+    of_columns = [of(term.name, 0)[target] for term in definition.own_terms] if definition.cls.symmetric else []
     at_targets = column_values[:, target] if definition.cls.symmetric and column_values is not None else None
     given = Given(inputs.row_values, at_targets)
     losses = definition.row_losses(loss, of_rows, of_columns, scale, given).to(similarities.dtype)
@@ -41,13 +45,21 @@ def dense_loss(inputs: Inputs, objective: Declared, loss: PairLoss, reduction: s
     return reference.reduce(losses, reduction, None if count is None else count.to(losses.dtype))
 
 
-def _of_its_pairs_alone(term: TermOfTile, terms, functions, similarities, scale, *others) -> TermOfTile:
+def _of_its_pairs_alone(
+    term: TermOfTile, terms, functions, similarities, scale, parameters, facts, of_pairs
+) -> TermOfTile:
     """The term formed anew, such that pairs that are not in it have no part in its gradient, not even 0 times
     infinity: torch.where passes that on."""
     if not isinstance(term.over, Tensor):
         return term
-    s, scale = (torch.where(term.over, t, t.detach()) for t in (similarities, scale))
-    rest = terms_of_tile(terms, functions, s, scale, *others)[term.term.name].rest
+    def of_its_pairs(number: float | Tensor) -> float | Tensor:
+        if not isinstance(number, Tensor):
+            return number
+        number = number.to(similarities.dtype)
+        return torch.where(term.over, number, number.detach())
+
+    s, scale, *parameters = map(of_its_pairs, (similarities, scale, *parameters))
+    rest = terms_of_tile(terms, functions, s, scale, parameters, facts, of_pairs)[term.term.name].rest
     return TermOfTile(s, term.term, term.factor, rest, term.over)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import wraps
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine import validation
 from ..engine.plan import DEFAULT_MEMORY_BUDGET
@@ -14,6 +14,7 @@ from ..losses import _Loss
 from . import cpp_source, torch_source, triton_source
 from .checks import check_formulas
 from .compute import batch_loss, pair_loss
+from .definition import with_fields
 from .objective import objective_of
 from .pair_loss import PairLoss
 
@@ -38,7 +39,8 @@ def fuse(
         circle(embeddings, labels).backward()
 
     Args:
-        loss: an instance of a :class:`PairLoss`. Other values of its float fields need no new kernels.
+        loss: an instance of a :class:`PairLoss`. Other values of its float fields need no new kernels. Those that are
+            ``nn.Parameter`` become parameters of the module: ``fused.learned["margin"]``.
         reduction: "mean" over the rows (or ``sum(loss) / sum(counted)``), "sum", or "none": ``[N]``.
         normalize: L2-normalise the features first. Default: True for ``similarity = "cosine"``, else False.
         backend: "auto", "triton" (GPU), "cpp" (CPU: compiled by the first call, where there is a C++ compiler), "torch"
@@ -91,8 +93,18 @@ class _FusedLoss(_Loss):
             strategy=strategy,
         )
         check_formulas(loss)
-        objective_of(loss)  # its name has to be there when a graph is traced
         self.loss = loss
+
+    @property
+    def loss(self) -> PairLoss:
+        """The declared loss; of its fields that are ``nn.Parameter``, what ``learned`` holds."""
+        return self._loss if self.learned is None else with_fields(self._loss, self.learned)
+
+    @loss.setter
+    def loss(self, loss: PairLoss) -> None:
+        objective_of(loss)  # its name has to be there when a graph is traced
+        parameters = {name: value for name, value in vars(loss).items() if isinstance(value, nn.Parameter)}
+        self._loss, self.learned = loss, nn.ParameterDict(parameters) if parameters else None
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -105,15 +117,16 @@ class _FusedLoss(_Loss):
 
     def _call(self, function, *tensors: Tensor | None, **keywords) -> Tensor:
         """Calls the function with the options; in a group, ranks know the call by the name of the loss."""
+        loss = self.loss
         if self.options["group"] is None:
-            return function(self.loss, *tensors, **keywords, **self.options)
+            return function(loss, *tensors, **keywords, **self.options)
 
         @wraps(function)
         def call(*arguments, **keywords):
             return function(*arguments, **keywords)
 
-        call.__name__ = type(self.loss).__name__
-        return in_group(call)(self.loss, *tensors, **keywords, **self.options)
+        call.__name__ = type(loss).__name__
+        return in_group(call)(loss, *tensors, **keywords, **self.options)
 
 
 class FusedBatchLoss(_FusedLoss):

@@ -18,10 +18,12 @@ from .pair_loss import PairLoss
 
 
 def values_of(
-    loss: PairLoss, name: str, given: Mapping[str, Tensor] | None, rows: Tensor, query: Tensor, group: World | None
-) -> Tensor | None:
+    loss: PairLoss, name: str, given: Mapping[str, Tensor] | None, rows: Tensor, query: Tensor, group: World | None,
+    numbered: bool,
+) -> Tensor | None:  # fmt: skip
     """The values that a call gives for the rows, or for the columns (``rows``), in the order of their names:
-    ``[values, N]``; None where the loss has none. ``name``: the argument's."""
+    ``[values, N]``; None where the loss has none. ``name``: the argument's. ``numbered``: the last value is a number
+    that no other of them has."""
     wanted, of_loss = getattr(loss, name), type(loss).__name__
     if given is None:
         given = {}
@@ -30,12 +32,29 @@ def values_of(
     if set(given) != set(wanted):
         names, told = (", ".join(map(str, each)) or "none" for each in (wanted, given))
         raise ValueError(f"{name} must give the values that {of_loss} names ({names}), got {told}")
-    if not wanted:
+    if not wanted and not numbered:
         return None
     values = [check_value(f"{name}[{each!r}]", given[each], rows.shape[0], query) for each in wanted]
     if group is not None:
         refuse_wrapped(*values)
-    return torch.stack([value.to(statistics_dtype(query.dtype)) for value in values])
+    dtype = statistics_dtype(query.dtype)
+    numbers = [_numbers(rows.shape[0], dtype, query.device, group)] if numbered else []
+    return torch.stack([*(value.to(dtype) for value in values), *numbers])
+
+
+def _numbers(count: int, dtype: torch.dtype, device: torch.device, group: World | None) -> Tensor:
+    """Numbers of so many rows or columns, which rise through the shards in the order of the ranks.
+
+    They are the same for all ranks, and known without a message: every rank has an even share of what the dtype tells
+    apart.
+    """
+    rank, ranks = (0, 1) if group is None else (group.rank, group.size)
+    share = int(2 / torch.finfo(dtype).eps) // ranks
+    if count > share:
+        raise ValueError(
+            f"the largest of a row's pairs is told from at most {share:,} others on each rank in {dtype}, got {count:,}"
+        )
+    return torch.arange(count, dtype=dtype, device=device) + rank * share
 
 
 def check_value(name: str, value: Tensor, count: int, query: Tensor) -> Tensor:

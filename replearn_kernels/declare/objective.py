@@ -1,7 +1,7 @@
 r"""A declared loss as the engine asks for it: statistics, losses, coefficients and W, all derived.
 
-With the terms ``t_k`` of a row, each a total or a log-sum-exp over the row's pairs of ``f_k``, a loss ``L(t_1, ...)``
-and upstream gradients g::
+With the terms ``t_k`` of a row, each a total, a log-sum-exp or the largest over the row's pairs of ``f_k``, a loss
+``L(t_1, ...)`` and upstream gradients g::
 
     c_ki = g_i dL_i / dt_ki                                             by autograd of the author's formula
     W_ij = sum_k c_ki f_k'(l_ij)                                        of totals
@@ -13,12 +13,19 @@ as ``factor * rest + offset``: tables are of ``v = sign(factor) rest``, so that 
 is taken from it (objectives/softmax.py). The author's formula runs in fp64, where ``|factor| max + log sum`` loses
 nothing.
 
-    statistics     one after the other: a total's sum; a log-sum-exp's max of v and sum of exp(|factor| (v - max))
-    coefficients   a total's weight c; a log-sum-exp's max, log_sum and weight; nothing of a term without a slope
+    statistics     one after the other: a total's sum; a log-sum-exp's max of v and sum of exp(|factor| (v - max)); a
+                   largest's max of v and the number of the other row of that pair, -1 over none
+    coefficients   a total's weight c; a log-sum-exp's max, log_sum and weight; a largest's number and weight; nothing
+                   of a term without a slope
+
+The largest (or smallest) of a row's pairs has its gradient from that pair alone: ``c_ki f_k'(l_ij)`` of the j it names.
 
 Where the loss is the sum of totals, W needs no statistics, and one sweep does all:
 
     row table      the totals, which the passes add to; weight (dL / dL_i)
+
+A parameter that is a tensor has its gradient from the statistics, too: ``sum_ki c_ki dt_ki / dp`` (:mod:`.learning`),
+and what the author's formula makes of it.
 """
 
 from __future__ import annotations
@@ -30,14 +37,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..engine.operators import needs_dispatcher
 from ..engine.problem import Pairs, Problem
 from ..objectives import OBJECTIVES
 from ..objectives.base import Objective, steepness
 from ..objectives.softmax import fold_sum_exp, logarithms, merge_sum_exp
 from .cpp_passes import number_of, why_none
-from .definition import Definition, Given, Term, check_rows, definition_of, fields_of, instance_of, places, scalar
+from .definition import Definition, Given, check_rows, definition_of, fields_of, instance_of, scalar
 from .on_tensors import TermOfTile, facts_of_tile, given_of_tile, terms_of_tile
 from .pair_loss import PairLoss
+from .terms import Term, places
 from .torch_source import functions_of
 from .triton_source import epilogue_of
 
@@ -55,7 +64,7 @@ class Declared(Objective):
     has_sides: bool
     """Whether a pair's terms are others seen from its column than from its row."""
 
-    def __init__(self, by_group: bool, values: list[float]):
+    def __init__(self, by_group: bool, values: list[float | Tensor]):
         self.by_group, self.values = by_group, values
 
     @classmethod
@@ -66,10 +75,17 @@ class Declared(Objective):
     def parameters(self) -> list[float]:
         return [float(self.by_group), *self.values]
 
-    @property
-    def loss(self) -> PairLoss:
+    def learn(self, learned: Tensor) -> None:
+        self.values = self.values_with(learned.tolist() if learned.is_cpu else learned.unbind())
+
+    def values_with(self, learned: Sequence[float | Tensor]) -> list[float | Tensor]:
+        """The values of all parameters, of which these are ``learned``."""
+        values = dict(zip(self.definition.parameters, self.values)) | dict(zip(self.definition.learned, learned))
+        return list(values.values())
+
+    def loss_with(self, learned: Sequence[Tensor] = ()) -> PairLoss:
         """The author's object, with the values of this call."""
-        parameters = zip(self.definition.parameters, self.values)
+        parameters = zip(self.definition.parameters, self.values_with(learned))
         return instance_of(self.definition.cls, dict(self.definition.options) | dict(parameters))
 
     @property
@@ -77,8 +93,10 @@ class Declared(Objective):
         return epilogue_of(self.definition)
 
     @property
-    def roles(self) -> tuple[float, ...]:
-        return tuple(self.values)
+    def roles(self) -> tuple[float | Tensor, ...]:
+        """Those that are learned as tensors, which kernels read."""
+        named = zip(self.definition.parameters, self.values)
+        return tuple(scalar(value).float() if name in self.definition.learned else value for name, value in named)
 
     def native_roles(self, dtype: torch.dtype, pairs: Pairs) -> tuple:
         parameters = torch.tensor(self.values, dtype=torch.float64, device="cpu")
@@ -106,25 +124,27 @@ class Declared(Objective):
 
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         tile = self._tile(s, pairs)
-        _fold(tile, self.definition.terms, 1, row_table)
+        self._fold(tile, pairs, 1, row_table)
         if column_table is not None:
             tile = self._tile(s, pairs, seen_from_columns=True) if self.has_sides else tile
-            _fold(tile, self.definition.terms, 0, column_table)
+            self._fold(tile, pairs, 0, column_table)
 
     def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
         factors = self._factors(scale)
         for term, place in places(self.definition.terms, "statistics"):
+            its = slice(place, place + term.statistics)
             if term.kind == "total":
-                table[place] += other[place]
+                table[its] += other[its]
+            elif term.kind == "largest":
+                _keep_larger(table[its], other[its])
             else:
-                both = slice(place, place + 2)
-                merge_sum_exp(table[both], other[both], steepness(factors[term.name]))
+                merge_sum_exp(table[its], other[its], steepness(factors[term.name]), len(term.means))
 
     # -- combine ---------------------------------------------------------------------------------------------
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
-        values = self._values(problem, row_table, column_table)
-        losses = self._formula(problem.scale, self._given(problem), values).to(row_table.dtype)
+        values = self._values(problem, *self._tables(problem, row_table, column_table))
+        losses = self._formula(problem.scale, (), self._given(problem), values).to(row_table.dtype)
         check_rows(f"{self.definition.cls.__name__}.loss", losses, problem.rows)
         return losses + problem.squares * 0 if self.by_distance else losses  # a NaN shows, whatever its row counts for
 
@@ -132,35 +152,73 @@ class Declared(Objective):
         if self.definition.cls.counted is PairLoss.counted:  # nor is there a table before the first sweep
             return problem.rows
         of_rows, given = self._values_of(row_table, problem.scale), Given(problem.row_values, None)
-        count = self.definition.count(self.loss, of_rows, problem.scale, given)
+        count = self.definition.count(self.loss_with(), of_rows, problem.scale, given)
         return count.to(problem.statistics_dtype)
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, Tensor | None]:
         if not self.needs_statistics:
             return torch.cat([torch.zeros_like(row_table[:-1]), grad_rows.unsqueeze(0)]), None
-        values = self._values(problem, row_table, column_table)
-        weights = self._gradients(problem, values, grad_rows)
+        tables = self._tables(problem, row_table, column_table)
+        weights = self._gradients(problem, tables, grad_rows)
         rows = self._coefficients(row_table, weights)
         if column_table is None:
             return rows, None
         # A column that is no row's target has weight 0, one that is several rows' has their sum.
-        weights = [problem.sum_at_targets(weight) for weight in weights[len(self.definition.terms) :]]
+        weights = [problem.sum_at_targets(weight) for weight in weights[len(self.definition.own_terms) :]]
         return rows, self._coefficients(column_table, weights)
 
-    def _formula(self, scale: float | Tensor, given: Given, values: list[Tensor]) -> Tensor:
-        """The losses, ``[N]``, of the terms of the rows, and of their targets' columns."""
-        of_rows = len(self.definition.terms)
-        return self.definition.row_losses(self.loss, values[:of_rows], values[of_rows:], scale, given)
+    def learned_gradient(self, problem: Problem, row_table: Tensor | None) -> Tensor | None:
+        if self.definition.learned and not self.needs_statistics:
+            weights = [row_table[-1].double()] * len(self.definition.own_terms)
+            return self._through_terms(problem, [row_table], weights)
+        return self.own_learned_gradient
 
-    def _gradients(self, problem: Problem, values: list[Tensor], grad_rows: Tensor) -> Sequence[Tensor]:
-        """``sum_i grad_i dL_i`` in each of the values; that in the scale, which a formula can read, is kept."""
-        scale = scalar(problem.scale).clone()
-        formula = partial(self._formula, scale, self._given(problem))
-        *gradients, of_scale = _gradients(formula, [*values, scale], values, grad_rows)
-        if self.definition.cls.scaled:  # of chunk after chunk
-            known = self.own_scale_gradient
-            self.own_scale_gradient = of_scale if known is None else known + of_scale
+    def _formula(self, scale: float | Tensor, learned: Sequence[Tensor], given: Given, values: list[Tensor]) -> Tensor:
+        """The losses, ``[N]``, of the terms of the rows, and of their targets' columns."""
+        of_rows, loss = len(self.definition.own_terms), self.loss_with(learned)
+        return self.definition.row_losses(loss, values[:of_rows], values[of_rows:], scale, given)
+
+    def _gradients(self, problem: Problem, tables: list[Tensor], grad_rows: Tensor) -> Sequence[Tensor]:
+        """``sum_i grad_i dL_i`` in each of the terms; those in the scale, which a formula can read, and in what is
+        learned are kept: of chunk after chunk of rows."""
+        values, scale, learned = self._values(problem, *tables), scalar(problem.scale).clone(), self.definition.learned
+        parameters = [scalar(value).clone() for value in self._values_of_parameters(learned)]
+        formula = partial(self._formula, scale, parameters, self._given(problem))
+        *gradients, of_scale = _gradients(formula, [*values, *parameters, scale], values, grad_rows)
+        gradients, of_parameters = gradients[: len(values)], gradients[len(values) :]
+        if self.definition.cls.scaled:
+            self.own_scale_gradient = _sum(self.own_scale_gradient, of_scale)
+        if learned:
+            found = torch.stack(of_parameters) + self._through_terms(problem, tables, gradients)
+            self.own_learned_gradient = _sum(self.own_learned_gradient, found)
         return gradients
+
+    def _values_of_parameters(self, names: tuple[str, ...]) -> list[float | Tensor]:
+        return [self.values[self.definition.parameters.index(name)] for name in names]
+
+    def _through_terms(self, problem: Problem, tables: list[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """The gradient in what is learned, ``[parameters]`` in fp64, by way of terms whose derivatives the tables hold.
+
+        ``weights``: of every term of the first table's rows, ``[N]`` each, then of the second's.
+        """
+        of_parameters = tables[0].new_zeros(len(self.definition.learned), dtype=torch.float64)
+        factors = self.functions.factors_of_derivatives(None, problem.scale, *self.values)
+        first = [place for _, place in places(self.definition.terms, "statistics")]
+        for side, table in enumerate(tables):
+            for derivative, factor in zip(self.definition.derivatives, factors):
+                k, place = derivative.term, first[derivative.term]
+                weight = weights[side * len(self.definition.own_terms) + k]
+                if derivative.total is not None:
+                    products = weight * table[first[derivative.total]].double()
+                else:
+                    term, of_pair = self.definition.terms[k], 1
+                    if derivative.mean is not None:
+                        of_pair = table[place + 2 + derivative.mean].double()
+                        if term.kind == "logsumexp":
+                            of_pair = of_pair / table[place + 1].double()
+                    products = torch.where(_is_of_none(term, table[place:]), 0, weight * of_pair)
+                of_parameters[derivative.parameter] += products.sum() * factor
+        return of_parameters
 
     def _given(self, problem: Problem) -> Given:
         """The values that :meth:`_formula` takes."""
@@ -168,36 +226,46 @@ class Declared(Objective):
             return Given(problem.row_values, None)
         return Given(problem.row_values, problem.at_targets(problem.column_values))
 
-    def _values(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> list[Tensor]:
+    @staticmethod
+    def _tables(problem: Problem, row_table: Tensor, column_table: Tensor | None) -> list[Tensor]:
+        """The statistics of the rows, and where there are some of their targets' columns."""
+        return [row_table] if column_table is None else [row_table, problem.at_targets(column_table)]
+
+    def _values(self, problem: Problem, *tables: Tensor) -> list[Tensor]:
         """The values of the terms that :meth:`_formula` takes: of the rows, then of their targets' columns."""
-        values = self._values_of(row_table, problem.scale)
-        if column_table is not None:
-            values += self._values_of(problem.at_targets(column_table), problem.scale)
-        return values
+        return [value for table in tables for value in self._values_of(table, problem.scale)]
 
     def _values_of(self, table: Tensor, scale: float | Tensor) -> list[Tensor]:
-        """The values of all terms, ``[N]`` each in fp64, from a table of statistics."""
+        """The values of the author's terms, ``[N]`` each in fp64, from a table of statistics."""
         values, factors = [], self._factors(scale)
         offsets = dict(zip(factors, self.functions.offsets(None, scale, *self.values)))
-        for term, place in places(self.definition.terms, "statistics"):
+        for term, place in places(self.definition.own_terms, "statistics"):
             factor = factors[term.name]
             if term.kind == "total":
                 values.append(table[place].double() * factor)
-            else:
-                top, total = table[place].double(), table[place + 1].double()
-                value = top * abs(factor) + total.log() + offsets[term.name]
-                values.append(torch.where(total == 0, -torch.inf, value))
+                continue
+            value = table[place].double() * abs(factor) + offsets[term.name]
+            if term.kind == "logsumexp":
+                value = value + table[place + 1].double().log()
+            value = torch.where(_is_of_none(term, table[place:]), -torch.inf, value)
+            values.append(-value if term.is_negated else value)
         return values
 
     def _coefficients(self, table: Tensor, weights: Sequence[Tensor]) -> Tensor:
         rows = []
-        for (term, place), weight in zip(places(self.definition.terms, "statistics"), weights):
+        for (term, place), weight in zip(places(self.definition.own_terms, "statistics"), weights):
             if term.slope is None:
                 continue
             weight = weight.to(table.dtype)
             if term.kind == "logsumexp":
                 rows += logarithms(table[place], table[place + 1])
-                weight = weight.masked_fill(table[place + 1] == 0, 0)
+                weight = weight.masked_fill(_is_of_none(term, table[place:]), 0)
+            elif term.kind == "largest":
+                top, number = table[place], table[place + 1]
+                weight = weight.masked_fill(_is_of_none(term, table[place:]), 0)
+                # A NaN has to be seen, though it is no pair's.
+                weight, number = torch.where(top.isnan(), torch.nan, weight), torch.where(top.isnan(), 0, number)
+                rows.append(number)
             rows.append(weight)
         return torch.stack(rows) if rows else table.new_empty(0, table.shape[1])
 
@@ -209,25 +277,34 @@ class Declared(Objective):
         if column_table is not None and self.has_sides:
             of_columns = self._tile(s, pairs, with_slopes=True, seen_from_columns=True)
         if not self.needs_statistics:
-            _fold(tile, self.definition.terms, 1, row_table)
+            self._fold(tile, pairs, 1, row_table)
             if column_table is not None and not pairs.diagonal:
-                _fold(of_columns, self.definition.terms, 0, column_table)
-        of_rows, of_pairs = row_table.unsqueeze(2), [] if column_table is None else [column_table.unsqueeze(1)]
+                self._fold(of_columns, pairs, 0, column_table)
+        of_rows = [(row_table.unsqueeze(2), self._numbers(pairs, 1))]
+        if column_table is None:
+            out.copy_(self._weights(s, tile, of_rows))
+            return
+        of_pairs = [(column_table.unsqueeze(1), self._numbers(pairs, 0))]
         if of_columns is tile:
-            out.copy_(self._weights(s, tile, [of_rows, *of_pairs]))
+            out.copy_(self._weights(s, tile, of_rows + of_pairs))
         else:
-            torch.add(self._weights(s, tile, [of_rows]), self._weights(s, of_columns, of_pairs), out=out)
+            torch.add(self._weights(s, tile, of_rows), self._weights(s, of_columns, of_pairs), out=out)
 
-    def _weights(self, s: Tensor, tile: dict[str, TermOfTile], tables: list[Tensor]) -> Tensor:
-        """W of a tile under coefficients ``[quantities, R, 1]`` of its rows, ``[quantities, 1, C]`` of its columns."""
+    def _weights(
+        self, s: Tensor, tile: dict[str, TermOfTile], sides: list[tuple[Tensor, Tensor | None]]
+    ) -> Tensor:
+        """W of a tile under coefficients ``[quantities, R, 1]`` of its rows and ``[quantities, 1, C]`` of its columns,
+        each with the numbers of the other side."""
         terms = self.definition.terms
         if not self.needs_statistics:
-            slopes = reduce(torch.add, (tile[term.name].slope for term in terms))
-            return slopes * reduce(torch.add, (table[-1] for table in tables))
+            slopes = reduce(torch.add, (tile[term.name].slope for term in terms if term.slope is not None))
+            return slopes * reduce(torch.add, (table[-1] for table, _ in sides))
         w = torch.zeros_like(s)
         for term, place in places(terms, "coefficients"):
             if term.slope is not None:
-                share = reduce(torch.add, (_share(tile[term.name], table[place:]) for table in tables))
+                share = reduce(
+                    torch.add, (_share(tile[term.name], table[place:], numbers) for table, numbers in sides)
+                )
                 w += share * tile[term.name].slope
         return w
 
@@ -240,26 +317,60 @@ class Declared(Objective):
             self.definition.terms, self.functions, s, pairs.scale, self.values, facts, given, with_slopes
         )
 
+    def _fold(self, tile: dict[str, TermOfTile], pairs: Pairs, dim: int, table: Tensor) -> None:
+        """Add the terms of a tile to statistics, along the columns (``dim`` 1) or the rows."""
+        for term, place in places(self.definition.terms, "statistics"):
+            its, of_tile = table[place : place + term.statistics], tile[term.name]
+            if term.kind == "total":
+                its += of_tile.total(dim)
+            elif term.kind == "largest":
+                _fold_largest(of_tile, dim, self._numbers(pairs, dim), its)
+            else:
+                fold_sum_exp(*of_tile.signed(), dim, its, of_tile.means)
+
+    def _numbers(self, pairs: Pairs, dim: int) -> Tensor | None:
+        """Those of what is along ``dim``, ``[1, C]`` of the columns (1) or ``[R, 1]`` of the rows."""
+        if not self.definition.has_numbers:
+            return None
+        return pairs.column_values[-1].unsqueeze(0) if dim == 1 else pairs.row_values[-1].unsqueeze(1)
+
     def _factors(self, scale: float | Tensor) -> dict[str, float | Tensor]:
         """The terms' factors, by name."""
         names = (term.name for term in self.definition.terms)
         return dict(zip(names, self.functions.factors(None, scale, *self.values)))
 
 
-def _fold(tile: dict[str, TermOfTile], terms: tuple[Term, ...], dim: int, table: Tensor) -> None:
-    """Add the terms of a tile to statistics."""
-    for term, place in places(terms, "statistics"):
-        if term.kind == "total":
-            table[place] += tile[term.name].total(dim)
-        else:
-            fold_sum_exp(*tile[term.name].signed(), dim, table[place : place + 2])
+def _is_of_none(term: Term, table: Tensor) -> Tensor:
+    """Of which rows a log-sum-exp or a largest is over no pair, ``[N]``; the first quantities are the term's."""
+    if term.kind == "logsumexp":
+        return table[1] == 0
+    return (table[1] < 0) & ~table[0].isnan()
 
 
-def _share(term: TermOfTile, coefficients: Tensor) -> Tensor:
+def _fold_largest(term: TermOfTile, dim: int, numbers: Tensor, table: Tensor) -> None:
+    """Merge the largest along ``dim`` into ``table = (max, number, ...)``; ``numbers``: of what is along it."""
+    v, _ = term.signed()
+    value, place = v.max(dim)  # of equal ones the first; NaN, if there is one
+    of_pair = [each.gather(dim, place.unsqueeze(dim)).squeeze(dim) for each in term.means]
+    found = torch.stack([value, numbers.flatten()[place], *of_pair])
+    _keep_larger(table, found)
+
+
+def _keep_larger(table: Tensor, other: Tensor) -> None:
+    """Merge two tables ``(max, number, ...)`` of one column each, in place: of equal ones the lower number stays."""
+    (top, number, *_), (other_top, other_number, *_) = table, other
+    lower = (other_top == top) & (other_number >= 0) & ((other_number < number) | (number < 0))
+    larger = (other_top > top) | (other_top.isnan() & ~top.isnan()) | lower
+    table.copy_(torch.where(larger, other, table))
+
+
+def _share(term: TermOfTile, coefficients: Tensor, numbers: Tensor | None) -> Tensor:
     """What a term's slope is multiplied by, of a row's or a column's coefficients ``[quantities, R or 1, 1 or C]``,
-    of which the first are the term's."""
+    of which the first are the term's; ``numbers``: of the other side."""
     if term.term.kind == "total":
         return coefficients[0]
+    if term.term.kind == "largest":
+        return torch.where(numbers == coefficients[0], coefficients[1], 0)
     top, log_sum, weight = coefficients[:3]
     v, steep = term.signed()
     return ((v - top) * steep - log_sum).exp_() * weight
@@ -269,8 +380,10 @@ def _empty(terms: tuple[Term, ...], count: int, like: Tensor) -> Tensor:
     """A new table of statistics, of no pairs."""
     table = like.new_zeros((sum(term.statistics for term in terms), count))
     for term, place in places(terms, "statistics"):
-        if term.kind == "logsumexp":
+        if term.kind != "total":
             table[place] = torch.finfo(like.dtype).min
+        if term.kind == "largest":
+            table[place + 1] = -1
     return table
 
 
@@ -288,6 +401,10 @@ def _gradients(
         return torch.autograd.grad(losses, leaves, grad_rows.to(losses.dtype), materialize_grads=True)
 
 
+def _sum(known: Tensor | None, found: Tensor) -> Tensor:
+    return found if known is None else known + found
+
+
 def objective_of(loss: PairLoss) -> type[Declared]:
     """The class by which the operator finds the loss: one for all values of its parameters.
 
@@ -295,29 +412,40 @@ def objective_of(loss: PairLoss) -> type[Declared]:
         TypeError, ValueError, AttributeError: the loss cannot be declared so.
     """
     cls = type(loss)
-    return OBJECTIVES[register(cls, tuple(getattr(loss, name) for name in _options_of(cls)))]
+    parameters, options = _names_of_fields(cls)
+    learned = tuple(name for name in parameters if is_learned(getattr(loss, name)))
+    return OBJECTIVES[register(cls, tuple(getattr(loss, name) for name in options), learned)]
 
 
-def _options_of(cls: type[PairLoss]) -> tuple[str, ...]:
-    return fields_of(cls)[1]
+def is_learned(parameter: float | Tensor) -> bool:
+    """Whether a parameter goes into the call as a tensor: to get a gradient, or as its value cannot be read here."""
+    if not isinstance(parameter, Tensor):
+        return False
+    wants_gradient = parameter.requires_grad and torch.is_grad_enabled()
+    return wants_gradient or not parameter.is_cpu or needs_dispatcher(parameter)
 
 
-def register(cls: type[PairLoss], options: tuple[bool | int | str, ...]) -> str:
+def _names_of_fields(cls: type[PairLoss]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return fields_of(cls)
+
+
+def register(cls: type[PairLoss], options: tuple[bool | int | str, ...], learned: tuple[str, ...] = ()) -> str:
     """The name by which operators and exported programs call the loss, once they can find it."""
-    definition = definition_of(cls, options)
+    definition = definition_of(cls, options, learned)
     if definition.name not in OBJECTIVES:
         OBJECTIVES[definition.name] = _class_of(definition)
     return definition.name
 
 
 # The mark that torch.compiler.assume_constant_result leaves, which itself imports all of dynamo: 1.3 s.
-_options_of._dynamo_marked_constant = register._dynamo_marked_constant = True
+_names_of_fields._dynamo_marked_constant = register._dynamo_marked_constant = True
 
 
 def _class_of(definition: Definition) -> type[Declared]:
     cls = definition.cls
     members = {
         "definition": definition,
+        "learned": tuple(f"{cls.__name__}.{name}" for name in definition.learned),
         "name": definition.name,
         "functions": functions_of(definition),
         "reads_groups": not definition.facts.isdisjoint(("same", "other")),

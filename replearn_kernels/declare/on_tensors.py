@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engine.problem import Pairs
 from ..objectives.base import sign, steepness
-from .definition import Term
+from .terms import Term
 from .torch_source import FACTS, invert
 
 Facts = tuple[Tensor | bool, ...]
@@ -19,11 +19,15 @@ Facts = tuple[Tensor | bool, ...]
 class TermOfTile:
     """One term of the pairs of a tile ``[R, C]``.
 
-    ``rest``: its values without factor and offset; ``over``: which pairs are in it; ``slope``: in the pairs' logits.
+    ``rest``: its values without factor and offset; ``over``: which pairs are in it; ``slope``: in the pairs' logits;
+    ``means``: of what it averages.
     """
 
-    def __init__(self, s: Tensor, term: Term, factor: float | Tensor, rest, over: Tensor | bool, slope=0.0):
+    def __init__(
+        self, s: Tensor, term: Term, factor: float | Tensor, rest, over: Tensor | bool, slope=0.0, means=()
+    ):
         self.s, self.term, self.factor, self.rest, self.over, self._slope = s, term, factor, rest, over, slope
+        self._means = means
 
     def total(self, dim: int) -> Tensor:
         """The sum along ``dim``, without the factor."""
@@ -37,10 +41,20 @@ class TermOfTile:
         """The log-sum-exp along ``dim`` by the plain formula, with factor and offset."""
         return self._within(self.rest * self.factor + offset, -torch.inf).logsumexp(dim)
 
+    def largest(self, dim: int, offset: float | Tensor) -> Tensor:
+        """The largest along ``dim`` by the plain formula, with factor and offset; -inf over none."""
+        values = self._within(self.rest * self.factor + offset, -torch.inf)
+        return values.max(dim)[0] if values.shape[dim] else values.sum(dim) - torch.inf
+
     @property
     def slope(self) -> Tensor:
         """The term's derivative in every pair's logit, ``[R, C]``; 0 for pairs that are not in the term."""
         return self._within(self._slope, 0.0)
+
+    @property
+    def means(self) -> list[Tensor]:
+        """What is averaged, of every pair, ``[R, C]`` each; 0 for pairs that are not in the term."""
+        return [self._within(values, 0.0) for values in self._means]
 
     def _within(self, values: Tensor | float, other: float) -> Tensor:
         if not isinstance(values, Tensor):
@@ -56,11 +70,17 @@ def terms_of_tile(
     facts: Facts, given: list[Tensor], with_slopes: bool = False,
 ) -> dict[str, TermOfTile]:  # fmt: skip
     """By the terms' names, of similarities ``s[R, C]``; ``functions``: those printed for the terms; ``given``: by
-    the call, of :func:`given_of_tile`."""
+    the call, of :func:`given_of_tile`. ``with_slopes``: in place of what the terms average."""
     factors = functions.factors(None, scale, *parameters)
-    function = functions.values_and_slopes if with_slopes else functions.values
-    parts = function(s, scale, *parameters, *facts, *given)
-    return {term.name: TermOfTile(s, term, *of) for term, *of in zip(terms, factors, *parts)}
+    pair = s, scale, *parameters, *facts, *given
+    if with_slopes:
+        rests, overs, slopes = functions.values_and_slopes(*pair)
+        return {term.name: TermOfTile(s, term, *of) for term, *of in zip(terms, factors, rests, overs, slopes)}
+    rests, overs, means = functions.values(*pair)
+    return {
+        term.name: TermOfTile(s, term, *of, means=of_term)
+        for term, *of, of_term in zip(terms, factors, rests, overs, means)
+    }
 
 
 def given_of_tile(

@@ -13,7 +13,8 @@ class PairLoss:
     """A loss over the pairs of rows and columns, by functions of one pair.
 
     Subclass it as a frozen dataclass. Float fields are the loss's parameters: what they are changes nothing but
-    numbers. Bool, int and str fields are options, which may steer the Python of :meth:`terms`. Then give it to
+    numbers, and a tensor of one element, 0-d or [1], in place of a number learns: it gets a gradient if it requires
+    one. Bool, int and str fields are options, which may steer the Python of :meth:`terms`. Then give it to
     :func:`~replearn_kernels.declare.fuse`, which derives the rest: gradients, kernels, and the batch of many ranks.
 
     Class attributes, with their defaults:
@@ -61,9 +62,10 @@ class PairLoss:
     guide = ""
 
     def terms(self, s: Expr, pair: Facts) -> dict[str, Reduction]:
-        """What is summed over the pairs of every row, by name: :func:`total` and :func:`logsumexp` of expressions of
-        the similarity ``s``, of ``pair.target``, ``pair.same``, ``pair.other`` and ``pair.every``, of the values
-        ``pair.row.name`` and ``pair.column.name``, and of the second similarity ``pair.guide``."""
+        """What is taken over the pairs of every row, by name: :func:`total`, :func:`logsumexp`, :func:`largest` and
+        :func:`smallest` of expressions of the similarity ``s``, of ``pair.target``, ``pair.same``, ``pair.other`` and
+        ``pair.every``, of the values ``pair.row.name`` and ``pair.column.name``, and of the second similarity
+        ``pair.guide``."""
         raise NotImplementedError(f"{type(self).__name__} must define terms(self, s, pair)")
 
     def loss(self, row, column=None) -> Tensor:
@@ -126,9 +128,9 @@ class _Given:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A sum of a row's pairs, or the logarithm of a sum of exponentials."""
+    """A sum over a row's pairs, the logarithm of a sum of exponentials, or the value of a single pair."""
 
-    kind: str  # "total" or "logsumexp"
+    kind: str  # "total", "logsumexp", "largest" or "smallest"
     of: Expr
     over: Expr  # a condition
 
@@ -139,7 +141,7 @@ class Reduction:
 
     def _refuse(self, *others):
         raise TypeError(
-            f"a {self.kind} is a sum over a row's pairs, with which terms() cannot compute: return it as a term, and "
+            f"a {self.kind} is taken over a row's pairs, and terms() cannot compute with it: return it as a term, and "
             "compute with its value, row.name, in loss()"
         )
 
@@ -163,6 +165,22 @@ def logsumexp(of, where: Expr | None = None) -> Reduction:
     largest is subtracted from it.
     """
     return _reduction("logsumexp", of, where)
+
+
+def largest(of, where: Expr | None = None) -> Reduction:
+    """The largest ``of`` over the row's pairs for which the condition ``where`` holds; -inf over none. Default: all.
+
+    That pair alone has a gradient; of equal ones the first.
+    """
+    return _reduction("largest", of, where)
+
+
+def smallest(of, where: Expr | None = None) -> Reduction:
+    """The smallest ``of`` over the row's pairs for which the condition ``where`` holds; inf over none. Default: all.
+
+    That pair alone has a gradient; of equal ones the first.
+    """
+    return _reduction("smallest", of, where)
 
 
 def _reduction(kind: str, of, where) -> Reduction:

@@ -28,13 +28,13 @@ class Writer:
     Args:
         roots: the expressions that the function is about; what occurs twice in them gets a variable.
         notation: a format for every operation.
-        parameter: a format for the number of a parameter.
+        parameter: a format for the number of a parameter; of two, the second is that of a parameter that is learned.
     """
 
     of_row, of_column = "row_{}", "column_{}"  # formats for the number of a value of the row, or the column
     guide = "guide"
 
-    def __init__(self, definition: Definition, roots: list[Expr], notation: dict[str, str], parameter: str):
+    def __init__(self, definition: Definition, roots: list[Expr], notation: dict[str, str], *parameter: str):
         self.definition, self.notation, self.parameter = definition, notation, parameter
         self.lines: list[str] = []
         self._names: dict[Expr, str] = {}
@@ -48,7 +48,8 @@ class Writer:
             case "constant":
                 return repr(e.args[0]) if abs(e.args[0]) < float("inf") else f'float("{e.args[0]}")'
             case "parameter":
-                return self.parameter.format(self.definition.parameters.index(e.args[0]))
+                of_kind = self.parameter[-1 if e.args[0] in self.definition.learned else 0]
+                return of_kind.format(self.definition.parameters.index(e.args[0]))
             case "logit":
                 return "(s * scale)"
             case "s" | "scale":
@@ -58,7 +59,7 @@ class Writer:
             case "guide":
                 return self.guide
             case "row":
-                return self.of_row.format(self.definition.cls.row_values.index(e.args[0]))
+                return self.of_row.format(self.definition.row_values.index(e.args[0]))
             case "column":
                 return self.of_column.format(self.definition.column_values.index(e.args[0]))
         if e in self._names:
@@ -93,14 +94,14 @@ def tuple_of(parts: list[str]) -> str:
 
 def parameters_text(definition: Definition) -> str:
     """A line that says which parameter is ``role_0``, ``role_1``, ..., and which value ``row_0`` or ``column_0``."""
-    named = {"role": definition.parameters, "row": definition.cls.row_values, "column": definition.column_values}
+    named = {"role": definition.parameters, "row": definition.row_values, "column": definition.column_values}
     texts = (f"{kind}_{k}: {name}" for kind, names in named.items() for k, name in enumerate(names))
     return ", ".join(texts) or "no parameters"
 
 
 def values_text(definition: Definition) -> list[str]:
     """The names of the values of a pair's row, then of its column."""
-    rows, columns = len(definition.cls.row_values), len(definition.column_values)
+    rows, columns = len(definition.row_values), len(definition.column_values)
     return [*(f"row_{k}" for k in range(rows)), *(f"column_{k}" for k in range(columns))]
 
 

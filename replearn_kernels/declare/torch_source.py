@@ -42,11 +42,13 @@ def source_of(definition: Definition) -> str:
     given = ", ".join([*FACTS, *["guide"] * bool(definition.cls.guide), *values_text(definition)])
     pair = f"(s, scale{roles}, {given})"
     slopes = [Expr("constant", 0.0) if term.slope is None else term.slope for term in terms]
+    rests, overs, means = [term.rest for term in terms], [term.over for term in terms], [term.means for term in terms]
     groups = {
         f"factors(s, scale{roles})": [[term.factor for term in terms]],
         f"offsets(s, scale{roles})": [[term.offset for term in terms]],
-        f"values{pair}": [[term.rest for term in terms], [term.over for term in terms]],
-        f"values_and_slopes{pair}": [[term.rest for term in terms], [term.over for term in terms], slopes],
+        f"factors_of_derivatives(s, scale{roles})": [[each.factor for each in definition.derivatives]],
+        f"values{pair}": [rests, overs, means],
+        f"values_and_slopes{pair}": [rests, overs, slopes],
     }
     head = _HEAD.format(name=definition.name, cls=definition.cls.__name__, parameters=parameters_text(definition))
     return "\n\n".join([head, *(_function(definition, *group) for group in groups.items())])
@@ -54,14 +56,19 @@ def source_of(definition: Definition) -> str:
 
 @cache
 def functions_of(definition: Definition) -> ModuleType:
-    """``factors`` and ``offsets`` of the terms, for which ``s`` is None; ``values``: (rests, conditions);
-    ``values_and_slopes``: the same and slopes."""
+    """``factors`` and ``offsets`` of the terms, and the derivatives' factors, for which ``s`` is None; ``values``:
+    (rests, conditions, what each term averages); ``values_and_slopes``: (rests, conditions, slopes)."""
     return load(definition, "torch", source_of(definition))
 
 
-def _function(definition: Definition, signature: str, groups: list[list[Expr]]) -> str:
-    writer = Writer(definition, [e for group in groups for e in group], NOTATION, "role_{}")
-    texts = [tuple_of([writer.text(e) for e in group]) for group in groups]
+def _function(definition: Definition, signature: str, groups: list[list[Expr | tuple[Expr, ...]]]) -> str:
+    parts = [part if isinstance(part, tuple) else (part,) for group in groups for part in group]
+    writer = Writer(definition, [e for part in parts for e in part], NOTATION, "role_{}")
+
+    def text(part: Expr | tuple[Expr, ...]) -> str:
+        return tuple_of(list(map(text, part))) if isinstance(part, tuple) else writer.text(part)
+
+    texts = [tuple_of(list(map(text, group))) for group in groups]
     return function(signature, [*writer.lines, f"return {', '.join(texts)}"])
 
 

@@ -27,9 +27,16 @@ from .counters import count_workspace
 from .plan import Plan, TileShape, balanced_block, visited_pairs
 from .problem import Inputs, Problem
 from .ring import Tour, travel
-from .schedules import Config, on_device_of, with_own_scale_gradient
+from .schedules import (
+    Config,
+    learned_gradient,
+    needs_query_sums,
+    on_device_of,
+    sweeps_for_scalars,
+    with_own_scale_gradient,
+)
 from .shards import Layout, Shard
-from .sweeps import Gradients, Tables, fold_statistics, sums_over_columns, sweep_gradients
+from .sweeps import Gradients, Tables, fold_statistics, sweep_gradients
 from .world import World
 
 
@@ -106,7 +113,7 @@ class _Run:
 
     @classmethod
     def of(cls, inputs: Inputs, config: Config, layout: Layout) -> _Run:
-        objective = config.make_objective()
+        objective = config.make_objective(inputs.learned)
         shard = Shard.of(inputs, config.needs_grad, objective, layout)
         return cls(shard, config, layout, make_backend(config.backend, objective))
 
@@ -119,9 +126,8 @@ class _Run:
         return self.layout.is_batch
 
     @property
-    def needs_grad_of_scalars(self) -> list[bool]:
-        """Of the scale, and of the bias if there is one."""
-        return self.config.needs_grad[1 + (0 if self.is_batch else len(self.shard.sources)) :]
+    def needs_grad_of_scalars(self) -> tuple[bool, list[bool], list[bool]]:
+        return self.config.needs_grad_of_scalars(1 + (0 if self.is_batch else len(self.shard.sources)))
 
     def share_after(self, row_table: Tensor) -> float | Tensor:
         """Of a row in the loss, as the finished sweep tells. All ranks ask."""
@@ -138,9 +144,8 @@ class _Run:
         return self.objective.prepared(self.shard, *tables)
 
     def new_gradients(self) -> Gradients:
-        of_sources = (source.needs_grad for source in self.shard.sources)
-        with_query = sums_over_columns(self.config.needs_grad[0], of_sources, self.needs_grad_of_scalars[0])
-        return Gradients.zeros(self.shard, with_query)
+        needed = needs_query_sums(self.shard, self.config, self.objective, *self.needs_grad_of_scalars)
+        return Gradients.zeros(self.shard, needed)
 
     def new_column_table(self, rank: int) -> Tensor | None:
         """Statistics of nothing, for the columns of ``rank``; in a batch they are rows there."""
@@ -187,14 +192,16 @@ class _Run:
         return travel(tour, self.layout.world, self.layout.hops, self.layout.strategy)
 
     def results(self, gradients: Gradients, row_coefficients: Tensor, factor) -> list[Tensor]:
-        """Gradients for features, scale and bias, times ``factor``: an empty tensor of its own for each not needed."""
-        needs_scale, *needs_bias = self.needs_grad_of_scalars
-        weight_sum = self.objective.bias_gradient(row_coefficients) if any(needs_bias) else None
-        features, *scalars = self.runner.finish(
+        """Gradients for features, scale, bias and what is learned, times ``factor``: an empty tensor of its own where
+        none is needed."""
+        needs_scale, of_bias, of_learned = self.needs_grad_of_scalars
+        weight_sum = self.objective.bias_gradient(row_coefficients) if any(of_bias) else None
+        features, scale, bias = self.runner.finish(
             self.shard, gradients, (factor,), self.config.needs_grad, needs_scale, weight_sum
         )
-        scalars[0] = with_own_scale_gradient(scalars[0], self.objective, (factor,))
-        scalars = scalars[: 1 + len(needs_bias)]
+        scalars = [with_own_scale_gradient(scale, self.objective, (factor,)), *[bias] * len(of_bias)]
+        if of_learned:
+            scalars.append(learned_gradient(self.objective, self.shard, row_coefficients, of_learned[0], (factor,)))
         world = self.layout.world
         scalars = [None if scalar is None else world.sum(scalar) / world.size for scalar in scalars]
         return [self.shard.query.new_empty(0) if tensor is None else tensor for tensor in (*features, *scalars)]
@@ -343,7 +350,7 @@ class _GradientsTour(_RowsAndColumns):
 
     def _sweep(self, problem: Problem, coefficients: Tables, into: Gradients) -> None:
         plan, runner = self.run.plan(problem), self.run.runner
-        every_tile = self.with_losses or any(self.run.needs_grad_of_scalars[1:])
+        every_tile = self.with_losses or sweeps_for_scalars(runner.objective, *self.run.needs_grad_of_scalars)
         sweep_gradients(problem, plan, runner, self.kept, coefficients, into, every_tile)
 
 

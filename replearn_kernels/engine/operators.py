@@ -24,7 +24,7 @@ from .validation import check_values
 _INPUTS = (
     "Tensor query, Tensor[] keys, Tensor? own, Tensor? target, Tensor? row_group, Tensor? column_group, "
     "Tensor logit_scale, Tensor? logit_bias, Tensor? row_values, Tensor? column_values, "
-    "Tensor? row_guide, Tensor? column_guide"
+    "Tensor? row_guide, Tensor? column_guide, Tensor? learned"
 )
 _CONFIG = (  # needs_grad is a list of bools, which torch.jit.trace cannot record
     "str objective, float[] parameters, str reduction, str backend, int memory_budget, int[] needs_grad, bool any_size"
@@ -147,6 +147,7 @@ class _Form(NamedTuple):
     keys: int
     own: bool
     bias: bool
+    learned: bool
     target: bool
     row_group: bool
     column_group: bool
@@ -157,8 +158,8 @@ class _Form(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs) -> _Form:
-        _, keys, own, target, row_group, column_group, _, bias, *given = inputs
-        there = (tensor is not None for tensor in (own, bias, target, row_group, column_group, *given))
+        _, keys, own, target, row_group, column_group, _, bias, *given, learned = inputs
+        there = (tensor is not None for tensor in (own, bias, learned, target, row_group, column_group, *given))
         return cls(len(keys), *there)
 
     def split(self, tensors) -> tuple[Inputs, list[Tensor]]:
@@ -167,13 +168,19 @@ class _Form(NamedTuple):
         query, keys = next(left), [next(left) for _ in range(self.keys)]
         own = next(left) if self.own else None
         scale, bias = next(left), next(left) if self.bias else None
-        target, row_group, column_group, *given = (next(left) if there else None for there in self[3:])
-        return Inputs(query, keys, own, target, row_group, column_group, scale, bias, *given), list(left)
+        learned = next(left) if self.learned else None
+        target, row_group, column_group, *given = (next(left) if there else None for there in self.of_others)
+        return Inputs(query, keys, own, target, row_group, column_group, scale, bias, *given, learned), list(left)
+
+    @property
+    def of_others(self) -> tuple[bool, ...]:
+        """Of the inputs that get no gradient."""
+        return self[4:]
 
 
 def _flat(inputs: Inputs) -> list[Tensor]:
     """The tensors in a row: those that may get a gradient, then the others."""
-    _, _, _, target, row_group, column_group, _, _, *given = inputs
+    _, _, _, target, row_group, column_group, _, _, *given, _ = inputs
     others = target, row_group, column_group, *given
     return [*inputs.differentiable, *(tensor for tensor in others if tensor is not None)]
 
@@ -217,7 +224,7 @@ class _PairLoss(torch.autograd.Function):
 def _arranged(ctx, gradients) -> tuple[Tensor | None, ...]:
     """Gradients, an empty tensor for each that is not due, for the arguments of ``_PairLoss.forward``."""
     due = (gradient if needs else None for gradient, needs in zip(gradients, ctx.config.needs_grad))
-    return None, None, None, None, *due, *(None for there in ctx.form[3:] if there)
+    return None, None, None, None, *due, *(None for there in ctx.form.of_others if there)
 
 
 def differentiable_once(sources: list[Tensor], gradients) -> tuple[Tensor | None, ...]:
@@ -257,7 +264,8 @@ def _dispatched_backward(ctx, grad_loss, _):
     inputs, saved = _load(ctx)
     if any(tensor.requires_grad and not needs for tensor, needs in zip(inputs.differentiable, ctx.config.needs_grad)):
         raise RuntimeError(
-            "this loss was traced with features, a scale or a bias that required no gradient, and now require one: "
+            "this loss was traced with features, a scale, a bias or parameters that required no gradient, and now "
+            "require one: "
             "trace or export it with inputs that do"
         )
     gradients = torch.ops.replearn_kernels.pair_loss_backward(grad_loss, saved, *inputs, *ctx.config)
@@ -310,4 +318,5 @@ def _placed(gradients: list[Tensor], inputs: Inputs, config: Config) -> Inputs:
         query=next(due), keys=[next(due) for _ in inputs.keys], own=None if inputs.own is None else next(due),
         target=None, row_group=None, column_group=None,
         logit_scale=next(due), logit_bias=None if inputs.logit_bias is None else next(due),
+        learned=None if inputs.learned is None else next(due),
     )  # fmt: skip

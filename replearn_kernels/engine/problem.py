@@ -30,6 +30,7 @@ class Inputs(NamedTuple):
     column_values: Tensor | None = None  # [values, M] of columns; where the rows are compared with each other None
     row_guide: Tensor | None = None  # [N, g]: of the rows, of whose products a declared loss reads too
     column_guide: Tensor | None = None  # [M, g] of columns; where the rows are compared with each other None
+    learned: Tensor | None = None  # [parameters] fp64: of a declared loss, those that are tensors
 
     @property
     def features(self) -> list[Tensor]:
@@ -40,7 +41,7 @@ class Inputs(NamedTuple):
     def differentiable(self) -> list[Tensor]:
         """What may get a gradient, in the order of ``needs_grad``."""
         scalars = [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]
-        return [*self.features, *scalars]
+        return [*self.features, *scalars] if self.learned is None else [*self.features, *scalars, self.learned]
 
     @property
     def is_batch(self) -> bool:

@@ -40,8 +40,18 @@ class Config(NamedTuple):
     needs_grad: list[bool]  # in the order of Inputs.differentiable
     any_size: bool = False  # a call of a graph whose shapes are symbols: the plan may not depend on where they lie
 
-    def make_objective(self):
-        return objective_class(self.objective).from_parameters(self.parameters)
+    def make_objective(self, learned: Tensor | None = None):
+        """``learned``: the inputs', where values of parameters are needed."""
+        objective = objective_class(self.objective).from_parameters(self.parameters)
+        if learned is not None:
+            objective.learn(learned)
+        return objective
+
+    def needs_grad_of_scalars(self, features: int) -> tuple[bool, list[bool], list[bool]]:
+        """Of the scale; of the bias, if there is one; of what is learned, if that is anything. ``features``: how many
+        inputs come before them."""
+        scale, *others = self.needs_grad[features:]
+        return (scale, [], others) if objective_class(self.objective).learned else (scale, others, [])
 
 
 def forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor], bool]:
@@ -141,7 +151,7 @@ def fake_forward(inputs: Inputs, config: Config) -> tuple[Tensor, list[Tensor]]:
         saved = backend_class(config.backend).new_combined(inputs, config.make_objective())
         return loss, [*saved, *accumulators]
     if plan.schedule != "two_sweeps":
-        dtypes = [dtype] * len(inputs.features) + [torch.float64] * 2
+        dtypes = [dtype] * len(inputs.features) + [torch.float64] * 3
         return loss, [
             query.new_empty(tensor.shape, dtype=kind) if needs else query.new_empty(0)
             for tensor, kind, needs in zip(inputs.differentiable, dtypes, config.needs_grad)
@@ -173,7 +183,7 @@ class _Run(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs, config: Config) -> _Run:
-        objective = config.make_objective()
+        objective = config.make_objective(inputs.learned)
         problem = Problem.build(inputs, config.needs_grad, objective)
         return cls(problem, plan_of(inputs, config), config, make_backend(config.backend, objective))
 
@@ -182,9 +192,8 @@ class _Run(NamedTuple):
         return self.runner.objective
 
     @property
-    def needs_grad_of_scalars(self) -> list[bool]:
-        """Of the scale, and of the bias if there is one."""
-        return self.config.needs_grad[1 + (0 if self.problem.is_batch else len(self.problem.sources)) :]
+    def needs_grad_of_scalars(self) -> tuple[bool, list[bool], list[bool]]:
+        return self.config.needs_grad_of_scalars(1 + (0 if self.problem.is_batch else len(self.problem.sources)))
 
     @property
     def share(self) -> float | Tensor:
@@ -205,23 +214,26 @@ class _Run(NamedTuple):
 
     @property
     def with_query(self) -> bool:
-        of_sources = (source.needs_grad for source in self.problem.sources)
-        return sums_over_columns(self.config.needs_grad[0], of_sources, self.needs_grad_of_scalars[0])
+        return needs_query_sums(self.problem, self.config, self.objective, *self.needs_grad_of_scalars)
 
     def weight_sum(self, table: Tensor) -> Tensor | None:
         """``sum_ij W_ij``, where the bias gets a gradient."""
-        return self.objective.bias_gradient(table) if any(self.needs_grad_of_scalars[1:]) else None
+        return self.objective.bias_gradient(table) if any(self.needs_grad_of_scalars[1]) else None
 
-    def results(self, gradients: Gradients, weight_sum: Tensor | None, *factors, dtype=None) -> list[Tensor]:
-        """Gradients for features, in ``dtype`` if given, scale and bias, times ``factors``: an empty tensor of its own
-        for each not needed."""
-        has_bias = len(self.needs_grad_of_scalars) > 1
-        needs_grad, needs_scale = self.config.needs_grad, self.needs_grad_of_scalars[0]
-        features, *scalars = self.runner.finish(
-            self.problem, gradients, factors, needs_grad, needs_scale, weight_sum, dtype
+    def results(
+        self, gradients: Gradients, table: Tensor | None, weight_sum: Tensor | None, *factors, dtype=None
+    ) -> list[Tensor]:
+        """Gradients for features, in ``dtype`` if given, scale, bias and what is learned, times ``factors``: an empty
+        tensor of its own for each not needed. ``table``: of the rows, after the sweep of W."""
+        needs_scale, of_bias, of_learned = self.needs_grad_of_scalars
+        features, scale, bias = self.runner.finish(
+            self.problem, gradients, factors, self.config.needs_grad, needs_scale, weight_sum, dtype
         )
-        scalars[0] = with_own_scale_gradient(scalars[0], self.objective, factors)
-        results = (*features, *scalars[: 1 + has_bias])
+        results = [*features, with_own_scale_gradient(scale, self.objective, factors)]
+        if of_bias:
+            results.append(bias)
+        if of_learned:
+            results.append(learned_gradient(self.objective, self.problem, table, of_learned[0], factors))
         return [self.problem.query.new_empty(0) if tensor is None else tensor for tensor in results]
 
 
@@ -249,10 +261,11 @@ def _second_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Ten
         coefficients = run.objective.coefficients(run.problem, row_table, column_table, row_weights, gradients.query)
         factors = factor, run.share_after(row_table)
     if run.objective.sweeps_gradients:
-        every_tile = any(run.needs_grad_of_scalars[1:])  # a bias's gradient is the sum of W
+        every_tile = sweeps_for_scalars(run.objective, *run.needs_grad_of_scalars)
         sweep_gradients(run.problem, run.plan, run.runner, KeptTiles(kept), coefficients, gradients, every_tile)
     run.objective.add_pair_gradients(run.problem, coefficients[0], gradients.query)
-    return run.results(gradients, run.weight_sum(coefficients[0]), *factors, dtype=run.problem.query.dtype)
+    table = coefficients[0]
+    return run.results(gradients, table, run.weight_sum(table), *factors, dtype=run.problem.query.dtype)
 
 
 def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
@@ -267,7 +280,7 @@ def _one_sweep(run: _Run) -> tuple[Tensor, list[Tensor]]:
         return loss, [*sums, *(problem.query.new_empty(0) if each is None else each for each in accumulators)]
     run.objective.add_pair_gradients(problem, tables[0], gradients.query)
     losses, share = run.objective.row_losses(problem, *tables), run.share_after(tables[0])
-    return losses.sum() * share, run.results(gradients, run.weight_sum(tables[0]), share)
+    return losses.sum() * share, run.results(gradients, tables[0], run.weight_sum(tables[0]), share)
 
 
 def _after_one_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[Tensor]:
@@ -275,9 +288,9 @@ def _after_one_sweep(run: _Run, saved: list[Tensor], grad_loss: Tensor) -> list[
     state, weight_sum, *accumulators = saved
     there = run.with_query, *(source.needs_grad for source in run.problem.sources)
     query, *sources = (each if is_there else None for each, is_there in zip(accumulators, there))
-    weight_sum = weight_sum if any(run.needs_grad_of_scalars[1:]) else None
+    weight_sum = weight_sum if any(run.needs_grad_of_scalars[1]) else None
     factors = grad_loss, run.runner.share_of(state)
-    return run.results(Gradients(query, sources), weight_sum, *factors, dtype=run.problem.query.dtype)
+    return run.results(Gradients(query, sources), None, weight_sum, *factors, dtype=run.problem.query.dtype)
 
 
 def _row_chunks(run: _Run) -> tuple[Tensor, list[Tensor]]:
@@ -307,7 +320,7 @@ def _row_chunks(run: _Run) -> tuple[Tensor, list[Tensor]]:
         kept.rewind()
         sweep_gradients(chunk, plan, runner, kept, coefficients, of_chunk)
     share = _share_of(counted) if run.config.reduction == "mean" else 1.0
-    return torch.cat(losses).sum() * share, run.results(gradients, None, share)
+    return torch.cat(losses).sum() * share, run.results(gradients, None, None, share)
 
 
 def _share_of(count: int | Tensor) -> float | Tensor:
@@ -320,6 +333,29 @@ def with_own_scale_gradient(gradient: Tensor | None, objective, factors) -> Tens
     if gradient is None or objective.own_scale_gradient is None:
         return gradient
     return gradient + objective.own_scale_gradient * math.prod(factors)
+
+
+def learned_gradient(
+    objective, problem: Problem, table: Tensor | None, is_needed: bool, factors
+) -> Tensor | None:
+    """Of the parameters that are tensors, if it is needed."""
+    return objective.learned_gradient(problem, table) * math.prod(factors) if is_needed else None
+
+
+def needs_query_sums(
+    problem: Problem, config: Config, objective, needs_scale: bool, of_bias: list[bool], of_learned: list[bool]
+) -> bool:
+    """Whether the gradient of the queries is summed: for itself, for the scale's, or as passes over distances add to
+    it, whatever they are for."""
+    of_sources = (source.needs_grad for source in problem.sources)
+    needed = sums_over_columns(config.needs_grad[0], of_sources, needs_scale)
+    return needed or bool(objective.by_distance and any(of_learned))
+
+
+def sweeps_for_scalars(objective, needs_scale: bool, of_bias: list[bool], of_learned: list[bool]) -> bool:
+    """Whether a sweep of W finds gradients of scalars that no features' gradient tells: a bias's is the sum of W, and
+    where one sweep does all, totals are what a learned parameter's is formed of."""
+    return any(of_bias) or (any(of_learned) and not objective.needs_statistics)
 
 
 def _row_weights(grad_loss: Tensor, run: _Run) -> tuple[Tensor, Tensor]:

@@ -287,6 +287,7 @@ def meet(world: World, inputs: Inputs, objective, alike: dict, strategy: str) ->
         "device": inputs.query.device.type,
         "logit_scale": _value(inputs.logit_scale),
         "logit_bias": _value(inputs.logit_bias),
+        "parameters that are tensors": _value(inputs.learned),
         "negatives": "own" if inputs.own is not None else "queue" if len(inputs.keys) > 1 else None,
         "target": "given" if inputs.target is not None else None,
         "guide": _described_guide(inputs.row_guide),
@@ -345,5 +346,5 @@ def _described_guide(guide: Tensor | None) -> str | None:
     return None if guide is None else f"{guide.shape[1]} features in {guide.dtype}"
 
 
-def _value(scalar: Tensor | None) -> float | None:
-    return scalar.item() if scalar is not None and scalar.device.type == "cpu" else None
+def _value(scalars: Tensor | None) -> float | list[float] | None:
+    return scalars.tolist() if scalars is not None and scalars.device.type == "cpu" else None

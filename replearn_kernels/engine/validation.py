@@ -250,6 +250,9 @@ def check_values(inputs: Inputs, objective) -> None:
             raise ValueError(f"temperature must be positive and finite in {dtype}, got {1 / scale if scale else 'inf'}")
     if inputs.logit_bias is not None and inputs.logit_bias.is_cpu:
         check_finite("logit_bias", inputs.logit_bias.item(), dtype)
+    if inputs.learned is not None and inputs.learned.is_cpu:
+        for name, value in zip(objective.learned, inputs.learned.tolist()):
+            check_finite(name, value, dtype)
     name = objective.target_name
     target = inputs.target
     if target is None or target.numel() == 0:

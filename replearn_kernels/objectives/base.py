@@ -56,6 +56,10 @@ class Objective(ABC):
     """Calls of the same shapes take the same steps. False: it runs code of its author, who may do anything."""
     own_scale_gradient: Tensor | None = None
     """The losses' gradient in the scale beyond that through the logits, as :meth:`coefficients` found it: 0-d, fp64."""
+    own_learned_gradient: Tensor | None = None
+    """The losses' gradient in the parameters that are ``learned``, as :meth:`coefficients` found it: fp64."""
+    learned: tuple[str, ...] = ()
+    """What callers know those parameters by that calls give as tensors, and that get a gradient."""
     epilogue = None
     """The Triton epilogue of a loss whose kernels are printed; None: that of its name, or its family's."""
     one_tile_parameters: tuple | None = None
@@ -138,6 +142,14 @@ class Objective(ABC):
 
     def add_pair_gradients(self, problem: Problem, row_table: Tensor, d_query: Tensor) -> None:
         """Add the gradients of pairs that W leaves out, and that are known once the sweep of W has ended: here none."""
+        return None
+
+    def learn(self, learned: Tensor) -> None:
+        """Take the values of the parameters that are ``learned``, ``[parameters]``."""
+        raise NotImplementedError(f"{self.name} has no parameters that are tensors")
+
+    def learned_gradient(self, problem: Problem, row_table: Tensor | None) -> Tensor | None:
+        """The gradient of what is ``learned``, fp64, once the last sweep has ended; ``row_table``: its coefficients."""
         return None
 
     def bias_gradient(self, row_coefficients: Tensor) -> Tensor:

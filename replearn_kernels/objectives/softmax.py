@@ -30,6 +30,7 @@ width 1 beside the queue.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,12 +145,18 @@ class Softmax(Objective):
         return v.scatter(1, column, torch.where(inside.unsqueeze(1), kept, v.gather(1, column)))
 
 
-def fold_sum_exp(v: Tensor, steep: float | Tensor, dim: int, table: Tensor) -> None:
-    """Merge the sum of ``exp(steep (v - max))`` along ``dim`` into ``table = (max, sum, ...)``."""
-    old_max, old_sum = table[0], table[1]
+def fold_sum_exp(
+    v: Tensor, steep: float | Tensor, dim: int, table: Tensor, weighted: Sequence[Tensor] = ()
+) -> None:
+    """Merge the sum of ``exp(steep (v - max))`` along ``dim`` into ``table = (max, sum, ...)``, and into what follows
+    the sum of that times each of the ``weighted``."""
+    old_max, sums = table[0], table[1 : 2 + len(weighted)]
     new_max = torch.maximum(old_max, v.amax(dim))
-    total = ((v - new_max.unsqueeze(dim)) * steep).exp_().sum(dim)
-    old_sum.mul_(((old_max - new_max) * steep).exp_()).add_(total)
+    exps = ((v - new_max.unsqueeze(dim)) * steep).exp_()
+    sums.mul_(((old_max - new_max) * steep).exp_())
+    sums[0].add_(exps.sum(dim))
+    for total, values in zip(sums[1:], weighted):
+        total.add_((exps * values).sum(dim))
     old_max.copy_(new_max)
 
 
@@ -162,12 +169,13 @@ def logarithms(top: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(empty, torch.finfo(top.dtype).max, top), torch.where(empty, 1, total).log()
 
 
-def merge_sum_exp(table: Tensor, other: Tensor, steep: float | Tensor) -> None:
-    """Merge two tables ``(max, sum, ...)`` of one column each, in place; what follows the sum adds up."""
-    new_max = torch.maximum(table[0], other[0])
-    table[1].mul_(((table[0] - new_max) * steep).exp_()).add_(other[1] * ((other[0] - new_max) * steep).exp_())
+def merge_sum_exp(table: Tensor, other: Tensor, steep: float | Tensor, weighted: int = 0) -> None:
+    """Merge two tables ``(max, sum, ...)`` of one column each, in place. The next ``weighted`` quantities are sums
+    against the same max; what follows them adds up."""
+    new_max, sums = torch.maximum(table[0], other[0]), slice(1, 2 + weighted)
+    table[sums].mul_(((table[0] - new_max) * steep).exp_()).add_(other[sums] * ((other[0] - new_max) * steep).exp_())
     table[0].copy_(new_max)
-    table[2:] += other[2:]
+    table[2 + weighted :] += other[2 + weighted :]
 
 
 def pick_targets(v: Tensor, pairs: Pairs, positive: Tensor) -> None:

@@ -9,6 +9,7 @@
     multi_similarity.py  multi-similarity loss
     soft_targets.py      InfoNCE with a teacher's probabilities for targets
     sampled_softmax.py   InfoNCE over a sample of all keys, for retrieval: probabilities, duplicates, weights
+    vse.py               VSE++: the hardest negative of every image and text
 """
 
 import itertools
@@ -23,10 +24,11 @@ from .multi_positive import MultiPositiveClip, MultiPositiveClipLoss, multi_posi
 from .multi_similarity import MultiSimilarity, MultiSimilarityLoss, multi_similarity_loss
 from .sampled_softmax import SampledSoftmax, SampledSoftmaxLoss, sampled_softmax_loss
 from .soft_targets import SoftTargetLoss, SoftTargets, SymmetricSoftTargets, soft_target_loss
+from .vse import Vse, VSELoss, vse_loss
 
 for _loss in (
     *(Circle, Decoupled, HardNegatives, MultiPositiveClip, MultiSimilarity, SampledSoftmax),
-    *(SoftTargets, SymmetricSoftTargets, GistBetween),
+    *(SoftTargets, SymmetricSoftTargets, GistBetween, Vse),
 ):
     register(_loss, ())
 for _options in itertools.product(OVER, (False, True)):
@@ -37,7 +39,7 @@ for _options in itertools.product((True, False), repeat=3):
 
 __all__ = [
     "CircleLoss", "DecoupledContrastiveLoss", "GistLoss", "HardNegativeLoss", "MultiPositiveClipLoss",
-    "MultiSimilarityLoss", "SampledSoftmaxLoss", "SoftTargetLoss", "circle_loss", "decoupled_contrastive_loss",
-    "gist_loss", "hard_negative_loss", "multi_positive_clip_loss", "multi_similarity_loss", "pair_logsumexp",
-    "sampled_softmax_loss", "soft_target_loss",
+    "MultiSimilarityLoss", "SampledSoftmaxLoss", "SoftTargetLoss", "VSELoss", "circle_loss",
+    "decoupled_contrastive_loss", "gist_loss", "hard_negative_loss", "multi_positive_clip_loss",
+    "multi_similarity_loss", "pair_logsumexp", "sampled_softmax_loss", "soft_target_loss", "vse_loss",
 ]  # fmt: skip
