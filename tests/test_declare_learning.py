@@ -181,12 +181,24 @@ def test_values_that_come_later_are_checked(wrong, message):
     fused.loss = Contrastive(torch.tensor(wrong, dtype=torch.float64, requires_grad=True))
     with pytest.raises(ValueError, match=message):
         fused(x, labels)
-    fused.loss = Contrastive(torch.ones(2, requires_grad=True))
     with pytest.raises(ValueError, match=r"Contrastive.margin must be .* one element.*\(2,\)"):
-        fused(x, labels)
+        fused.loss = Contrastive(torch.ones(2, requires_grad=True))
     fused.loss = Contrastive(torch.ones((), device="meta", requires_grad=True))
     with pytest.raises(ValueError, match="Contrastive.margin must be on the features' device"):
         fused(x, labels)
+
+
+def test_what_would_never_be_read_is_refused():
+    fused = fuse(Contrastive(0.5))
+    with pytest.raises(AttributeError, match="margin is a field of the loss: write module.loss = dataclasses.replace"):
+        fused.margin = nn.Parameter(torch.ones(()))
+    fused.anything = nn.Linear(1, 1)  # of the user's own
+    assert len(list(fused.parameters())) == 2
+    for wrong in ("0.5", None, [1.0], True):
+        with pytest.raises(TypeError, match="Contrastive.margin must be a number or a tensor of one element"):
+            fused.loss = Contrastive(wrong)
+        with pytest.raises(TypeError, match="Contrastive.margin must be a number or a tensor of one element"):
+            fuse(Contrastive(wrong))
 
 
 def test_second_derivatives_are_refused_but_by_the_formula():

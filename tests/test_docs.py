@@ -13,7 +13,7 @@ def blocks(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name, count", [("declare.md", 10)])
+@pytest.mark.parametrize("name, count", [("declare.md", 11)])
 def test_code_runs(name, count, capsys):
     torch.manual_seed(0)
     names: dict = {"__name__": "page"}

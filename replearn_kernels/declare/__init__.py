@@ -11,6 +11,7 @@
     compute.py        a call of it
     given.py          what calls give beside features: values of rows and columns, a guide's features
     objective.py      the engine's view: statistics, losses, coefficients, W
+    evaluation.py     the author's formula on the terms of the rows, and its derivatives
     printing.py       expressions as text
     torch_source.py   the same for PyTorch, and what that text calls
     triton_source.py  the same as a Triton epilogue

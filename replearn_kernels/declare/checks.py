@@ -10,9 +10,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from ..engine.validation import check_finite, check_scale
+from ..engine.validation import check_scale, is_number
 from .definition import Definition, Given, check_rows, definition_of, fields_of, instance_of, kind_of
-from .expressions import number
 from .pair_loss import PairLoss
 
 _OPTIONS = {"bool": bool, "int": int, "str": str}
@@ -42,15 +41,21 @@ def check_formulas(loss: PairLoss) -> None:
 
 def _value_of(name: str, parameter: float | Tensor) -> float | Tensor:
     """A parameter's value; of a tensor, what stands for it in a formula."""
-    if not isinstance(parameter, Tensor):
-        number(parameter, name)
-        if not math.isfinite(parameter):
-            raise ValueError(f"{name} must be finite, got {parameter}")
-        return parameter
-    check_scale(name, parameter, parameter)
-    if parameter.is_cpu:
-        check_finite(name, parameter.item(), torch.float64)
-    return _leaf(parameter.item() if parameter.is_cpu else 0.7)  # read from no GPU
+    check_parameter(name, parameter)
+    is_tensor = isinstance(parameter, Tensor)
+    if is_tensor and not parameter.is_cpu:
+        return _leaf(0.7)  # read from no GPU
+    if not math.isfinite(parameter):
+        raise ValueError(f"{name} must be finite, got {float(parameter)}")
+    return _leaf(parameter.item()) if is_tensor else parameter
+
+
+def check_parameter(name: str, parameter: float | Tensor) -> None:
+    """Raise TypeError or ValueError if it is no number, and no tensor that can be one."""
+    if isinstance(parameter, Tensor):
+        check_scale(name, parameter, parameter)
+    elif not is_number(parameter):
+        raise TypeError(f"{name} must be a number or a tensor of one element, got {type(parameter).__name__}")
 
 
 def _check_signature(cls: type[PairLoss]) -> None:

@@ -151,6 +151,10 @@ class Expr:
             raise AttributeError(name)
         if name.endswith("_"):
             hint = f"in-place operations change no expression: use {FUNCTIONS}"
+        elif name in ("max", "min", "amax", "amin", "topk", "argmax", "argmin"):
+            hint = "the largest of a row's pairs is a term of its own, largest(x), and smallest(x) the smallest"
+        elif name in ("item", "data", "detach_"):
+            hint = "it stands for the value, which the loss finds when it runs"
         elif name in FUNCTIONS:
             hint = f"write {name}(x)"
         else:
@@ -330,7 +334,7 @@ def divide(a, b) -> Expr:
 
 def power(a, exponent) -> Expr:
     """A power with a whole exponent, or 0.5."""
-    if exponent == 0.5:
+    if isinstance(exponent, Real) and exponent == 0.5:
         return sqrt(a)
     whole = isinstance(exponent, Real) and not isinstance(exponent, bool) and exponent in range(1, 65)
     if not whole:

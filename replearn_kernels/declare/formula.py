@@ -16,7 +16,8 @@ def dense_loss(inputs: Inputs, objective: Declared, reduction: str) -> Tensor:
     """What ``backend="eager"`` runs, in the dtype of the statistics."""
     definition, scale = objective.definition, inputs.logit_scale
     learned = () if inputs.learned is None else inputs.learned.unbind()
-    parameters, loss = objective.values_with(learned), objective.loss_with(learned)
+    numbers = objective.numbers(scale)
+    parameters, loss = numbers.with_learned(learned), numbers.loss(learned)
     similarities, target = _similarities(inputs, objective), _targets(inputs)
     facts = _facts(inputs, similarities, target if objective.uses_target else None)
     column_values = inputs.row_values if inputs.is_batch else inputs.column_values

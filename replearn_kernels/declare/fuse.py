@@ -12,9 +12,9 @@ from ..engine.plan import DEFAULT_MEMORY_BUDGET
 from ..functional.call import in_group, takes_logit_scale
 from ..losses import _Loss
 from . import cpp_source, torch_source, triton_source
-from .checks import check_formulas
+from .checks import check_formulas, check_parameter
 from .compute import batch_loss, pair_loss
-from .definition import with_fields
+from .definition import fields_of, with_fields
 from .objective import objective_of
 from .pair_loss import PairLoss
 
@@ -102,9 +102,19 @@ class _FusedLoss(_Loss):
 
     @loss.setter
     def loss(self, loss: PairLoss) -> None:
+        for name in fields_of(type(loss))[0]:
+            check_parameter(f"{type(loss).__name__}.{name}", getattr(loss, name))
         objective_of(loss)  # its name has to be there when a graph is traced
         parameters = {name: value for name, value in vars(loss).items() if isinstance(value, nn.Parameter)}
         self._loss, self.learned = loss, nn.ParameterDict(parameters) if parameters else None
+
+    def __setattr__(self, name: str, value) -> None:
+        known = vars(self)
+        if "_loss" in known and name in vars(known["_loss"]) and name not in known:  # nobody would read it
+            raise AttributeError(
+                f"{name} is a field of the loss: write module.loss = dataclasses.replace(module.loss, {name}=...)"
+            )
+        super().__setattr__(name, value)
 
     def __setstate__(self, state):
         super().__setstate__(state)

@@ -43,7 +43,8 @@ from ..objectives import OBJECTIVES
 from ..objectives.base import Objective, steepness
 from ..objectives.softmax import fold_sum_exp, logarithms, merge_sum_exp
 from .cpp_passes import number_of, why_none
-from .definition import Definition, Given, check_rows, definition_of, fields_of, instance_of, scalar
+from .definition import Definition, Given, definition_of, fields_of, scalar
+from .evaluation import Evaluation, Numbers, is_of_none, through_terms
 from .on_tensors import TermOfTile, facts_of_tile, given_of_tile, terms_of_tile
 from .pair_loss import PairLoss
 from .terms import Term, places
@@ -66,6 +67,7 @@ class Declared(Objective):
 
     def __init__(self, by_group: bool, values: list[float | Tensor]):
         self.by_group, self.values = by_group, values
+        self._evaluation: Evaluation | None = None
 
     @classmethod
     def from_parameters(cls, parameters: list[float]) -> Declared:
@@ -76,17 +78,11 @@ class Declared(Objective):
         return [float(self.by_group), *self.values]
 
     def learn(self, learned: Tensor) -> None:
-        self.values = self.values_with(learned.tolist() if learned.is_cpu else learned.unbind())
+        self.values = self.numbers(1.0).with_learned(learned.tolist() if learned.is_cpu else learned.unbind())
 
-    def values_with(self, learned: Sequence[float | Tensor]) -> list[float | Tensor]:
-        """The values of all parameters, of which these are ``learned``."""
-        values = dict(zip(self.definition.parameters, self.values)) | dict(zip(self.definition.learned, learned))
-        return list(values.values())
-
-    def loss_with(self, learned: Sequence[Tensor] = ()) -> PairLoss:
-        """The author's object, with the values of this call."""
-        parameters = zip(self.definition.parameters, self.values_with(learned))
-        return instance_of(self.definition.cls, dict(self.definition.options) | dict(parameters))
+    def numbers(self, scale: float | Tensor) -> Numbers:
+        """What the formulas are evaluated with, under this scale."""
+        return Numbers(self.definition, self.functions, self.values, scale)
 
     @property
     def epilogue(self):
@@ -130,7 +126,7 @@ class Declared(Objective):
             self._fold(tile, pairs, 0, column_table)
 
     def merge_statistics(self, table: Tensor, other: Tensor, scale: float | Tensor) -> None:
-        factors = self._factors(scale)
+        factors = self.numbers(scale).factors()
         for term, place in places(self.definition.terms, "statistics"):
             its = slice(place, place + term.statistics)
             if term.kind == "total":
@@ -143,23 +139,29 @@ class Declared(Objective):
     # -- combine ---------------------------------------------------------------------------------------------
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
-        values = self._values(problem, *self._tables(problem, row_table, column_table))
-        losses = self._formula(problem.scale, (), self._given(problem), values).to(row_table.dtype)
-        check_rows(f"{self.definition.cls.__name__}.loss", losses, problem.rows)
+        losses = self._evaluated(problem, row_table, column_table).losses.to(row_table.dtype)
         return losses + problem.squares * 0 if self.by_distance else losses  # a NaN shows, whatever its row counts for
 
     def rows_counted(self, problem: Problem, row_table: Tensor | None = None) -> int | Tensor:
         if self.definition.cls.counted is PairLoss.counted:  # nor is there a table before the first sweep
             return problem.rows
-        of_rows, given = self._values_of(row_table, problem.scale), Given(problem.row_values, None)
-        count = self.definition.count(self.loss_with(), of_rows, problem.scale, given)
+        numbers, known = self.numbers(problem.scale), self._evaluation
+        if known is not None and known.row_table is row_table:
+            of_rows = [value.detach() for value in known.of_rows]
+        else:
+            of_rows = numbers.terms(row_table)
+        count = self.definition.count(numbers.loss(), of_rows, problem.scale, Given(problem.row_values, None))
         return count.to(problem.statistics_dtype)
 
     def coefficients(self, problem, row_table, column_table, grad_rows, d_query=None) -> tuple[Tensor, Tensor | None]:
         if not self.needs_statistics:
             return torch.cat([torch.zeros_like(row_table[:-1]), grad_rows.unsqueeze(0)]), None
-        tables = self._tables(problem, row_table, column_table)
-        weights = self._gradients(problem, tables, grad_rows)
+        weights, of_scale, of_learned = self._evaluated(problem, row_table, column_table).gradients(grad_rows)
+        self._evaluation = None  # its graph is used up
+        if self.definition.cls.scaled:  # of chunk after chunk of rows
+            self.own_scale_gradient = _sum(self.own_scale_gradient, of_scale)
+        if of_learned is not None:
+            self.own_learned_gradient = _sum(self.own_learned_gradient, of_learned)
         rows = self._coefficients(row_table, weights)
         if column_table is None:
             return rows, None
@@ -170,86 +172,14 @@ class Declared(Objective):
     def learned_gradient(self, problem: Problem, row_table: Tensor | None) -> Tensor | None:
         if self.definition.learned and not self.needs_statistics:
             weights = [row_table[-1].double()] * len(self.definition.own_terms)
-            return self._through_terms(problem, [row_table], weights)
+            return through_terms(self.numbers(problem.scale), [row_table], weights)
         return self.own_learned_gradient
 
-    def _formula(self, scale: float | Tensor, learned: Sequence[Tensor], given: Given, values: list[Tensor]) -> Tensor:
-        """The losses, ``[N]``, of the terms of the rows, and of their targets' columns."""
-        of_rows, loss = len(self.definition.own_terms), self.loss_with(learned)
-        return self.definition.row_losses(loss, values[:of_rows], values[of_rows:], scale, given)
-
-    def _gradients(self, problem: Problem, tables: list[Tensor], grad_rows: Tensor) -> Sequence[Tensor]:
-        """``sum_i grad_i dL_i`` in each of the terms; those in the scale, which a formula can read, and in what is
-        learned are kept: of chunk after chunk of rows."""
-        values, scale, learned = self._values(problem, *tables), scalar(problem.scale).clone(), self.definition.learned
-        parameters = [scalar(value).clone() for value in self._values_of_parameters(learned)]
-        formula = partial(self._formula, scale, parameters, self._given(problem))
-        *gradients, of_scale = _gradients(formula, [*values, *parameters, scale], values, grad_rows)
-        gradients, of_parameters = gradients[: len(values)], gradients[len(values) :]
-        if self.definition.cls.scaled:
-            self.own_scale_gradient = _sum(self.own_scale_gradient, of_scale)
-        if learned:
-            found = torch.stack(of_parameters) + self._through_terms(problem, tables, gradients)
-            self.own_learned_gradient = _sum(self.own_learned_gradient, found)
-        return gradients
-
-    def _values_of_parameters(self, names: tuple[str, ...]) -> list[float | Tensor]:
-        return [self.values[self.definition.parameters.index(name)] for name in names]
-
-    def _through_terms(self, problem: Problem, tables: list[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """The gradient in what is learned, ``[parameters]`` in fp64, by way of terms whose derivatives the tables hold.
-
-        ``weights``: of every term of the first table's rows, ``[N]`` each, then of the second's.
-        """
-        of_parameters = tables[0].new_zeros(len(self.definition.learned), dtype=torch.float64)
-        factors = self.functions.factors_of_derivatives(None, problem.scale, *self.values)
-        first = [place for _, place in places(self.definition.terms, "statistics")]
-        for side, table in enumerate(tables):
-            for derivative, factor in zip(self.definition.derivatives, factors):
-                k, place = derivative.term, first[derivative.term]
-                weight = weights[side * len(self.definition.own_terms) + k]
-                if derivative.total is not None:
-                    products = weight * table[first[derivative.total]].double()
-                else:
-                    term, of_pair = self.definition.terms[k], 1
-                    if derivative.mean is not None:
-                        of_pair = table[place + 2 + derivative.mean].double()
-                        if term.kind == "logsumexp":
-                            of_pair = of_pair / table[place + 1].double()
-                    products = torch.where(_is_of_none(term, table[place:]), 0, weight * of_pair)
-                of_parameters[derivative.parameter] += products.sum() * factor
-        return of_parameters
-
-    def _given(self, problem: Problem) -> Given:
-        """The values that :meth:`_formula` takes."""
-        if problem.column_values is None or not self.definition.cls.symmetric:
-            return Given(problem.row_values, None)
-        return Given(problem.row_values, problem.at_targets(problem.column_values))
-
-    @staticmethod
-    def _tables(problem: Problem, row_table: Tensor, column_table: Tensor | None) -> list[Tensor]:
-        """The statistics of the rows, and where there are some of their targets' columns."""
-        return [row_table] if column_table is None else [row_table, problem.at_targets(column_table)]
-
-    def _values(self, problem: Problem, *tables: Tensor) -> list[Tensor]:
-        """The values of the terms that :meth:`_formula` takes: of the rows, then of their targets' columns."""
-        return [value for table in tables for value in self._values_of(table, problem.scale)]
-
-    def _values_of(self, table: Tensor, scale: float | Tensor) -> list[Tensor]:
-        """The values of the author's terms, ``[N]`` each in fp64, from a table of statistics."""
-        values, factors = [], self._factors(scale)
-        offsets = dict(zip(factors, self.functions.offsets(None, scale, *self.values)))
-        for term, place in places(self.definition.own_terms, "statistics"):
-            factor = factors[term.name]
-            if term.kind == "total":
-                values.append(table[place].double() * factor)
-                continue
-            value = table[place].double() * abs(factor) + offsets[term.name]
-            if term.kind == "logsumexp":
-                value = value + table[place + 1].double().log()
-            value = torch.where(_is_of_none(term, table[place:]), -torch.inf, value)
-            values.append(-value if term.is_negated else value)
-        return values
+    def _evaluated(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Evaluation:
+        """The formula on these tables: where losses and coefficients are asked for in one call, the same object."""
+        if self._evaluation is None or self._evaluation.row_table is not row_table:
+            self._evaluation = Evaluation(self.numbers(problem.scale), problem, row_table, column_table)
+        return self._evaluation
 
     def _coefficients(self, table: Tensor, weights: Sequence[Tensor]) -> Tensor:
         rows = []
@@ -259,10 +189,10 @@ class Declared(Objective):
             weight = weight.to(table.dtype)
             if term.kind == "logsumexp":
                 rows += logarithms(table[place], table[place + 1])
-                weight = weight.masked_fill(_is_of_none(term, table[place:]), 0)
+                weight = weight.masked_fill(is_of_none(term, table[place:]), 0)
             elif term.kind == "largest":
                 top, number = table[place], table[place + 1]
-                weight = weight.masked_fill(_is_of_none(term, table[place:]), 0)
+                weight = weight.masked_fill(is_of_none(term, table[place:]), 0)
                 # A NaN has to be seen, though it is no pair's.
                 weight, number = torch.where(top.isnan(), torch.nan, weight), torch.where(top.isnan(), 0, number)
                 rows.append(number)
@@ -334,18 +264,6 @@ class Declared(Objective):
             return None
         return pairs.column_values[-1].unsqueeze(0) if dim == 1 else pairs.row_values[-1].unsqueeze(1)
 
-    def _factors(self, scale: float | Tensor) -> dict[str, float | Tensor]:
-        """The terms' factors, by name."""
-        names = (term.name for term in self.definition.terms)
-        return dict(zip(names, self.functions.factors(None, scale, *self.values)))
-
-
-def _is_of_none(term: Term, table: Tensor) -> Tensor:
-    """Of which rows a log-sum-exp or a largest is over no pair, ``[N]``; the first quantities are the term's."""
-    if term.kind == "logsumexp":
-        return table[1] == 0
-    return (table[1] < 0) & ~table[0].isnan()
-
 
 def _fold_largest(term: TermOfTile, dim: int, numbers: Tensor, table: Tensor) -> None:
     """Merge the largest along ``dim`` into ``table = (max, number, ...)``; ``numbers``: of what is along it."""
@@ -385,20 +303,6 @@ def _empty(terms: tuple[Term, ...], count: int, like: Tensor) -> Tensor:
         if term.kind == "largest":
             table[place + 1] = -1
     return table
-
-
-def _gradients(
-    formula: Callable[[list[Tensor]], Tensor], leaves: list[Tensor], values: list[Tensor], grad_rows: Tensor
-) -> Sequence[Tensor]:
-    """``sum_i grad_i d formula(values)_i`` in each of the leaves, which are the values and what else it reads."""
-    for leaf in leaves:
-        leaf.requires_grad_()
-    # Within a registered operator autograd is off, whatever its mode says: PyTorch takes it out of the dispatcher
-    # around the call of a kernel. This puts it in again.
-    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
-        losses = formula(values)
-        return torch.autograd.grad(losses, leaves, grad_rows.to(losses.dtype), materialize_grads=True)
 
 
 def _sum(known: Tensor | None, found: Tensor) -> Tensor:
