@@ -7,7 +7,7 @@ from torch import Tensor
 from . import functional as F
 from .engine import validation
 from .engine.plan import DEFAULT_MEMORY_BUDGET
-from .functional.triplet import MINING, REDUCTIONS, Triplets
+from .functional.triplet import MINING, REDUCTIONS, Triplets, check_margin_of
 from .losses import _Loss
 from .objectives.triplet_distance import DISTANCES
 
@@ -81,7 +81,7 @@ class TripletMarginLoss(_Loss):
 
     def __init__(
         self,
-        margin: float = 0.2,
+        margin: float | None = 0.2,
         *,
         mining: str = "semi_hard",
         distance: str = "euclidean",
@@ -93,8 +93,8 @@ class TripletMarginLoss(_Loss):
         strategy: str = "auto",
     ):
         super().__init__(
-            margin=validation.check_margin(margin),
             mining=validation.check_choice("mining", mining, MINING),
+            margin=check_margin_of(mining, margin),
             distance=validation.check_choice("distance", distance, DISTANCES),
             reduction=reduction,
             normalize=normalize,

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .engine.problem import Inputs, is_whole, statistics_dtype
 from .objectives import BatchAll, BatchHard, HardLifted, Lifted, MarginContrastive, MarginSoftmax, Softmax
 from .objectives.margin_softmax import above_rounding, angular_drop, chord_squares
-from .objectives.triplet_distance import TripletDistance
+from .objectives.triplet_distance import TripletDistance, loss_of_gap
 
 
 def unit_rows(features: Tensor) -> Tensor:
@@ -125,8 +125,8 @@ def batch_hard_losses(inputs: Inputs, objective: BatchHard) -> Tensor:
         return distance.sum(1)
     p = distance.detach().masked_fill(~positive, -1).argmax(1, keepdim=True)
     n = distance.detach().masked_fill(~negative, torch.inf).argmin(1, keepdim=True)
-    losses = (distance.gather(1, p) - distance.gather(1, n)).squeeze(1) + objective.margin
-    return torch.where(positive.any(1) & negative.any(1), losses, 0).relu() + nan_of_rows(inputs)
+    losses = loss_of_gap((distance.gather(1, p) - distance.gather(1, n)).squeeze(1), objective.margin)
+    return torch.where(positive.any(1) & negative.any(1), losses, 0) + nan_of_rows(inputs)
 
 
 def semi_hard_triplets(inputs: Inputs, measure: TripletDistance) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +141,7 @@ def semi_hard_triplets(inputs: Inputs, measure: TripletDistance) -> tuple[Tensor
     return a, p, torch.where(beyond.any(1), nearest, farthest)
 
 
-def triplet_losses(rows, anchor, positive, negative, margin: float, measure: TripletDistance) -> Tensor:
+def triplet_losses(rows, anchor, positive, negative, margin: float | None, measure: TripletDistance) -> Tensor:
     """``[T]``."""
     x = rows.to(statistics_dtype(rows.dtype))
     isolated = (x == 0).all(1).to(x.dtype) if measure.unit_rows else x.new_zeros(len(x))
@@ -150,7 +150,7 @@ def triplet_losses(rows, anchor, positive, negative, margin: float, measure: Tri
         square = (x[anchor] - x[others]).square().sum(1) + isolated[anchor] + isolated[others]
         return safe_sqrt(square) if measure.name == "euclidean" else square * measure.factor
 
-    return (distance(positive) - distance(negative) + margin).relu()
+    return loss_of_gap(distance(positive) - distance(negative), margin)
 
 
 def batch_all_loss(inputs: Inputs, objective: BatchAll, reduction: str) -> Tensor:

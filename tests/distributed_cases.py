@@ -140,6 +140,10 @@ LOSSES = {
     "lifted": lambda b, **k: lifted_structure_loss(b.x, b.labels, **k),
     "lifted_hard": lambda b, **k: lifted_structure_loss(b.x, b.labels, smooth=False, **k),
     "triplet_batch_hard": lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=3.0, mining="batch_hard", **k),
+    "triplet_batch_hard_soft": lambda b, **k: triplet_margin_loss(
+        b.x, b.labels, margin=None, mining="batch_hard", **k
+    ),
+    "triplet_semi_hard_soft": lambda b, **k: triplet_margin_loss(b.x, b.labels, margin=None, **k),
     "triplet_batch_hard_squared": lambda b, **k: triplet_margin_loss(
         b.x, b.labels, margin=9.0, mining="batch_hard", distance="squared_euclidean", **k
     ),

@@ -83,11 +83,12 @@ def mined(d: Tensor, labels: Tensor, mining: str) -> list[tuple[int, int, int]]:
 
 
 def triplet(x, labels, margin=0.2, mining="semi_hard", distance="euclidean", reduction="mean", triplets=None) -> Tensor:
-    """[D_ap - D_an + margin]+ of every mined triplet, or of the given ones."""
+    """[D_ap - D_an + margin]+ of every mined triplet, or of the given ones; without a margin the soft one."""
     d = distances(x, distance) if len(x) else x @ x.t()
     given = triplets is not None
     a, p, n = torch.tensor(triplets if given else mined(d, labels, mining), dtype=torch.int64).reshape(-1, 3).t()
-    losses = (d[a, p] - d[a, n] + margin).clamp(min=0)
+    gap = d[a, p] - d[a, n]
+    losses = torch.logaddexp(gap, torch.zeros_like(gap)) if margin is None else (gap + margin).clamp(min=0)
     if reduction == "none":
         return losses if given else torch.stack([losses[a == i].sum() for i in range(len(x))])
     if reduction == "sum":

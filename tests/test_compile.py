@@ -92,6 +92,7 @@ LOSSES = {
     "hard lifted": lambda x, y, labels, s: lifted_structure_loss(x, labels, smooth=False),
     "contrastive": lambda x, y, labels, s: contrastive_loss(x, labels, memory_budget=BUDGET),
     "batch_hard": lambda x, y, labels, s: triplet_margin_loss(x, labels, mining="batch_hard"),
+    "batch_hard, soft": lambda x, y, labels, s: triplet_margin_loss(x, labels, mining="batch_hard", margin=None),
     "batch_all": lambda x, y, labels, s: triplet_margin_loss(x, labels, mining="batch_all"),
     "semi_hard": lambda x, y, labels, s: triplet_margin_loss(x, labels),
     "given triplets": lambda x, y, labels, s: triplet_margin_loss(

@@ -42,7 +42,7 @@ OVER_DISTANCES = {
     "lifted": [1.0],
     "hard_lifted": [1.0],
     "margin_contrastive": [1.0, 1.0],
-    "batch_hard": [0.2, 0.0],
+    "batch_hard": [0.0, 0.2],
     "batch_all": [0.2, 1.0, 1.0],
 }
 

@@ -91,6 +91,35 @@ def test_is_the_definition(mining, distance, kind, n, d, backend, rng):
 
 
 @EVERY_DISTANCE
+@pytest.mark.parametrize("mining", ["batch_hard", "semi_hard"])
+@pytest.mark.parametrize("kind", LABELS)
+def test_the_soft_margin_is_the_definition(mining, distance, kind, backend, rng):
+    x, labels = scaled_rows(rng, 17, 48), LABELS[kind](17)
+    upstream = torch.randn(17, generator=rng, dtype=torch.float64)
+    config = dict(labels=labels, mining=mining, distance=distance, margin=None)
+    for reduction in ("mean", "none"):
+        weight = upstream if reduction == "none" else 0.7
+        exact = results(partial(metric_oracle.triplet, reduction=reduction, **config), x, weight)
+        for name in (backend, "eager"):
+            ours = partial(triplet_margin_loss, reduction=reduction, backend=name, **config)
+            assert_same(results(ours, x, weight), exact)
+
+
+def test_the_soft_margin_of_any_gap(backend):
+    """log(1 + exp(D_ap - D_an)), of positives nearer and farther by 0 to 800."""
+    x = torch.tensor([[0.0], [0.0], [1.0], [30.0], [800.0]], dtype=torch.float64).requires_grad_()
+    anchor, positive, negative = torch.tensor([[0, 1, 2], [0, 2, 3], [0, 3, 2], [0, 4, 1], [0, 1, 4]]).t()
+    for name in (backend, "eager"):
+        losses = triplet_margin_loss(
+            x, triplets=(anchor, positive, negative), margin=None, reduction="none", backend=name
+        )
+        gaps = torch.tensor([-1.0, -29.0, 29.0, 800.0, -800.0], dtype=torch.float64)
+        torch.testing.assert_close(losses, torch.logaddexp(gaps, gaps * 0), rtol=1e-15, atol=0)
+        (gradient,) = torch.autograd.grad(losses[3], x)
+        assert gradient.flatten().tolist() == [-1, 0, 0, 0, 1]  # row 1 is at a distance of 0
+
+
+@EVERY_DISTANCE
 def test_given_triplets(distance, backend, rng):
     """Any rows in any roles, repeated ones too, whatever mining says."""
     x = scaled_rows(rng, 30, 7)
@@ -100,7 +129,7 @@ def test_given_triplets(distance, backend, rng):
     upstream = torch.randn(len(triplets), generator=rng, dtype=torch.float64)
     for reduction in ("mean", "sum", "none", "mean_nonzero"):
         weight = upstream if reduction == "none" else 1.0
-        config = dict(distance=distance, margin=0.3, reduction=reduction)
+        config = dict(distance=distance, margin=None if reduction == "sum" else 0.3, reduction=reduction)
         exact = results(partial(metric_oracle.triplet, labels=None, triplets=triplets.tolist(), **config), x, weight)
         for name in (backend, "eager"):
             for columns in (tuple(triplets.t()), list(triplets.t().contiguous())):  # strided, and not

@@ -191,6 +191,7 @@ def test_over_distances(loss, module, options, embeddings, labels, keywords, exc
 I4, TRIPLETS = torch.arange(4), (torch.tensor([0, 1]), torch.tensor([1, 2]), torch.tensor([3, 3]))
 TRIPLET = [
     (dict(labels=None), V, "labels are needed to mine triplets"),
+    (dict(mining="batch_all", margin=None), V, "margin must be a number with mining='batch_all'.*the soft margin is"),
     (dict(labels=LABELS, mining="hard"), V, "mining must be one of batch_hard, semi_hard, batch_all, got 'hard'"),
     (dict(labels=LABELS, mining=None), V, "mining must be one of .*, got None"),
     (dict(labels=LABELS, distance="l1"), V, "distance must be one of euclidean, squared_euclidean, cosine, got 'l1'"),

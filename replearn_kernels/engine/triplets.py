@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..objectives.triplet_distance import gradient_of_gap, loss_of_gap
 from . import native, validation
 from .listed_pairs import add_differences_, pair_squares
 from .operators import (
@@ -27,11 +28,12 @@ def triplet_loss_at(
     anchor: Tensor,
     positive: Tensor,
     negative: Tensor,
-    margin: float,
+    margin: float | None,
     distance: str,
     backend: str = "auto",
 ) -> Tensor:
-    """``max(0, D_ap - D_an + margin)`` of every triplet, ``[T]``, in fp32 (fp64 for fp64 embeddings).
+    """``max(0, D_ap - D_an + margin)`` of every triplet, ``[T]``, in fp32 (fp64 for fp64 embeddings); without a margin
+    ``log(1 + exp(D_ap - D_an))``.
 
     The gradient of a distance of 0 is 0, and so is that of a loss of 0.
 
@@ -39,7 +41,7 @@ def triplet_loss_at(
         embeddings: ``[N, d]``; for "cosine" rows of length 1 or 0, whose distance is 0.5 |u - v|^2, or 1 from a row of
             zeros. It gets a gradient in its own dtype.
         anchor, positive, negative: int64 ``[T]``, rows of embeddings.
-        margin: any number.
+        margin: any number, or None.
         distance: "euclidean", "squared_euclidean" or "cosine".
         backend: "cpp" (CPU), "torch" (any device), or "auto".
 
@@ -86,14 +88,16 @@ def to_distances_(squares: Tensor, distance: str, from_zero: Tensor | None) -> T
     return squares
 
 
-def losses_of(distances: Tensor, margin: float) -> Tensor:
-    return (distances[0] - distances[1]).add_(margin).clamp_(min=0)
+def losses_of(distances: Tensor, margin: float | None) -> Tensor:
+    return loss_of_gap(distances[0] - distances[1], margin)
 
 
-def pair_weights(grad: Tensor, distances: Tensor, margin: float, distance: str, from_zero: Tensor | None) -> Tensor:
+def pair_weights(
+    grad: Tensor, distances: Tensor, margin: float | None, distance: str, from_zero: Tensor | None
+) -> Tensor:
     """What the difference of each pair's rows is multiplied by in the gradient, ``[2, T]``."""
     to_positive, to_negative = distances
-    grad = grad.masked_fill((to_positive - to_negative).add_(margin) <= 0, 0)
+    grad = gradient_of_gap(grad, to_positive - to_negative, margin)
     weight = torch.stack([grad, -grad])
     if distance == "euclidean":
         return weight.div_(distances).masked_fill_(distances == 0, 0)
@@ -137,7 +141,7 @@ def _differentiate(ctx, grad_loss, _):
     return gradient, *(None,) * 6
 
 
-_INPUTS = "Tensor rows, Tensor anchor, Tensor positive, Tensor negative, float margin, str distance, str backend"
+_INPUTS = "Tensor rows, Tensor anchor, Tensor positive, Tensor negative, float? margin, str distance, str backend"
 _library = torch.library.Library("replearn_kernels", "FRAGMENT")
 _library.define(f"triplet_losses({_INPUTS}) -> (Tensor loss, Tensor distances)")
 _library.define(f"triplet_losses_backward(Tensor grad_loss, Tensor distances, {_INPUTS}) -> Tensor")

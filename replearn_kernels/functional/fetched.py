@@ -25,7 +25,7 @@ _HELD_ROWS = 8
 
 
 def triplets_over_ranks(
-    inputs: Inputs, objective: BatchHard | SemiHard, margin: float, options: Options, reduction: str
+    inputs: Inputs, objective: BatchHard | SemiHard, margin: float | None, options: Options, reduction: str
 ) -> Tensor:
     """The loss of the own anchors' triplets, whose positives and negatives are rows of any rank."""
     world, rows = options.world, inputs.query
@@ -60,7 +60,7 @@ class _TripletLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, rows: Tensor, nan_of_rows: Tensor, others: RemotePairs, margin: float, distance: str, backend: str
+        ctx, rows: Tensor, nan_of_rows: Tensor, others: RemotePairs, margin: float | None, distance: str, backend: str
     ) -> Tensor:
         wide = statistics_dtype(rows.dtype)
         squares = rows.new_empty(others.pairs, dtype=wide)

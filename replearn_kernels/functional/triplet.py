@@ -30,7 +30,7 @@ def triplet_margin_loss(
     embeddings: Tensor,
     labels: Tensor | None = None,
     *,
-    margin: float = 0.2,
+    margin: float | None = 0.2,
     mining: str = "semi_hard",
     distance: str = "euclidean",
     triplets: Triplets | None = None,
@@ -45,7 +45,7 @@ def triplet_margin_loss(
 
     Over triplets (a, p, n), p another row of a's label and n a row of another label:
 
-        loss = mean [D_ap - D_an + margin]+
+        loss = mean [D_ap - D_an + margin]+        margin=None, the soft margin: mean log(1 + exp(D_ap - D_an))
 
         mining="batch_hard"    one triplet per anchor: the farthest p, the nearest n
         mining="semi_hard"     one per ordered pair (a, p): the nearest n with D_an > D_ap; without one, the farthest
@@ -68,7 +68,8 @@ def triplet_margin_loss(
     Args:
         embeddings: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides.
         labels: integers ``[N]``, any values (-1 is a label as any other); not needed with ``triplets``.
-        margin: at least 0, in units of distance. Default 0.2.
+        margin: at least 0, in units of distance; or None: the soft margin of Hermans et al., which re-identification
+            uses with "batch_hard" (not of "batch_all"). Default 0.2.
         mining: which triplets, as above. Default "semi_hard".
         distance: as above. Default "euclidean".
         triplets: ``(anchor, positive, negative)``, int64 ``[T]`` each, as :func:`~replearn_kernels.mine_triplets`
@@ -93,12 +94,13 @@ def triplet_margin_loss(
     Raises:
         TypeError: an argument is not of the type or dtype above.
         ValueError: wrong rank or shape, another device, triplets out of range, a margin that is negative or not finite,
-            an unknown mining, distance, reduction or backend; neither labels nor triplets; triplets and a group.
+            an unknown mining, distance, reduction or backend; neither labels nor triplets; triplets and a group; no
+            margin with batch_all.
         RuntimeError: the backend asked for is not available here.
         NotImplementedError: semi_hard's embeddings are on the meta device, where no triplets can be counted.
     """
-    margin = validation.check_margin(margin)
     validation.check_choice("mining", mining, MINING)
+    margin = check_margin_of(mining, margin, triplets is not None)
     validation.check_choice("distance", distance, DISTANCES)
     validation.check_choice("reduction", reduction, REDUCTIONS)
     measure = TripletDistance(distance)
@@ -136,14 +138,14 @@ def _batch_all(inputs: Inputs, objective: BatchAll, options: Options, reduction:
     return run(inputs, objective, options, lambda inputs: reference.batch_all_loss(inputs, objective, reduction))
 
 
-def _semi_hard(inputs: Inputs, margin: float, measure: TripletDistance, backend: str, reduction: str) -> Tensor:
+def _semi_hard(inputs: Inputs, margin: float | None, measure: TripletDistance, backend: str, reduction: str) -> Tensor:
     rows = inputs.query
     if backend == "eager":
         if not torch.compiler.is_compiling():
             check_has_data(rows)
         mined = reference.semi_hard_triplets(inputs, measure)
     else:
-        mined = miner.mine(rows.detach(), inputs.row_group, "semi_hard", margin, measure.name, backend)
+        mined = miner.mine(rows.detach(), inputs.row_group, "semi_hard", 0.0, measure.name, backend)  # of any margin
     losses = _losses_at(rows, mined, margin, measure, backend)
     counted = _counted(losses, torch.ones_like(losses).sum(), reduction)
     return _reduced(
@@ -151,7 +153,21 @@ def _semi_hard(inputs: Inputs, margin: float, measure: TripletDistance, backend:
     )  # fmt: skip
 
 
-def _losses_at(rows: Tensor, triplets: Triplets, margin: float, measure: TripletDistance, backend: str) -> Tensor:
+def check_margin_of(mining: str, margin: float | None, given: bool = False) -> float | None:
+    """At least 0, or None, the soft margin; ``given``: the triplets are, whatever the mining."""
+    if margin is not None:
+        return validation.check_margin(margin)
+    if mining == "batch_all" and not given:
+        raise ValueError(
+            "margin must be a number with mining='batch_all', which counts the triplets that are within it, got None: "
+            "the soft margin is for 'batch_hard', 'semi_hard' and given triplets"
+        )
+    return None
+
+
+def _losses_at(
+    rows: Tensor, triplets: Triplets, margin: float | None, measure: TripletDistance, backend: str
+) -> Tensor:
     """``[T]``."""
     if backend == "eager":
         return reference.triplet_losses(rows, *triplets, margin, measure)

@@ -16,6 +16,7 @@ All other losses stay theirs. (CoSENT and AnglE compare numbers, not rows, and n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -233,24 +234,36 @@ class _TripletLoss(TakesOptions):
         )
 
 
-class BatchHardTripletLoss(_TripletLoss, theirs.BatchHardTripletLoss):
-    """Every anchor with its farthest positive and its nearest negative, with the mean over all rows.
-
-    As there, an anchor without a positive has one at distance 0, and in a batch of one label every loss is the margin.
-    """
-
-    def batch_hard_triplet_loss(self, labels: Tensor, embeddings: Tensor) -> Tensor:
-        """The loss of ``[N, d]`` with labels ``[N]``."""
+    def _hardest_triplet_loss(self, labels: Tensor, embeddings: Tensor, margin: float | None) -> Tensor:
+        """As there, an anchor without a positive has one at distance 0, and in a batch of one label both distances are
+        the same."""
         labels = _labels_of(self, labels, embeddings)
         _, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
         if len(counts) == 1:
-            return (embeddings * 0).sum(dtype=statistics_dtype(embeddings.dtype)) + self.triplet_margin
+            of_no_gap = math.log(2) if margin is None else margin
+            return (embeddings * 0).sum(dtype=statistics_dtype(embeddings.dtype)) + of_no_gap
         alone = (counts[inverse] == 1).nonzero()[:, 0]  # each gets a copy of itself, the positive at distance 0
         losses = self._triplet_loss(
             torch.cat([embeddings, embeddings[alone]]), torch.cat([labels, labels[alone]]), mining="batch_hard",
-            margin=self.triplet_margin, reduction="none",
+            margin=margin, reduction="none",
         )  # fmt: skip
         return losses[: len(labels)].mean()
+
+
+class BatchHardTripletLoss(_TripletLoss, theirs.BatchHardTripletLoss):
+    """Every anchor with its farthest positive and its nearest negative, with the mean over all rows."""
+
+    def batch_hard_triplet_loss(self, labels: Tensor, embeddings: Tensor) -> Tensor:
+        """The loss of ``[N, d]`` with labels ``[N]``."""
+        return self._hardest_triplet_loss(labels, embeddings, self.triplet_margin)
+
+
+class BatchHardSoftMarginTripletLoss(_TripletLoss, theirs.BatchHardSoftMarginTripletLoss):
+    """The same with the soft margin, ``log(1 + exp(D_ap - D_an))``."""
+
+    def batch_hard_triplet_soft_margin_loss(self, labels: Tensor, embeddings: Tensor) -> Tensor:
+        """The loss of ``[N, d]`` with labels ``[N]``."""
+        return self._hardest_triplet_loss(labels, embeddings, None)
 
 
 class BatchAllTripletLoss(_TripletLoss, theirs.BatchAllTripletLoss):
@@ -289,7 +302,7 @@ _classes = Replacement(
     ("sentence_transformers",), theirs,
     (
         MultipleNegativesRankingLoss, CachedMultipleNegativesRankingLoss, GISTEmbedLoss, CachedGISTEmbedLoss,
-        BatchHardTripletLoss, BatchAllTripletLoss, BatchSemiHardTripletLoss,
+        BatchHardTripletLoss, BatchHardSoftMarginTripletLoss, BatchAllTripletLoss, BatchSemiHardTripletLoss,
     ),
 )  # fmt: skip
 

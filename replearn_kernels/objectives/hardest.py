@@ -20,7 +20,7 @@ from torch import Tensor
 from ..engine.listed_pairs import add_differences_, pair_squares
 from ..engine.problem import Pairs, Problem
 from .base import Objective
-from .triplet_distance import TripletDistance
+from .triplet_distance import TripletDistance, gradient_of_gap, loss_of_gap
 
 MOST_ROWS = 2**24
 """What fp32 can number."""
@@ -112,47 +112,48 @@ def hardest_positives(row_table: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class BatchHard(Hardest):
-    r"""Hermans et al. 2017: ``L_a = [D(a, p) - D(a, n) + margin]+`` with a's farthest positive and nearest negative.
+    r"""Hermans et al. 2017: ``L_a = [D(a, p) - D(a, n) + margin]+`` with a's farthest positive and nearest negative, or
+    without a margin the soft one, ``log(1 + exp(D(a, p) - D(a, n)))``.
 
     0 for an anchor without a positive or without a negative. The distances of the pairs found are formed again from the
     differences of their rows.
     """
 
-    margin: float
+    margin: float | None
     distance: TripletDistance
 
     name = "batch_hard"
 
     @classmethod
     def from_parameters(cls, parameters: list[float]) -> BatchHard:
-        margin, distance = parameters
-        return cls(margin, TripletDistance.numbered(distance))
+        distance, *margin = parameters
+        return cls(margin[0] if margin else None, TripletDistance.numbered(distance))
 
     @property
     def parameters(self) -> list[float]:
-        return [self.margin, self.distance.number]
+        return [self.distance.number] if self.margin is None else [self.distance.number, self.margin]
 
     @property
     def unit_rows(self) -> bool:
         return self.distance.unit_rows
 
     def row_losses(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Tensor:
-        violation, _, valid = self._violations(problem, row_table)
-        losses = torch.where(valid, violation.clamp(min=0), 0)
+        gap, _, valid = self._gaps(problem, row_table)
+        losses = torch.where(valid, loss_of_gap(gap, self.margin), 0)
         return losses + problem.squares * 0  # a NaN shows, also where no pair with it was chosen
 
     def add_gradient(self, problem: Problem, row_table: Tensor, grad_rows: Tensor, d_query: Tensor) -> None:
-        violation, pairs, valid = self._violations(problem, row_table)
-        weight = torch.where(valid & (violation > 0), grad_rows, 0)
+        gap, pairs, valid = self._gaps(problem, row_table)
+        weight = torch.where(valid, gradient_of_gap(grad_rows, gap, self.margin), 0)
         anchor = torch.arange(problem.rows, device=weight.device)
         for sign, (other, square) in zip((1, -1), pairs):
             add_differences_(d_query, problem.given_rows, anchor, other, sign * weight * self.distance.slope(square))
 
-    def _violations(self, problem: Problem, row_table: Tensor):
-        """``D(a, p) - D(a, n) + margin``, the pairs with their squared distances, and which anchors have both."""
+    def _gaps(self, problem: Problem, row_table: Tensor):
+        """``D(a, p) - D(a, n)``, the pairs with their squared distances, and which anchors have both."""
         (has_positive, p), (has_negative, n) = hardest_positives(row_table), hardest_negatives(row_table)
         anchor = torch.arange(problem.rows, device=p.device)
         squares = [pair_squares(problem.given_rows, anchor, other, problem.isolated) for other in (p, n)]
         to_positive, to_negative = (self.distance.of_square(square) for square in squares)
         valid = has_positive & has_negative
-        return to_positive - to_negative + self.margin, list(zip((p, n), squares)), valid
+        return to_positive - to_negative, list(zip((p, n), squares)), valid

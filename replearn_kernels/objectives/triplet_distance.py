@@ -1,10 +1,11 @@
-"""The distances of triplet losses, as functions of the squared Euclidean distance."""
+"""What triplet losses are made of: distances, as functions of the squared Euclidean distance, and the loss of a gap."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DISTANCES = ("euclidean", "squared_euclidean", "cosine")
@@ -46,3 +47,14 @@ class TripletDistance:
         if self.name == "euclidean":
             return torch.where(square > 0, square.rsqrt(), 0)
         return torch.full_like(square, 2 * self.factor)
+
+
+def loss_of_gap(gap: Tensor, margin: float | None) -> Tensor:
+    """Of a triplet with ``gap = D_ap - D_an``: ``[gap + margin]+``, or without a margin the soft one,
+    ``log(1 + exp(gap))``."""
+    return -F.logsigmoid(-gap) if margin is None else (gap + margin).relu()
+
+
+def gradient_of_gap(grad: Tensor, gap: Tensor, margin: float | None) -> Tensor:
+    """The gradient in the gap, under an upstream gradient; of a hinge that is not violated 0, whatever is upstream."""
+    return grad * gap.sigmoid() if margin is None else grad.masked_fill(gap + margin <= 0, 0)

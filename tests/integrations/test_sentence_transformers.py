@@ -1,6 +1,7 @@
 """sentence-transformers' losses and ours in their place: values, gradients, training, several processes."""
 
 import itertools
+import math
 from functools import partial
 
 import pytest
@@ -21,7 +22,8 @@ from replearn_kernels.integrations import sentence_transformers as ours
 OURS, THEIRS = ours._classes.ours, ours._classes.theirs
 EXACT = dict(rtol=1e-11, atol=1e-13)
 RANKING = "MultipleNegativesRankingLoss"
-TRIPLETS = ["BatchHardTripletLoss", "BatchAllTripletLoss", "BatchSemiHardTripletLoss"]
+WITH_MARGIN = ["BatchHardTripletLoss", "BatchAllTripletLoss", "BatchSemiHardTripletLoss"]
+TRIPLETS = [*WITH_MARGIN, "BatchHardSoftMarginTripletLoss"]
 
 
 @pytest.fixture(autouse=True)
@@ -140,8 +142,9 @@ def test_triplets(name, metric):
     """Labels with rows of their own alone, pairs and many; margins at which some, all and no triplets count."""
     rng = torch.Generator().manual_seed(3)
     batches = [torch.randint(high, (33,), generator=rng) for high in (2, 9, 40)]
-    for labels, margin in itertools.product([*batches, torch.arange(33), torch.arange(33)[:, None] // 4], (0.3, 5.0)):
-        losses = [classes[name](None, distance_metric=metric, margin=margin) for classes in (OURS, THEIRS)]
+    margins = [{"margin": margin} for margin in (0.3, 5.0)] if name in WITH_MARGIN else [{}]
+    for labels, margin in itertools.product([*batches, torch.arange(33), torch.arange(33)[:, None] // 4], margins):
+        losses = [classes[name](None, distance_metric=metric, **margin) for classes in (OURS, THEIRS)]
         assert_same(*(loss_and_gradients(loss, columns(33, 1), labels) for loss in losses), rtol=1e-8, atol=1e-9)
 
 
@@ -153,7 +156,9 @@ def test_dtypes_of_labels(name, dtype):
     assert_same(*(loss_and_gradients(loss, columns(33, 1), labels) for loss in losses), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("name, expected", [("BatchHardTripletLoss", 5.0), ("BatchAllTripletLoss", 0.0)])
+@pytest.mark.parametrize("name, expected", [
+    ("BatchHardTripletLoss", 5.0), ("BatchHardSoftMarginTripletLoss", math.log(2)), ("BatchAllTripletLoss", 0.0)
+])  # fmt: skip
 def test_triplets_of_one_label(name, expected):
     for n in (1, 7):
         labels = torch.ones(n, dtype=torch.int64)
