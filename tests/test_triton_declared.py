@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from declared_cases import CASES, Clip, Contrastive, Graded, inputs_of, leaves_of, value_and_gradients
+from hardest_toys import Violation
 from learned_toys import Steep
 from metric_cases import LABELS
 from test_declare_expressions import Random
@@ -123,11 +124,24 @@ class TestInterpreter:
             assert relative_error(value, truth, 0.1) <= 2e-5
 
     def test_what_is_not_finite_is_seen(self):
-        for name in ("circle", "toy clip", "toy siglip", "toy contrastive", "toy squares"):
+        for name in ("circle", "toy clip", "toy siglip", "toy contrastive", "toy squares", "vse", "toy hard triplets"):
             x, y, labels, scale = inputs_of(20, 16, EIGHTS(20), dtype=torch.float32)
             x[3, 1] = math.nan
             with use_config(SMALL_BLOCKS):
                 assert CASES[name].call(x, y, labels, scale, backend="triton").isnan(), name
+
+    def test_of_equal_pairs_the_first_has_the_gradient(self, small_tiles):
+        """In a block, among blocks, and among tiles; of rows as of columns."""
+        x, y = torch.ones(70, 16), torch.ones(70, 16) / 16
+        y[[11, 12, 40, 69]] *= 2
+        leaves = [t.requires_grad_() for t in (x, y)]
+        with use_config(SMALL_BLOCKS):
+            loss = fuse(Violation(), backend="triton", reduction="sum")(*leaves, 1.0)
+            of_rows, of_keys = torch.autograd.grad(loss, leaves)
+        expected = torch.autograd.grad(fuse(Violation(), backend="eager", reduction="sum")(*leaves, 1.0), leaves)
+        torch.testing.assert_close(of_rows, expected[0])
+        torch.testing.assert_close(of_keys, expected[1])
+        assert of_keys[11].abs().sum() > 20 * of_keys[12].abs().sum()
 
     def test_parameters_are_no_part_of_the_kernels(self):
         first, second = (objective_of(Contrastive(margin))(False, [margin]).epilogue for margin in (0.3, 0.5))

@@ -6,7 +6,15 @@ To add a loss, write its formulas and one `Case`; speed, memory, reports and the
 from bench.cases.batch import NT_XENT, SUP_CON
 from bench.cases.classes import ARCFACE, DINO_HEAD
 from bench.cases.contrastive import CLIP, INFO_NCE, SIGLIP
-from bench.cases.declared import CIRCLE, HARD_NEGATIVES, MULTI_SIMILARITY, SAMPLED_SOFTMAX, SOFT_TARGETS
+from bench.cases.declared import (
+    CIRCLE,
+    CIRCLE_THAT_LEARNS,
+    HARD_NEGATIVES,
+    MULTI_SIMILARITY,
+    SAMPLED_SOFTMAX,
+    SOFT_TARGETS,
+    VSE,
+)
 from bench.cases.metric import CONTRASTIVE, LIFTED
 from bench.cases.mining import MINING
 from bench.cases.ranks import RANKS_CASES
@@ -18,7 +26,7 @@ CASES = {
         *(CLIP, INFO_NCE, SIGLIP),
         *(NT_XENT, SUP_CON),
         *(LIFTED, CONTRASTIVE, BATCH_HARD, SEMI_HARD, BATCH_ALL),
-        *(CIRCLE, MULTI_SIMILARITY, HARD_NEGATIVES, SAMPLED_SOFTMAX, SOFT_TARGETS),
+        *(CIRCLE, CIRCLE_THAT_LEARNS, MULTI_SIMILARITY, HARD_NEGATIVES, SAMPLED_SOFTMAX, SOFT_TARGETS, VSE),
         *(ARCFACE, DINO_HEAD),
         MINING,
         *RANKS_CASES,

@@ -1,4 +1,5 @@
-"""Losses that are declared: circle, multi-similarity, InfoNCE with hard negatives, sampled softmax, soft targets."""
+"""Losses that are declared: circle, also with parameters that learn, multi-similarity, InfoNCE with hard negatives,
+sampled softmax, soft targets, VSE++."""
 
 import math
 from functools import partial
@@ -16,7 +17,10 @@ from replearn_kernels import (
     multi_similarity_loss,
     sampled_softmax_loss,
     soft_target_loss,
+    vse_loss,
 )
+from replearn_kernels.declare import fuse
+from replearn_kernels.pair_losses.circle import Circle
 
 MARGIN, GAMMA = 0.4, 80.0
 ALPHA, BETA, BASE = 2.0, 50.0, 0.5
@@ -50,6 +54,40 @@ def far_in_circle(s):
 def circle_dense(sums, embeddings, labels):
     positives, negatives = sums(near_in_circle, far_in_circle, embeddings, labels)
     return -F.logsigmoid(-(positives + negatives)).mean()
+
+
+def circle_that_learns(embeddings, labels, margin, gamma, **options):
+    """Its cosines are of rows that are normalised already."""
+    return fuse(Circle(margin, gamma), normalize=False, **options)(embeddings, labels)
+
+
+def circle_that_learns_dense(sums, embeddings, labels, margin, gamma):
+    def near(s):
+        return gamma * (1 + margin - s).relu().detach() * (1 - margin - s)
+
+    def far(s):
+        return gamma * (s + margin).relu().detach() * (s - margin)
+
+    positives, negatives = sums(near, far, embeddings, labels)
+    return -F.logsigmoid(-(positives + negatives)).mean()
+
+
+def labelled_embeddings_and_parameters(n: int, d: int, dtype: torch.dtype, device: str) -> Inputs:
+    inputs = labelled_embeddings(n, d, dtype, device)
+    for name, value in (("margin", MARGIN), ("gamma", GAMMA)):
+        inputs[name] = torch.tensor(value, device=device, requires_grad=True)
+    return inputs
+
+
+def images_and_texts(n: int, d: int, dtype: torch.dtype, device: str) -> Inputs:
+    return {name: unit_rows(n, d, dtype, device, seed) for seed, name in enumerate(("image_features", "text_features"))}
+
+
+def vse_dense(largest, image_features, text_features):
+    """``largest``: of every row, or column, of a matrix without its diagonal."""
+    s = image_features @ text_features.T
+    negatives, own = without_self(s, -math.inf), s.diagonal()
+    return sum((0.2 + largest(negatives, dim) - own).relu() for dim in (0, 1)).mean()
 
 
 def multi_similarity_dense(sums, embeddings, labels):
@@ -153,4 +191,24 @@ SOFT_TARGETS = Case(
     make_inputs=taught_features,
     ours={"ours": soft_targets, "ours_budget_0": partial(soft_targets, memory_budget=0)},
     dense={"cross entropy": soft_targets_dense},
+)
+CIRCLE_THAT_LEARNS = Case(
+    name="circle_that_learns",
+    title="Circle loss, margin and gamma learn",
+    make_inputs=labelled_embeddings_and_parameters,
+    ours={"ours": circle_that_learns, "ours_budget_0": partial(circle_that_learns, memory_budget=0)},
+    dense={
+        "where": partial(circle_that_learns_dense, log_sums),
+        "gathered": partial(circle_that_learns_dense, log_sums_gathered),
+    },
+    products={"products_2": bare_products},
+)
+VSE = Case(
+    name="vse",
+    title="VSE++",
+    make_inputs=images_and_texts,
+    ours={"ours": vse_loss, "ours_budget_0": partial(vse_loss, memory_budget=0)},
+    dense={
+        "max": partial(vse_dense, lambda s, dim: s.max(dim)[0]), "amax": partial(vse_dense, torch.amax),
+    },  # fmt: skip
 )
