@@ -109,7 +109,8 @@ class Variant:
         definition = objective_of(self.loss).definition
         counts = (len(definition.row_values), rows), (len(definition.column_values), columns)
         values = (torch.empty(shape) if shape[0] else None for shape in counts)
-        guides = (torch.empty(size, 384, dtype=dtype) if definition.cls.guide else None for size in (rows, columns))
+        has_guide = bool(definition.settings.guide)
+        guides = (torch.empty(size, 384, dtype=dtype) if has_guide else None for size in (rows, columns))
         return *values, *guides
 
     def kernels(self, product: str, target: str) -> list[str]:

@@ -453,6 +453,7 @@ CASES = {
     "toy learned steepness": Case(toys.call_steep, toys.steep, True, batch=True),
     "toy learned columns": Case(toys.call_columns, toys.columns, True),
     "toy learned sides": Case(toys.call_sides, toys.sides, True, batch=True),
+    "toy learned totals": Case(toys.call_totals, toys.totals, True, batch=True),
     "toy learned distance": Case(toys.call_contrastive, toys.contrastive, True, batch=True),
     "toy everything": Case(
         _of_pairs(Everything(), by_group=True), lambda x, *rest: _everything(x, *rest, range(len(x))), True

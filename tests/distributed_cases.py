@@ -245,6 +245,15 @@ LOSSES = {
         b.x, row_values=numbers(b, "grade")
     ),
     "declared_that_learns_over_distances": lambda b, **k: fuse(Contrastive(b.scale), **k)(b.x, b.labels),
+    "declared_that_learns_over_a_batch_in_one_sweep": lambda b, **k: fuse(toys.Totals(b.scale, b.bias), **k)(
+        b.x, b.labels
+    ),
+    "declared_that_learns_over_a_frozen_batch": lambda b, **k: fuse(toys.Steep(b.bias, b.scale), **k)(
+        b.x.detach(), b.labels
+    ),
+    "declared_that_learns_over_a_frozen_batch_in_one_sweep": lambda b, **k: fuse(toys.Totals(b.scale, b.bias), **k)(
+        b.x.detach(), b.labels
+    ),
     "declared_that_learns_over_frozen_distances": lambda b, **k: fuse(Contrastive(b.scale), **k)(
         b.x.detach(), b.labels
     ),

@@ -78,6 +78,34 @@ class Grades(PairLoss):
         return torch.where(row.most > -math.inf, row.most * row.grade + row.every, 0)
 
 
+@dataclass(frozen=True)
+class Shifted(PairLoss):
+    """By numbers of the rows: where these are NaN, pairs are that have finite rows."""
+
+    power: float | Tensor = 1.0
+
+    batch, row_values = True, ("shift",)
+
+    def terms(self, s, pair):
+        return {"most": largest(self.power * s + pair.row.shift + pair.column.shift, where=pair.same), "every": total(s)}
+
+    def loss(self, row):
+        return torch.where(row.most == -math.inf, 0, row.most) + row.every
+
+
+@dataclass(frozen=True)
+class Scaled(PairLoss):
+    """A factor that may be 0: then all values are alike."""
+
+    power: float | Tensor
+
+    def terms(self, s, pair):
+        return {"most": largest(self.power * s)}
+
+    def loss(self, row):
+        return row.most * 2.0
+
+
 # -- calls and oracles, which declared_cases.py has in its table ----------------------------------------------------
 
 

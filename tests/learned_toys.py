@@ -82,6 +82,19 @@ class Sides(PairLoss):
         return where_finite(row.every) * row.grade
 
 
+@dataclass(frozen=True)
+class Totals(PairLoss):
+    """One sweep over a batch of products."""
+
+    power: float | Tensor = 1.5
+    shift: float | Tensor = 0.1
+
+    batch = True
+
+    def terms(self, s, pair):
+        return {"t": total(softplus(self.power * s - self.shift)), "u": total(self.shift * s**2, where=pair.same)}
+
+
 def where_finite(x: Tensor) -> Tensor:
     return torch.where(x > -torch.inf, x, 0)
 
@@ -137,6 +150,20 @@ def sides(x, y, labels, scale):
     for i in range(len(x)):
         rest = [j for j in range(len(x)) if j != i]
         losses.append((s[i, rest] * (1 + scale * grade[rest])).logsumexp(0) * grade[i] if rest else scale * s[i, i] * 0)
+    return torch.stack(losses) if losses else x.sum(1), len(x)
+
+
+def call_totals(x, y, labels, scale, **options):
+    return fuse(Totals(scale, scale / 4), **options)(x, labels)
+
+
+def totals(x, y, labels, scale):
+    s, losses = x @ x.t(), []
+    for i in range(len(x)):
+        positives, negatives = others(labels.tolist(), i)
+        rest = sorted(positives + negatives)
+        losses.append(F.softplus(scale * s[i, rest] - scale / 4, threshold=1000).sum())
+        losses[i] = losses[i] + (scale / 4 * s[i, positives] ** 2).sum()
     return torch.stack(losses) if losses else x.sum(1), len(x)
 
 

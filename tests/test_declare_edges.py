@@ -53,11 +53,51 @@ def test_what_is_written_to_a_pair_stays_with_the_loss():
     assert (fuse(Contrastive(), backend="eager")(x, labels), rk.circle_loss(x, labels)) == before
 
 
-@pytest.mark.parametrize("name", ["batch", "scaled", "symmetric", "similarity", "terms", "loss", "counted"])
-def test_settings_are_no_fields(name):
+@pytest.mark.parametrize("name", ["row_values", "column_values", "terms", "loss", "counted"])
+def test_names_and_formulas_are_no_fields(name):
     members = {"__annotations__": {name: "bool"}, name: True}
     with pytest.raises(TypeError, match=f"{name} cannot be a field: write {name} = ... without a type"):
         fuse(dataclass(frozen=True)(type("Fields", (PairLoss,), members))())
+
+
+@dataclass(frozen=True)
+class Chosen(PairLoss):
+    """What is compared, as its object says."""
+
+    batch: bool
+    similarity: str
+    scaled: bool = False
+    guide: str = ""
+
+    def terms(self, s, pair):
+        return {"t": total((pair.guide - s if self.guide else s) ** 2, where=pair.every)}
+
+
+@pytest.mark.parametrize("backend", ["eager", "torch", "cpp"])
+def test_settings_can_be_fields(backend):
+    x, y, labels, _ = rows()
+    cosines = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(x).t()
+    for similarity, s in (("product", x @ x.t()), ("cosine", cosines), ("distance", torch.cdist(x, x))):
+        ours = fuse(Chosen(True, similarity), backend=backend, reduction="none")(x)
+        torch.testing.assert_close(ours, (s.fill_diagonal_(0) ** 2).sum(1), rtol=1e-5, atol=1e-5)
+    ours = fuse(Chosen(False, "product", scaled=True), backend=backend, reduction="sum")(x, y, 3.0)
+    torch.testing.assert_close(ours, ((3 * x @ y.t()) ** 2).sum())
+    ours = fuse(Chosen(False, "product", guide="product"), backend=backend, reduction="sum")(
+        x, y, row_guide=y, column_guide=x
+    )
+    torch.testing.assert_close(ours, ((y @ x.t() - x @ y.t()) ** 2).sum())
+
+
+@pytest.mark.parametrize(("loss", "message"), [
+    (Chosen(False, "distance"), "distances are those of a batch"),
+    (Chosen(True, "distance", scaled=True), "distances take no logit_scale"),
+    (Chosen(True, "near"), "similarity must be one of product, cosine, distance, squared_distance, got 'near'"),
+    (Chosen(True, "product", guide="own"), 'guide must be "product" or "cosine"'),
+    (Chosen(1, "product"), "batch must be bool, got 1"),
+])  # fmt: skip
+def test_settings_that_are_fields_are_checked(loss, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        fuse(loss)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from declared_cases import inputs_of
-from hardest_toys import Among, Triplets, Violation
+from hardest_toys import Among, Scaled, Shifted, Triplets, Violation
 from metric_cases import LABELS, small_batch_tiles
 from torch import Tensor
 
@@ -121,6 +121,34 @@ def test_a_nan_is_the_largest(place, backend):
     assert of_rows.isnan().any(1).all()
 
 
+@pytest.mark.parametrize("tiles", [8, 64])
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_a_pair_that_is_nan_alone_is_the_one_with_the_gradient(tiles, backend):
+    """Of several the first, as torch's max has it; the parameter's gradient is that pair's, too."""
+    generator = torch.Generator().manual_seed(1)
+    x, labels = torch.randn(24, 3, generator=generator, dtype=torch.float64), torch.arange(24) % 3
+    shift = {"shift": torch.zeros(24).index_fill(0, torch.tensor([4, 19]), math.nan)}
+    results = []
+    for name in (backend, "eager"):
+        leaf, power = x.clone().requires_grad_(), torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+        with small_batch_tiles(tiles):
+            loss = fuse(Shifted(power), backend=name, reduction="none")(leaf, labels, row_values=shift)
+            results.append((loss.detach(), *torch.autograd.grad(loss.sum(), (leaf, power))))
+    assert results[0][0].isnan().any()
+    for ours, expected in zip(*results):
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("power", [0.0, -0.0, -1.0])
+def test_a_factor_of_0_leaves_ties(power, backend):
+    """All values are alike then, and of these the first has the gradient."""
+    x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [5.0], [4.0]])
+    learned = torch.tensor(power, requires_grad=True)
+    fuse(Scaled(learned), backend=backend, reduction="sum")(x, y).backward()
+    assert learned.grad == 18
+
+
 @pytest.mark.parametrize("backend", ["torch", "cpp"])
 def test_threads_do_not_tell(backend):
     x, _, labels, _ = inputs_of(700, 8, LABELS["eights"](700), dtype=torch.float32)
@@ -169,6 +197,14 @@ def test_numbers_are_there_where_they_are_needed():
     assert objective_of(Triplets()).definition.row_values == objective_of(Triplets()).definition.column_values
     assert objective_of(Violation()).definition.row_values == ("_number",)
     assert not objective_of(Triplets()).definition.has_sides
+
+
+def test_the_smallest_is_told_from_the_largest_of_the_negative():
+    names = set()
+    for term in (lambda s: smallest(s), lambda s: largest(-s)):
+        members = {"terms": lambda self, s, pair, term=term: {"t": term(s)}, "loss": lambda self, row: row.t * 1.0}
+        names.add(objective_of(dataclass(frozen=True)(type("One", (PairLoss,), members))()).name)
+    assert len(names) == 2
 
 
 def test_one_graph_for_all_sizes():

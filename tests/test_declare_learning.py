@@ -9,6 +9,7 @@ import copy
 import math
 import pickle
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from accuracy import assert_as_accurate
 from declared_cases import CASES, inputs_of, value_and_gradients
 from declared_toys import Contrastive
 from learned_toys import Bias, Columns, Steep
-from metric_cases import LABELS
+from metric_cases import LABELS, small_batch_tiles
 from torch import nn
 
 from replearn_kernels import count_work
-from replearn_kernels.declare import PairLoss, fuse, total
-from replearn_kernels.declare.objective import objective_of
+from replearn_kernels.declare import PairLoss, fuse, largest, logsumexp, softplus, total
+from replearn_kernels.declare.objective import Declared, objective_of
+from replearn_kernels.engine import plan
 
 BACKENDS = ["eager", "torch", "cpp"]
 
@@ -183,9 +185,108 @@ def test_values_that_come_later_are_checked(wrong, message):
         fused(x, labels)
     with pytest.raises(ValueError, match=r"Contrastive.margin must be .* one element.*\(2,\)"):
         fused.loss = Contrastive(torch.ones(2, requires_grad=True))
+    for not_finite in (math.nan, torch.tensor(math.inf)):
+        fused.loss = Contrastive(not_finite)
+        with pytest.raises(ValueError, match="Contrastive.margin must be finite, got"):
+            fused(x, labels)
     fused.loss = Contrastive(torch.ones((), device="meta", requires_grad=True))
     with pytest.raises(ValueError, match="Contrastive.margin must be on the features' device"):
         fused(x, labels)
+
+
+def test_names_that_a_module_has_already():
+    @dataclass(frozen=True)
+    class Half(PairLoss):
+        half: float | torch.Tensor = 0.5
+        training: float | torch.Tensor = 0.5
+
+        batch = True
+
+        def terms(self, s, pair):
+            return {"t": total(self.half * s + self.training * s**2)}
+
+    for given in ({"half": nn.Parameter(torch.ones(()))}, {"training": nn.Parameter(torch.ones(()))}):
+        with pytest.raises(ValueError, match=f"Half.{next(iter(given))}: torch's modules have another"):
+            fuse(Half(**given))
+    (half,) = learned(0.5)
+    fuse(Half(half, half))(rows()[0]).backward()
+    assert half.grad != 0
+
+
+def test_terms_whose_names_come_to_the_same():
+    @dataclass(frozen=True)
+    class Alike(PairLoss):
+        c: float | torch.Tensor
+        b_by_c: float | torch.Tensor
+
+        batch = True
+
+        def terms(self, s, pair):
+            return {"a_by_b": total(softplus(self.c * s)), "a": total(softplus(s * s * self.b_by_c))}
+
+        def loss(self, row):
+            return row.a_by_b + row.a
+
+    x, results = rows()[0].detach().double(), []
+    for backend in BACKENDS:
+        given = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (2.0, 1.0)]
+        results.append(torch.autograd.grad(fuse(Alike(*given), backend=backend)(x), given))
+    for ours in results[1:]:
+        torch.testing.assert_close(ours, results[0])
+    assert abs(results[0][0] - results[0][1]) > 0.1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_count_has_no_gradient_in_a_parameter(backend):
+    @dataclass(frozen=True)
+    class Weighed(PairLoss):
+        weight: float | torch.Tensor
+
+        batch = True
+
+        def terms(self, s, pair):
+            return {"a": logsumexp(self.weight * s)}
+
+        def loss(self, row):
+            return row.a * 1.0
+
+        def counted(self, row):
+            return torch.ones_like(row.a) * self.weight
+
+    (weight,), x = learned(2.0), rows()[0].detach()
+    (mean,) = torch.autograd.grad(fuse(Weighed(weight), backend=backend)(x), weight)
+    (whole,) = torch.autograd.grad(fuse(Weighed(weight), backend=backend, reduction="sum")(x), weight)
+    torch.testing.assert_close(mean, whole / 24)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_chunks_of_rows(backend, monkeypatch):
+    """One after the other, in the forward call; their gradients in the parameters add up."""
+    monkeypatch.setattr(plan, "_CHUNK_BYTES", (2000, 2000))
+    monkeypatch.setattr(plan, "_MIN_CHUNK_ROWS", 1)
+    combined = mock.Mock(side_effect=Declared._coefficients, autospec=True)
+    monkeypatch.setattr(Declared, "_coefficients", lambda *given: combined(*given))
+    generator, results = torch.Generator().manual_seed(0), []
+    x, y = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (50, 20))
+    with small_batch_tiles(16):  # and no plan that was made before
+        for name in (backend, "eager"):
+            given = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.3, 2.0)]
+            loss = fuse(Rows(*given), backend=name, memory_budget=2000)(x, y, target=torch.arange(50) % 20)
+            results.append(torch.autograd.grad(loss, given))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=0)
+    assert combined.call_count > 2
+
+
+@dataclass(frozen=True)
+class Rows(PairLoss):
+    margin: float | torch.Tensor
+    gamma: float | torch.Tensor
+
+    def terms(self, s, pair):
+        return {"all": logsumexp(self.gamma * s + self.margin * s**2), "most": largest(self.margin * s - s**2)}
+
+    def loss(self, row):
+        return row.all - row.most * self.margin
 
 
 def test_what_would_never_be_read_is_refused():

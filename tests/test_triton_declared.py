@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from declared_cases import CASES, Clip, Contrastive, Graded, inputs_of, leaves_of, value_and_gradients
-from hardest_toys import Violation
+from hardest_toys import Scaled, Shifted, Violation
 from learned_toys import Steep
 from metric_cases import LABELS
 from test_declare_expressions import Random
@@ -143,6 +143,22 @@ class TestInterpreter:
         torch.testing.assert_close(of_keys, expected[1])
         assert of_keys[11].abs().sum() > 20 * of_keys[12].abs().sum()
 
+    @pytest.mark.parametrize("power", [0.0, 1.5])
+    def test_a_pair_that_is_nan_and_a_factor_of_0(self, power, small_tiles):
+        """Which pair has the gradient is what the formula says."""
+        x, labels = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 3
+        shift = {"shift": torch.zeros(40).index_fill(0, torch.tensor([4, 34]), math.nan)}
+        results = {}
+        for backend in ("triton", "eager"):
+            learned, leaf = torch.tensor(power, requires_grad=True), x.clone().requires_grad_()
+            with use_config(SMALL_BLOCKS):
+                losses = fuse(Shifted(learned), backend=backend, reduction="none")(leaf, labels, row_values=shift)
+                losses = torch.cat([losses, fuse(Scaled(learned), backend=backend, reduction="none")(leaf, leaf)])
+                results[backend] = [losses.detach(), *torch.autograd.grad(losses.sum(), (leaf, learned))]
+        assert results["triton"][0].isnan().any()
+        for ours, expected in zip(*results.values()):
+            torch.testing.assert_close(ours, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+
     def test_parameters_are_no_part_of_the_kernels(self):
         first, second = (objective_of(Contrastive(margin))(False, [margin]).epilogue for margin in (0.3, 0.5))
         assert first is second
@@ -206,7 +222,7 @@ import triton.language as tl
 
 from replearn_kernels.triton_kernels.declared import (
     every_pairs, fold, fold_largest, fold_weights, guide_tile, is_larger, maximum, merged, minimum, other_pairs,
-    rate_of, relu, rescaled, same_pairs, share, sigmoid, signed, softplus, target_pairs,
+    rate_of, relu, rescaled, same_pairs, share, sigmoid, signed, signed_or_0, softplus, target_pairs,
 )
 from replearn_kernels.triton_kernels.tiles import (
     LOWEST, Epilogue, table_quantity, value_of_columns, value_of_rows,

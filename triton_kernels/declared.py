@@ -99,23 +99,32 @@ def fold_weights(v, rate, AXIS: tl.constexpr):
 
 @triton.jit
 def fold_largest(v, numbers, AXIS: tl.constexpr):
-    """Return the max along AXIS, NaN if there is one, its number, of equal ones the lowest, and which entry that is.
+    """Return the max along AXIS, its number, of equal ones the lowest, and which entry that is; NaN is above all.
 
     ``numbers``: of what is along AXIS. Values at -inf do not count; over none the number is -1.
     """
-    top = tl.maximum(tl.max(v, AXIS), LOWEST)
-    chosen = v == tl.expand_dims(top, AXIS)
+    is_nan = v != v
+    nan = tl.sum(tl.where(is_nan, v, 0.0), AXIS)
+    top = tl.maximum(tl.max(tl.where(is_nan, LOWEST, v), AXIS), LOWEST) + nan
+    chosen = tl.where(tl.expand_dims(nan != nan, AXIS), is_nan, v == tl.expand_dims(top, AXIS))
     number = tl.min(tl.where(chosen, numbers, HIGHEST), AXIS)
     chosen = chosen & (numbers == tl.expand_dims(number, AXIS))
-    nan = tl.sum(tl.where(v != v, v, 0.0), AXIS)
-    return top + nan, tl.where(number < HIGHEST, number, -1.0), chosen
+    return top, tl.where(number < HIGHEST, number, -1.0), chosen
+
+
+@triton.jit
+def signed_or_0(factor, x):
+    """``x`` by the sign of a factor, which may be 0."""
+    return tl.where(factor < 0, -x, x) * tl.where(factor == 0, 0.0, 1.0)
 
 
 @triton.jit
 def is_larger(top, number, other_top, other_number):
     """Whether the second of two (max, number) is larger, NaN above all, or the lower number of equal ones."""
-    is_first = (other_top == top) & (other_number >= 0) & ((other_number < number) | (number < 0))
-    return (other_top > top) | ((other_top != other_top) & (top == top)) | is_first
+    is_nan, is_other_nan = top != top, other_top != other_top
+    is_first = (other_number >= 0) & ((other_number < number) | (number < 0))
+    is_first = is_first & ((other_top == top) | (is_nan & is_other_nan))
+    return (other_top > top) | (is_other_nan & (is_nan == 0)) | is_first
 
 
 @triton.jit

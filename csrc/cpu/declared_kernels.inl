@@ -121,7 +121,8 @@ inline Vec<T> number_of_row(DeclaredGiven<T> given, int64_t i) {
 // Whether (v, number) takes the place of (top, known): it is larger, NaN above all, or of two equal ones the lower number.
 template <typename T>
 inline Bits<T> is_larger(Vec<T> v, Vec<T> number, Vec<T> top, Vec<T> known) {
-  return (v > top) | ((v != v) & (top == top)) | ((v == top) & (number < known));
+  const Bits<T> is_nan = v != v, was_nan = top != top;
+  return (v > top) | (is_nan & ~was_nan) | (((v == top) | (is_nan & was_nan)) & (number < known));
 }
 
 // The largest of lanes into a row's statistics (max, number, what is read of the pair).
@@ -131,7 +132,8 @@ inline void keep_largest(DeclaredTable<T> rows, int64_t i, int term, Vec<T> top,
   for (int64_t lane = 0; lane < lanes<T>; ++lane) {
     const T v = top[lane], known = rows[0][i];
     if (number[lane] < 0) continue;  // of no pair
-    if (!(v > known || (v != v && known == known) || (v == known && number[lane] < rows[1][i]))) continue;
+    const bool is_nan = v != v, was_nan = known != known, is_first = number[lane] < rows[1][i];
+    if (!(v > known || (is_nan && !was_nan) || ((v == known || (is_nan && was_nan)) && is_first))) continue;
     rows[0][i] = v, rows[1][i] = number[lane];
     for (int m = 0; m < means_of(term); ++m) rows[2 + m][i] = read[Terms::kFirstMean[term] + m][r][lane];
   }

@@ -35,7 +35,7 @@ def check_formulas(loss: PairLoss) -> None:
     loss = instance_of(cls, values | {name: getattr(loss, name) for name in options})
     definition.count(loss, _made_up(definition), _leaf(1.3), _given(definition))
     if cls.loss is not PairLoss.loss:
-        _check_signature(cls)
+        _check_signature(loss)
         _check_losses(loss, definition)
 
 
@@ -58,17 +58,17 @@ def check_parameter(name: str, parameter: float | Tensor) -> None:
         raise TypeError(f"{name} must be a number or a tensor of one element, got {type(parameter).__name__}")
 
 
-def _check_signature(cls: type[PairLoss]) -> None:
-    taken = len(inspect.signature(cls.loss).parameters) - 1
-    if taken != 1 + cls.symmetric:
-        wanted = "loss(self, row, column)" if cls.symmetric else "loss(self, row)"
-        raise TypeError(f"{cls.__name__}.symmetric is {cls.symmetric}: define {wanted}")
+def _check_signature(loss: PairLoss) -> None:
+    taken = len(inspect.signature(loss.loss).parameters)
+    if taken != 1 + loss.symmetric:
+        wanted = "loss(self, row, column)" if loss.symmetric else "loss(self, row)"
+        raise TypeError(f"{type(loss).__name__}.symmetric is {loss.symmetric}: define {wanted}")
 
 
 def _check_losses(loss: PairLoss, definition: Definition) -> None:
     """One differentiable value for each of three rows, of that row's terms alone."""
     name = f"{type(loss).__name__}.loss"
-    row, column = _made_up(definition), _made_up(definition) if type(loss).symmetric else []
+    row, column = _made_up(definition), _made_up(definition) if loss.symmetric else []
     leaves, scale, given = [*row, *column], _leaf(1.3), _given(definition)
     learned = [value for value in vars(loss).values() if isinstance(value, Tensor)]
     with torch.enable_grad():

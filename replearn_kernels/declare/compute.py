@@ -15,6 +15,7 @@ from ..engine.world import World
 from ..functional.call import Options, check_groups, check_pair, run
 from ..functional.metric import labelled_batch
 from ..functional.rows import unit_rows
+from .checks import check_parameter
 from .formula import dense_loss
 from .given import guides_of, values_of
 from .objective import Declared, objective_of
@@ -102,7 +103,17 @@ def _objective(loss: PairLoss, by_group: bool) -> Declared:
     """The engine's view of a loss. ``by_group``: the call gives groups of rows and columns."""
     of_loss = objective_of(loss)
     learned, names = of_loss.definition.learned, of_loss.definition.parameters
-    return of_loss(by_group, [0.0 if name in learned else float(getattr(loss, name)) for name in names])
+    return of_loss(by_group, [0.0 if name in learned else _number(loss, name) for name in names])
+
+
+def _number(loss: PairLoss, name: str) -> float:
+    """The value of a parameter that learns nothing."""
+    value, full_name = getattr(loss, name), f"{type(loss).__name__}.{name}"
+    check_parameter(full_name, value)
+    value = float(value)
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{full_name} must be finite, got {value}")
+    return value
 
 
 def _learned(loss: PairLoss, objective: Declared, query: Tensor, group: World | None) -> Tensor | None:

@@ -67,7 +67,7 @@ def source_of(definition: Definition) -> str:
     members = [
         f"static constexpr int kTerms = {len(terms)}, kParameters = {len(definition.parameters)};",
         f"static constexpr int kRowValues = {row_values}, kColumnValues = {column_values};",
-        f"static constexpr bool kReadsGuide = {_word(bool(definition.cls.guide))};",
+        f"static constexpr bool kReadsGuide = {_word(bool(definition.settings.guide))};",
         f"static constexpr Kind kKind[] = {{{kinds}}};",
         f"static constexpr bool kHasSlope[] = {{{slopes}}};",
         f"static constexpr int kFirstMean[] = {{{', '.join(map(str, first_mean))}}};  // of what terms average or read",

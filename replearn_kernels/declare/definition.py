@@ -19,9 +19,8 @@ from .learning import Derivative, with_derivatives
 from .pair_loss import Facts, PairLoss, Reduction
 from .terms import NUMBER, Term
 
-_RESERVED = (
-    "batch", "scaled", "symmetric", "similarity", "row_values", "column_values", "guide", "terms", "loss", "counted",
-)  # fmt: skip
+_NO_FIELDS = ("row_values", "column_values", "terms", "loss", "counted")
+_RESERVED = ("batch", "scaled", "symmetric", "similarity", "guide", *_NO_FIELDS)
 SIMILARITIES = ("product", "cosine", "distance", "squared_distance")
 _NUMBER_OR_TENSOR = re.compile(r"float \| (torch\.)?Tensor|(torch\.)?Tensor \| float")
 
@@ -46,7 +45,7 @@ class Definition:
     @property
     def has_columns(self) -> bool:
         """Whether the terms are taken over columns as over rows."""
-        return self.cls.batch or self.cls.symmetric
+        return self.settings.batch or self.settings.symmetric
 
     @property
     def has_numbers(self) -> bool:
@@ -56,23 +55,28 @@ class Definition:
     @property
     def row_values(self) -> tuple[str, ...]:
         """The names of the values of a row: those that calls give, and last its number if that is needed."""
-        return self.cls.row_values + (NUMBER,) * (self.has_numbers and self.has_columns)
+        return self.settings.row_values + (NUMBER,) * (self.has_numbers and self.has_columns)
 
     @property
     def column_values(self) -> tuple[str, ...]:
         """The same of a column; of a batch, those of its rows."""
-        return self.row_values if self.cls.batch else self.cls.column_values + (NUMBER,) * self.has_numbers
+        return self.row_values if self.settings.batch else self.settings.column_values + (NUMBER,) * self.has_numbers
 
     @property
     def takes_given(self) -> bool:
         """Whether passes are given something for rows, columns or pairs beside what every loss takes."""
-        return bool(self.row_values or self.column_values or self.cls.guide)
+        return bool(self.row_values or self.column_values or self.settings.guide)
 
     @property
     def has_sides(self) -> bool:
         """Whether, in a batch, a pair's terms are others seen from its column than from its row."""
         parts = (e for t in self.terms for e in (t.rest, t.over, t.slope, *t.means) if e is not None)
-        return self.cls.batch and not all(map(is_symmetric, parts))
+        return self.settings.batch and not all(map(is_symmetric, parts))
+
+    @cached_property
+    def settings(self) -> PairLoss:
+        """An object that says what is compared: by attributes of its class, or by options."""
+        return instance_of(self.cls, dict(self.options))
 
     @cached_property
     def own_terms(self) -> tuple[Term, ...]:
@@ -92,7 +96,7 @@ class Definition:
         if self.cls.loss is PairLoss.loss:
             return sum(of_rows)
         row = self.values_of_rows(of_rows, logit_scale, given)
-        if not self.cls.symmetric:
+        if not self.settings.symmetric:
             return loss.loss(row)
         return loss.loss(row, self._values(of_columns, self.column_values, given.at_targets))
 
@@ -108,8 +112,8 @@ class Definition:
 
     def values_of_rows(self, of_rows: list[Tensor], logit_scale: float | Tensor, given: Given) -> Values:
         """The object that the author's formulas get for ``row``."""
-        row = self._values(of_rows, self.cls.row_values, given.of_rows)
-        if self.cls.scaled:
+        row = self._values(of_rows, self.settings.row_values, given.of_rows)
+        if self.settings.scaled:
             row.logit_scale = scalar(logit_scale)
         return row
 
@@ -203,19 +207,21 @@ def definition_of(
 
 def _defined(cls: type[PairLoss], options: tuple, parameters: tuple[str, ...], learned: tuple[str, ...]) -> Definition:
     symbolic = instance_of(cls, dict(options) | {name: Expr("parameter", name) for name in parameters})
-    variable = Expr("logit" if cls.scaled else "s")
-    pair = Facts(cls.row_values, cls.row_values if cls.batch else cls.column_values, bool(cls.guide))
+    _check_settings(cls.__name__, symbolic)
+    variable = Expr("logit" if symbolic.scaled else "s")
+    pair = Facts(cls.row_values, cls.row_values if symbolic.batch else cls.column_values, bool(symbolic.guide))
     # The engine's similarities are larger the nearer two rows are: distances come negative.
-    reductions = symbolic.terms(-variable if "distance" in cls.similarity else variable, pair)
+    reductions = symbolic.terms(-variable if "distance" in symbolic.similarity else variable, pair)
     _check_reductions(cls, reductions)
     terms = tuple(Term.of(name, reduction, variable) for name, reduction in reductions.items())
     if all(term.slope is None for term in terms):
         raise ValueError(f"{cls.__name__}.terms: no term depends on the similarity, so that nothing has a gradient")
     roots = [e for r in reductions.values() for e in (r.of, r.over)]
     facts = frozenset(e.args[0] for e in walk(roots) if e.op == "fact")
-    if cls.batch and "target" in facts:
+    if symbolic.batch and "target" in facts:
         raise TypeError(f"{cls.__name__}: rows of a batch have no target; use pair.same and pair.other")
-    settings = cls.batch, cls.scaled, cls.symmetric, cls.similarity, cls.row_values, cls.column_values, cls.guide
+    names = "batch", "scaled", "symmetric", "similarity", "row_values", "column_values", "guide"
+    settings = tuple(getattr(symbolic, name) for name in names)
     terms, derivatives = with_derivatives(terms, list(reductions.values()), learned)
     structure = repr((cls.__qualname__, settings, options, parameters, *[learned] * bool(learned))) + _listing(terms)
     if not cls.__module__.startswith("replearn_kernels."):  # of ours the name says enough
@@ -240,7 +246,7 @@ def _listing(terms: tuple[Term, ...]) -> str:
     """A text that tells the terms from any others. It lists every expression once, however often it is used."""
     roots = [e for t in terms for e in (t.factor, t.rest, t.offset, t.over, *t.means)]
     numbers: dict[Expr, int] = {}
-    lines = [repr([(term.name, term.kind) for term in terms])]
+    lines = [repr([(term.name, "smallest" if term.is_negated else term.kind) for term in terms])]
     for e in walk(roots):
         arguments = [numbers[a] if isinstance(a, Expr) else a for a in e.args]
         numbers[e] = len(numbers)
@@ -282,30 +288,34 @@ def _check_class(cls: type[PairLoss]) -> None:
     if not (cls.__name__.isidentifier() and cls.__name__.isascii()):
         raise TypeError(f"the name of a declared loss must be an ASCII identifier, got {cls.__name__!r}")
     for field in fields(cls):
-        if field.name in _RESERVED:
+        if field.name in _NO_FIELDS:
             raise TypeError(f"{cls.__name__}.{field.name} cannot be a field: write {field.name} = ... without a type")
     for name in vars(cls).keys() - {*_RESERVED, *(field.name for field in fields(cls))}:
         if near := difflib.get_close_matches(name, _RESERVED, n=1, cutoff=0.8):
             raise TypeError(f"{cls.__name__}.{name} is nothing that PairLoss knows: did you mean {near[0]}?")
-    for name in ("batch", "scaled", "symmetric"):
-        if not isinstance(getattr(cls, name), bool):
-            raise TypeError(f"{cls.__name__}.{name} must be a bool, got {getattr(cls, name)!r}")
     for name in ("row_values", "column_values"):
         _check_names(f"{cls.__name__}.{name}", getattr(cls, name))
-    if cls.column_values and cls.batch:
-        raise ValueError(f"{cls.__name__}: the columns of a batch are its rows: give names to row_values alone")
-    if cls.similarity not in SIMILARITIES:
-        raise ValueError(f"{cls.__name__}.similarity must be one of {', '.join(SIMILARITIES)}, got {cls.similarity!r}")
-    if cls.guide not in ("", "product", "cosine"):
-        raise ValueError(f'{cls.__name__}.guide must be "product" or "cosine", or "" for none, got {cls.guide!r}')
-    if "distance" in cls.similarity and not cls.batch:
-        raise ValueError(f"{cls.__name__}: distances are those of a batch: set batch = True, or take products")
-    if "distance" in cls.similarity and cls.scaled:
-        raise ValueError(f"{cls.__name__}: distances take no logit_scale: leave scaled out, and use a float field")
-    if cls.symmetric and cls.batch:
-        raise ValueError(f"{cls.__name__}: the columns of a batch are its rows: leave symmetric out")
-    if cls.symmetric and cls.loss is PairLoss.loss:
-        raise ValueError(f"{cls.__name__} is symmetric: define loss(self, row, column)")
+
+
+def _check_settings(name: str, loss: PairLoss) -> None:
+    """What is compared, by attributes of the class or fields of its object; ``name``: the class's."""
+    for setting in ("batch", "scaled", "symmetric"):
+        if not isinstance(getattr(loss, setting), bool):
+            raise TypeError(f"{name}.{setting} must be a bool, got {getattr(loss, setting)!r}")
+    if loss.column_values and loss.batch:
+        raise ValueError(f"{name}: the columns of a batch are its rows: give names to row_values alone")
+    if loss.similarity not in SIMILARITIES:
+        raise ValueError(f"{name}.similarity must be one of {', '.join(SIMILARITIES)}, got {loss.similarity!r}")
+    if loss.guide not in ("", "product", "cosine"):
+        raise ValueError(f'{name}.guide must be "product" or "cosine", or "" for none, got {loss.guide!r}')
+    if "distance" in loss.similarity and not loss.batch:
+        raise ValueError(f"{name}: distances are those of a batch: set batch = True, or take products")
+    if "distance" in loss.similarity and loss.scaled:
+        raise ValueError(f"{name}: distances take no logit_scale: leave scaled out, and use a float field")
+    if loss.symmetric and loss.batch:
+        raise ValueError(f"{name}: the columns of a batch are its rows: leave symmetric out")
+    if loss.symmetric and type(loss).loss is PairLoss.loss:
+        raise ValueError(f"{name} is symmetric: define loss(self, row, column)")
 
 
 def _check_names(what: str, names) -> None:

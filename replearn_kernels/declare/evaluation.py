@@ -71,7 +71,7 @@ class Evaluation:
         self.scale = scalar(numbers.scale).clone().requires_grad_()
         self.learned = [scalar(value).clone().requires_grad_() for value in numbers.learned()]
         at_targets = None
-        if definition.cls.symmetric and problem.column_values is not None:
+        if definition.settings.symmetric and problem.column_values is not None:
             at_targets = problem.at_targets(problem.column_values)
         loss, given = numbers.loss(self.learned), Given(problem.row_values, at_targets)
         with _Differentiable():
@@ -143,6 +143,4 @@ def through_terms(numbers: Numbers, tables: list[Tensor], weights: Sequence[Tens
 
 def is_of_none(term: Term, table: Sequence[Tensor] | Tensor) -> Tensor:
     """Of which rows a log-sum-exp or a largest is over no pair, ``[N]``; the first quantities are the term's."""
-    if term.kind == "logsumexp":
-        return table[1] == 0
-    return (table[1] < 0) & ~table[0].isnan()
+    return table[1] == 0 if term.kind == "logsumexp" else table[1] < 0

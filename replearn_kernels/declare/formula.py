@@ -35,12 +35,13 @@ def dense_loss(inputs: Inputs, objective: Declared, reduction: str) -> Tensor:
         return -value if term.term.is_negated else value
 
     of_rows = [of(term.name, 1) for term in definition.own_terms]
-    of_columns = [of(term.name, 0)[target] for term in definition.own_terms] if definition.cls.symmetric else []
-    at_targets = column_values[:, target] if definition.cls.symmetric and column_values is not None else None
+    of_columns = [of(term.name, 0)[target] for term in definition.own_terms] if definition.settings.symmetric else []
+    at_targets = column_values[:, target] if definition.settings.symmetric and column_values is not None else None
     given = Given(inputs.row_values, at_targets)
     losses = definition.row_losses(loss, of_rows, of_columns, scale, given).to(similarities.dtype)
     check_rows(f"{definition.cls.__name__}.loss", losses, len(similarities))
-    count = definition.count(loss, [value.detach() for value in of_rows], scale.detach(), given)
+    counting = numbers.loss([value.detach() for value in learned])
+    count = definition.count(counting, [value.detach() for value in of_rows], scale.detach(), given)
     if objective.by_distance:
         losses = losses + reference.nan_of_rows(inputs)
     return reference.reduce(losses, reduction, None if count is None else count.to(losses.dtype))

@@ -106,6 +106,12 @@ class _FusedLoss(_Loss):
             check_parameter(f"{type(loss).__name__}.{name}", getattr(loss, name))
         objective_of(loss)  # its name has to be there when a graph is traced
         parameters = {name: value for name, value in vars(loss).items() if isinstance(value, nn.Parameter)}
+        for name in parameters:
+            if hasattr(nn.ParameterDict, name) or name == "training":
+                raise ValueError(
+                    f"{type(loss).__name__}.{name}: torch's modules have another {name!r}, so that a field which holds "
+                    "an nn.Parameter needs another name"
+                )
         self._loss, self.learned = loss, nn.ParameterDict(parameters) if parameters else None
 
     def __setattr__(self, name: str, value) -> None:

@@ -45,7 +45,8 @@ def with_derivatives(
             if reduction.kind == "total":
                 total = len(terms) + len(more)
                 parts = factor, rest, number(0, ""), terms[k].over
-                more.append(Term(f"_{terms[k].name}_by_{name}", "total", *parts, slope=None, is_derivative=True))
+                own_name = f"_{terms[k].name}_by_{name}_{total}"  # its place: other names could come to the same
+                more.append(Term(own_name, "total", *parts, slope=None, is_derivative=True))
             elif rest.constant != 1:
                 mean = len(terms[k].means)
                 terms[k] = replace(terms[k], means=(*terms[k].means, rest))

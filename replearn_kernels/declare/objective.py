@@ -105,10 +105,10 @@ class Declared(Objective):
     @property
     def uses_target(self) -> bool:
         """Where there are no groups, a target is a row's only column of the same one."""
-        cls, facts = self.definition.cls, self.definition.facts
-        if cls.batch:
+        settings, facts = self.definition.settings, self.definition.facts
+        if settings.batch:
             return False
-        return cls.symmetric or "target" in facts or (self.reads_groups and not self.by_group)
+        return settings.symmetric or "target" in facts or (self.reads_groups and not self.by_group)
 
     # -- sweep 1 ---------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ class Declared(Objective):
         table = _empty(self.definition.terms, rows, like)
         if not self.needs_statistics:
             return torch.cat([table, like.new_ones((1, rows))]), None
-        return table, _empty(self.definition.terms, columns, like) if self.definition.cls.symmetric else None
+        return table, _empty(self.definition.terms, columns, like) if self.definition.settings.symmetric else None
 
     def update_statistics(self, s: Tensor, pairs: Pairs, row_table: Tensor, column_table: Tensor | None) -> None:
         tile = self._tile(s, pairs)
@@ -158,7 +158,7 @@ class Declared(Objective):
             return torch.cat([torch.zeros_like(row_table[:-1]), grad_rows.unsqueeze(0)]), None
         weights, of_scale, of_learned = self._evaluated(problem, row_table, column_table).gradients(grad_rows)
         self._evaluation = None  # its graph is used up
-        if self.definition.cls.scaled:  # of chunk after chunk of rows
+        if self.definition.settings.scaled:  # of chunk after chunk of rows
             self.own_scale_gradient = _sum(self.own_scale_gradient, of_scale)
         if of_learned is not None:
             self.own_learned_gradient = _sum(self.own_learned_gradient, of_learned)
@@ -191,11 +191,8 @@ class Declared(Objective):
                 rows += logarithms(table[place], table[place + 1])
                 weight = weight.masked_fill(is_of_none(term, table[place:]), 0)
             elif term.kind == "largest":
-                top, number = table[place], table[place + 1]
                 weight = weight.masked_fill(is_of_none(term, table[place:]), 0)
-                # A NaN has to be seen, though it is no pair's.
-                weight, number = torch.where(top.isnan(), torch.nan, weight), torch.where(top.isnan(), 0, number)
-                rows.append(number)
+                rows.append(table[place + 1])
             rows.append(weight)
         return torch.stack(rows) if rows else table.new_empty(0, table.shape[1])
 
@@ -277,7 +274,8 @@ def _fold_largest(term: TermOfTile, dim: int, numbers: Tensor, table: Tensor) ->
 def _keep_larger(table: Tensor, other: Tensor) -> None:
     """Merge two tables ``(max, number, ...)`` of one column each, in place: of equal ones the lower number stays."""
     (top, number, *_), (other_top, other_number, *_) = table, other
-    lower = (other_top == top) & (other_number >= 0) & ((other_number < number) | (number < 0))
+    alike = (other_top == top) | (other_top.isnan() & top.isnan())
+    lower = alike & (other_number >= 0) & ((other_number < number) | (number < 0))
     larger = (other_top > top) | (other_top.isnan() & ~top.isnan()) | lower
     table.copy_(torch.where(larger, other, table))
 
@@ -346,7 +344,7 @@ _names_of_fields._dynamo_marked_constant = register._dynamo_marked_constant = Tr
 
 
 def _class_of(definition: Definition) -> type[Declared]:
-    cls = definition.cls
+    cls, settings = definition.cls, definition.settings
     members = {
         "definition": definition,
         "learned": tuple(f"{cls.__name__}.{name}" for name in definition.learned),
@@ -354,8 +352,8 @@ def _class_of(definition: Definition) -> type[Declared]:
         "functions": functions_of(definition),
         "reads_groups": not definition.facts.isdisjoint(("same", "other")),
         "needs_statistics": not definition.one_sweep,
-        "needs_columns": cls.symmetric or (cls.batch and not definition.one_sweep),
+        "needs_columns": settings.symmetric or (settings.batch and not definition.one_sweep),
         "has_sides": definition.has_sides,
-        "by_distance": {"distance": "distance", "squared_distance": "square"}.get(cls.similarity, ""),
+        "by_distance": {"distance": "distance", "squared_distance": "square"}.get(settings.similarity, ""),
     }
     return type(cls.__name__, (Declared,), members)

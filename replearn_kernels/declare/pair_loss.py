@@ -17,7 +17,8 @@ class PairLoss:
     one. Bool, int and str fields are options, which may steer the Python of :meth:`terms`. Then give it to
     :func:`~replearn_kernels.declare.fuse`, which derives the rest: gradients, kernels, and the batch of many ranks.
 
-    Class attributes, with their defaults:
+    Class attributes, with their defaults, say what is compared; all but the names of values can be fields as well, and
+    are options then:
 
     ``batch = False``: rows are compared with the rows of other features, and row i's target is column i unless another
         is given. True: the rows of one batch are compared with each other, by labels; no row with itself.

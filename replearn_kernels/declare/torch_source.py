@@ -39,7 +39,7 @@ def source_of(definition: Definition) -> str:
     """The text of the module."""
     terms = definition.terms
     roles = "".join(f", role_{k}" for k in range(len(definition.parameters)))
-    given = ", ".join([*FACTS, *["guide"] * bool(definition.cls.guide), *values_text(definition)])
+    given = ", ".join([*FACTS, *["guide"] * bool(definition.settings.guide), *values_text(definition)])
     pair = f"(s, scale{roles}, {given})"
     slopes = [Expr("constant", 0.0) if term.slope is None else term.slope for term in terms]
     rests, overs, means = [term.rest for term in terms], [term.over for term in terms], [term.means for term in terms]

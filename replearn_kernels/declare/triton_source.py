@@ -22,7 +22,7 @@ import triton.language as tl
 
 from replearn_kernels.triton_kernels.declared import (
     every_pairs, fold, fold_largest, fold_weights, guide_tile, is_larger, maximum, merged, minimum, other_pairs,
-    rate_of, relu, rescaled, same_pairs, share, sigmoid, signed, softplus, target_pairs,
+    rate_of, relu, rescaled, same_pairs, share, sigmoid, signed, signed_or_0, softplus, target_pairs,
 )
 from replearn_kernels.triton_kernels.tiles import (
     LOWEST, Epilogue, table_quantity, value_of_columns, value_of_rows,
@@ -50,7 +50,7 @@ def source_of(definition: Definition) -> str:
     options = {
         "takes_roles": bool(definition.parameters),
         "takes_given": definition.takes_given,
-        "folds_columns": definition.one_sweep and definition.cls.batch,
+        "folds_columns": definition.one_sweep and definition.settings.batch,
         "additive": all(term.kind == "total" for term in definition.terms),
     }
     arguments = f'"{_block_sizes(definition)}"', "empty", "reduce", "merge", "weights"
@@ -64,7 +64,7 @@ def source_of(definition: Definition) -> str:
 def _block_sizes(definition: Definition) -> str:
     """The name by which ``triton_kernels/configs.py`` knows them: of what a block's rows and columns hold."""
     quantities = sum(term.statistics for term in definition.terms) * (2 if definition.has_columns else 1)
-    if definition.cls.guide:
+    if definition.settings.guide:
         return "declared_guided"
     several = sum(term.kind == "logsumexp" for term in definition.terms) > 1
     return "declared_large" if several or definition.takes_given or quantities > 6 else "declared"
@@ -78,11 +78,11 @@ def _rate(writer: Writer, term: Term) -> str:
     return f"rate_of({writer.text(term.factor)})"
 
 
-def _signed(writer: Writer, term: Term) -> str:
-    """The text of a log-sum-exp's v, which is -inf for pairs that are not in it."""
+def _signed(writer: Writer, term: Term, signed: str = "signed") -> str:
+    """The text of a log-sum-exp's or a largest's v, which is -inf for pairs that are not in it."""
     rest, factor = writer.text(term.rest), term.factor.constant
     if factor is None:
-        rest = f"signed({writer.text(term.factor)}, {rest})"
+        rest = f"{signed}({writer.text(term.factor)}, {rest})"
     elif factor < 0:
         rest = f"(-{rest})"
     return f'tl.where({writer.text(term.over)}, {rest}, float("-inf"))'
@@ -146,7 +146,7 @@ def _reduced_log_sum_exp(writer: Writer, term: Term) -> list[str]:
 def _reduced_largest(writer: Writer, term: Term) -> list[str]:
     """The same of a largest."""
     names, chosen = _names(term), f"{term.name}_chosen"
-    writer.let(", ".join([*names[:2], chosen]), f"fold_largest({_signed(writer, term)}, numbers, AXIS)")
+    writer.let(", ".join([*names[:2], chosen]), f"fold_largest({_signed(writer, term, 'signed_or_0')}, numbers, AXIS)")
     for name, read in zip(names[2:], term.means):
         writer.let(name, f"tl.sum(tl.where({chosen}, {writer.text(read)}, 0.0), AXIS)")
     return names
@@ -275,7 +275,7 @@ def _facts(definition: Definition) -> list[str]:
     """The lines that form the facts of a tile's pairs, as far as the loss reads them, and the guide's similarities."""
     facts = [name for name in ("every", "target", "same", "other") if name in definition.facts]
     lines = [f"{name} = {name}_pairs(row, column, inputs)" for name in facts]
-    return [*lines, "guide = guide_tile(row, column, inputs)"] if definition.cls.guide else lines
+    return [*lines, "guide = guide_tile(row, column, inputs)"] if definition.settings.guide else lines
 
 
 def _values(definition: Definition, seen_from_columns: bool = False) -> list[str]:

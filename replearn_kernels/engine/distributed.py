@@ -290,7 +290,7 @@ class _GradientsTour(_RowsAndColumns):
         if of_columns is not None and (prepares or not with_losses):
             self.block.append(of_columns.clone() if prepares else of_columns.contiguous())
         self.met: tuple[Tensor, ...] = ()  # of the visiting and the own rows as one batch
-        self.carries_gradient = run.is_batch or run.shard.sources[0].needs_grad
+        self.carries_gradient = gradients.query is not None if run.is_batch else run.shard.sources[0].needs_grad
 
     def new_shares(self, rank: int) -> list[Tensor]:
         features = self.block[0]
@@ -306,7 +306,7 @@ class _GradientsTour(_RowsAndColumns):
     def visit(self, rank: int, block: list[Tensor]) -> list[Tensor]:
         shares, (rows, columns) = self.new_shares(rank), self.run.layout.region(rank)
         features, tables = self.split(block)
-        of_columns = shares[1] if self.carries_table else tables[0] if tables else None
+        of_columns = shares[-1] if self.carries_table else tables[0] if tables else None
         if self.carries_table and tables:
             of_columns.copy_(tables[0])
         if self.run.objective.by_distance:
@@ -337,11 +337,12 @@ class _GradientsTour(_RowsAndColumns):
         if self.carries_gradient:
             carried[0].add_(other[0])
         if self.carries_table:
-            self.run.objective.merge_statistics(carried[1], other[1], self.shard.scale)
+            self.run.objective.merge_statistics(carried[-1], other[-1], self.shard.scale)
 
     def finish(self, carried: list[Tensor]) -> None:
         """Add what came home to what was found there."""
-        home = [self.gradients.query if self.run.is_batch else self.gradients.sources[0], self.coefficients[0]]
+        gradient = self.gradients.query if self.run.is_batch else self.gradients.sources[0]
+        home = [*[gradient] * self.carries_gradient, self.coefficients[0]]
         self.merge(home, carried)
 
     def held(self) -> tuple[Tensor | None, ...]:

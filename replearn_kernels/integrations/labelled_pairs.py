@@ -44,15 +44,26 @@ class MultiSimilarityOfReferences(MultiSimilarity):
     batch, similarity = False, "product"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Compared(PairLoss):
+    """Losses of distances, where near means small, and of similarities, in a batch and of rows against other rows."""
+
+    batch: bool
+    similarity: str
+
+    @property
+    def sign(self) -> int:
+        """1 where near means small, else -1."""
+        return 1 if self.similarity == "distance" else -1
+
+
 @dataclass(frozen=True)
-class Hinges(PairLoss):
+class Hinges(Compared):
     """The hinges of a row's positive pairs, or of its negative ones, with the mean over pairs or those above 0."""
 
     side: str  # "same" or "other"
     above_zero: bool
     margin: float
-
-    batch, similarity, sign = True, "distance", 1
 
     def terms(self, s, pair):
         beyond = self.sign * ((s - self.margin) if self.side == "same" else (self.margin - s))
@@ -68,27 +79,11 @@ class Hinges(PairLoss):
 
 
 @dataclass(frozen=True)
-class HingesOfSimilarities(Hinges):
-    """The same where near means large."""
-
-    similarity, sign = "product", -1
-
-
-@dataclass(frozen=True)
-class HingesOfReferences(HingesOfSimilarities):
-    """The same of rows against other rows."""
-
-    batch = False
-
-
-@dataclass(frozen=True)
-class Lifted(PairLoss):
+class Lifted(Compared):
     """Soft maxima of a row's positive distances and, negative, of its negative ones; 0 over none."""
 
     positive_margin: float
     negative_margin: float
-
-    batch, similarity, sign = True, "distance", 1
 
     def terms(self, s, pair):
         near, far = s - self.positive_margin, self.negative_margin - s
@@ -103,39 +98,16 @@ class Lifted(PairLoss):
 
 
 @dataclass(frozen=True)
-class LiftedOfSimilarities(Lifted):
-    """The same where near means large."""
-
-    similarity, sign = "product", -1
-
-
-@dataclass(frozen=True)
-class LiftedOfReferences(LiftedOfSimilarities):
-    """The same of rows against other rows."""
-
-    batch = False
-
-
-@dataclass(frozen=True)
-class Negatives(PairLoss):
+class Negatives(Compared):
     """The soft maximum of a row's negative distances, taken from the margin; -inf over none."""
 
     margin: float
-
-    batch, similarity, sign = True, "distance", 1
 
     def terms(self, s, pair):
         return {"all": logsumexp(self.sign * (self.margin - s), where=pair.other)}
 
     def loss(self, row):
         return row.all
-
-
-@dataclass(frozen=True)
-class NegativesOfSimilarities(Negatives):
-    """The same where near means large."""
-
-    similarity, sign = "product", -1
 
 
 def as_integers(labels: Tensor) -> Tensor:
@@ -197,9 +169,9 @@ class LabelledPairs:
             row, column = row[other], column[other]
         return row, column
 
-    def losses(self, of_batch: PairLoss, of_references: PairLoss, options: dict, **how) -> Tensor:
-        """One declared loss or the other, of every row or reduced."""
+    def losses(self, loss: PairLoss, options: dict, **how) -> Tensor:
+        """A declared loss of every row or reduced; it is one of a batch if the columns are the rows."""
         how = {"normalize": False, "reduction": "none", **how, **options}
-        if self.own:
-            return batch_loss(of_batch, self.rows, self.labels, **how)
-        return pair_loss(of_references, self.rows, self.columns, **self.groups, **how)
+        if loss.batch:
+            return batch_loss(loss, self.rows, self.labels, **how)
+        return pair_loss(loss, self.rows, self.columns, **self.groups, **how)

@@ -32,15 +32,10 @@ from ..pair_losses.multi_similarity import MultiSimilarity
 from .labelled_pairs import (
     CircleOfReferences,
     Hinges,
-    HingesOfReferences,
-    HingesOfSimilarities,
     LabelledPairs,
     Lifted,
-    LiftedOfReferences,
-    LiftedOfSimilarities,
     MultiSimilarityOfReferences,
     Negatives,
-    NegativesOfSimilarities,
     SupConOfReferences,
     as_integers,
 )
@@ -134,6 +129,11 @@ def _why_not(distance, kinds: tuple[type, ...], own: bool) -> str | None:
     return None
 
 
+def _compared(loss, pairs: LabelledPairs) -> dict:
+    """What a declared loss compares: whether the rows of a batch, and by their distances or similarities."""
+    return {"batch": pairs.own, "similarity": "distance" if type(loss.distance) is LpDistance else "product"}
+
+
 def _elements(losses: Tensor) -> dict:
     """A reducer takes this dictionary: ``losses`` has one element for each row."""
     rows = torch.arange(len(losses), device=losses.device)
@@ -199,7 +199,7 @@ class SupConLoss(_Fused, their_losses.SupConLoss):
             how = {"temperature": self.temperature, "reduction": "none", "normalize": False, **self.options}
             losses = F.sup_con_loss(pairs.rows, pairs.labels, **how)
         else:
-            losses = pairs.losses(None, SupConOfReferences(), self.options, logit_scale=1 / self.temperature)
+            losses = pairs.losses(SupConOfReferences(), self.options, logit_scale=1 / self.temperature)
         return _elements(_above_rounding(losses))
 
 
@@ -209,8 +209,8 @@ class CircleLoss(_Fused, their_losses.CircleLoss):
     numbers = ("m", "gamma")
 
     def _fused(self, pairs: LabelledPairs) -> dict:
-        kinds = (kind(float(self.m), float(self.gamma)) for kind in (Circle, CircleOfReferences))
-        return _elements(pairs.losses(*kinds, self.options))
+        kind = Circle if pairs.own else CircleOfReferences
+        return _elements(pairs.losses(kind(float(self.m), float(self.gamma)), self.options))
 
 
 class MultiSimilarityLoss(_Fused, their_losses.MultiSimilarityLoss):
@@ -219,9 +219,9 @@ class MultiSimilarityLoss(_Fused, their_losses.MultiSimilarityLoss):
     numbers = ("alpha", "beta", "base")
 
     def _fused(self, pairs: LabelledPairs) -> dict:
-        given = float(self.alpha), float(self.beta), float(self.base)
-        kinds = (kind(*given) for kind in (MultiSimilarity, MultiSimilarityOfReferences))
-        return _elements(pairs.losses(*kinds, self.options))
+        kind = MultiSimilarity if pairs.own else MultiSimilarityOfReferences
+        loss = kind(float(self.alpha), float(self.beta), float(self.base))
+        return _elements(pairs.losses(loss, self.options))
 
 
 class ContrastiveLoss(_Fused, their_losses.ContrastiveLoss):
@@ -238,13 +238,12 @@ class ContrastiveLoss(_Fused, their_losses.ContrastiveLoss):
         return super()._why_theirs(*given) or _lists(self, "pos_loss", "neg_loss")
 
     def _fused(self, pairs: LabelledPairs) -> dict:
-        of_batch = Hinges if type(self.distance) is LpDistance else HingesOfSimilarities
         losses = {}
         for name, side, margin in (("pos_loss", "same", self.pos_margin), ("neg_loss", "other", self.neg_margin)):
             reduction = _reduction(self, name)
-            given = side, reduction == "mean_nonzero", float(margin)
+            loss = Hinges(side, reduction == "mean_nonzero", float(margin), **_compared(self, pairs))
             reduction = "sum" if reduction == "sum" else "mean"
-            losses[name] = pairs.losses(of_batch(*given), HingesOfReferences(*given), self.options, reduction=reduction)
+            losses[name] = pairs.losses(loss, self.options, reduction=reduction)
         return _reduced(**losses)
 
 
@@ -259,12 +258,11 @@ class LiftedStructureLoss(_Fused, their_losses.LiftedStructureLoss):
         return super()._why_theirs(indices_tuple, own, same_labels) or (None if own else "references")
 
     def _fused(self, pairs: LabelledPairs) -> dict:
-        by_distance = type(self.distance) is LpDistance
-        kind = Negatives if by_distance else NegativesOfSimilarities
-        negatives = pairs.losses(kind(float(self.neg_margin)), None, self.options)
+        compared = _compared(self, pairs)
+        negatives = pairs.losses(Negatives(float(self.neg_margin), **compared), self.options)
         row, column = pairs.positives
         one, other = pairs.rows[row].to(negatives.dtype), pairs.rows[column].to(negatives.dtype)
-        if by_distance:
+        if compared["similarity"] == "distance":
             positive = torch.linalg.vector_norm(one - other, dim=1) - self.pos_margin
         else:
             positive = self.pos_margin - (one * other).sum(1)
@@ -279,9 +277,8 @@ class GeneralizedLiftedStructureLoss(_Fused, their_losses.GeneralizedLiftedStruc
     numbers = ("pos_margin", "neg_margin")
 
     def _fused(self, pairs: LabelledPairs) -> dict:
-        given = float(self.pos_margin), float(self.neg_margin)
-        of_batch = Lifted if type(self.distance) is LpDistance else LiftedOfSimilarities
-        return _elements(pairs.losses(of_batch(*given), LiftedOfReferences(*given), self.options))
+        loss = Lifted(float(self.pos_margin), float(self.neg_margin), **_compared(self, pairs))
+        return _elements(pairs.losses(loss, self.options))
 
 
 class TripletMarginLoss(_Fused, their_losses.TripletMarginLoss):
