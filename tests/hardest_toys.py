@@ -87,7 +87,8 @@ class Shifted(PairLoss):
     batch, row_values = True, ("shift",)
 
     def terms(self, s, pair):
-        return {"most": largest(self.power * s + pair.row.shift + pair.column.shift, where=pair.same), "every": total(s)}
+        shifted = self.power * s + pair.row.shift + pair.column.shift
+        return {"most": largest(shifted, where=pair.same), "every": total(s)}
 
     def loss(self, row):
         return torch.where(row.most == -math.inf, 0, row.most) + row.every

@@ -201,7 +201,6 @@ CIRCLE_THAT_LEARNS = Case(
         "where": partial(circle_that_learns_dense, log_sums),
         "gathered": partial(circle_that_learns_dense, log_sums_gathered),
     },
-    products={"products_2": bare_products},
 )
 VSE = Case(
     name="vse",

@@ -45,9 +45,16 @@ def _value_of(name: str, parameter: float | Tensor) -> float | Tensor:
     is_tensor = isinstance(parameter, Tensor)
     if is_tensor and not parameter.is_cpu:
         return _leaf(0.7)  # read from no GPU
-    if not math.isfinite(parameter):
-        raise ValueError(f"{name} must be finite, got {float(parameter)}")
-    return _leaf(parameter.item()) if is_tensor else parameter
+    value = check_finite_parameter(name, parameter)
+    return _leaf(value) if is_tensor else value
+
+
+def check_finite_parameter(name: str, parameter: float | Tensor) -> float:
+    """Its value; that of a tensor is read."""
+    value = parameter.item() if isinstance(parameter, Tensor) else float(parameter)
+    if not abs(value) < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
 
 
 def check_parameter(name: str, parameter: float | Tensor) -> None:

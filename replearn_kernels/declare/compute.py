@@ -15,7 +15,7 @@ from ..engine.world import World
 from ..functional.call import Options, check_groups, check_pair, run
 from ..functional.metric import labelled_batch
 from ..functional.rows import unit_rows
-from .checks import check_parameter
+from .checks import check_finite_parameter, check_parameter
 from .formula import dense_loss
 from .given import guides_of, values_of
 from .objective import Declared, objective_of
@@ -110,10 +110,7 @@ def _number(loss: PairLoss, name: str) -> float:
     """The value of a parameter that learns nothing."""
     value, full_name = getattr(loss, name), f"{type(loss).__name__}.{name}"
     check_parameter(full_name, value)
-    value = float(value)
-    if not abs(value) < float("inf"):
-        raise ValueError(f"{full_name} must be finite, got {value}")
-    return value
+    return check_finite_parameter(full_name, value)
 
 
 def _learned(loss: PairLoss, objective: Declared, query: Tensor, group: World | None) -> Tensor | None:
