@@ -197,7 +197,9 @@ class TestGPU:
         inputs = [t.cuda() for t in inputs_of(300, 72, EIGHTS(300), dtype=dtype)]
         check(CASES[name], inputs, 2 * tolerance(dtype, 80.0))
 
-    @pytest.mark.parametrize("name", ["circle", "debiased", "toy clip", "toy contrastive"])
+    @pytest.mark.parametrize("name", [
+        "circle", "debiased", "vse", "toy clip", "toy contrastive", "toy learned steepness", "toy hard triplets",
+    ])  # fmt: skip
     def test_in_a_graph(self, name):
         """Captured once, replayed on other values."""
         case = CASES[name]
