@@ -180,12 +180,14 @@ class TestCompiled:
         assert measure(Case("toy graded", kernel, "bf16", "sm_90")).problems() == []
 
     @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+    @pytest.mark.parametrize("product", ["bf16", "tf32", "fp32"])
     @pytest.mark.parametrize("kernel", ["statistics", "merge rows", "weights"])
-    def test_parameters_that_learn_spill_nothing(self, kernel, target, monkeypatch):
+    def test_parameters_that_learn_spill_nothing(self, kernel, product, target, monkeypatch):
         loss = Steep(*(torch.ones((), requires_grad=True) for _ in range(2)))
-        variant = Variant("declared_large", groups=True, columns=True, quantities=10, loss=loss)
+        variant = Variant("declared_many", groups=True, columns=True, quantities=10, loss=loss)
+        assert variant.functions.name == variant.epilogue
         monkeypatch.setitem(VARIANTS, "toy steep", variant)
-        assert measure(Case("toy steep", kernel, "bf16", target)).problems() == []
+        assert measure(Case("toy steep", kernel, product, target)).problems() == []
 
 
 class TestGPU:

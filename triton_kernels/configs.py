@@ -78,7 +78,8 @@ class Ring:
 #   whose 64 rows a thread each have a class and four coefficients, spill at 128 x 64. The "ieee" weights over
 #   distances and of sigmoids spill on sm_90, where the assembler stops at 128 registers, and on sm_100 the hardest
 #   pairs' statistics, four of each column. Of declared losses, whose epilogues are printed, "declared" have up to six
-#   quantities of rows and columns and one log-sum-exp, "declared_large" more; "declared_guided" have a second product.
+#   quantities of rows and columns and one log-sum-exp, "declared_large" up to twelve, "declared_many" more, as where
+#   parameters learn; "declared_guided" have a second product.
 DEFAULTS: dict[tuple, Config] = {
     ("statistics", "half", 80): Config(128, 128, 32, warps=8, stages=4),
     ("statistics", "half", 90): Config(128, 128, 64, warps=8, stages=4),
@@ -108,10 +109,18 @@ DEFAULTS: dict[tuple, Config] = {
     ("declared_large", "statistics", "ieee", 80): Config(64, 32, 16, warps=8, stages=3),
     ("declared_large", "statistics", "ieee", 90): Config(32, 32, 16, warps=8, stages=3),
     ("declared_large", "statistics", "ieee", 100): Config(64, 32, 16, warps=8, stages=3),
-    **{("declared_large", "gradient", "ieee", arch): Config(32, 16, 0, warps=4, stages=1) for arch in (80, 90, 100)},
-    ("declared_large", "gradient", "half", 80): Config(64, 32, 0, warps=8, stages=2),
-    ("declared_large", "gradient", "half", 90): Config(64, 32, 0, warps=8, stages=2),
+    **{
+        (epilogue, "gradient", "ieee", arch): Config(32, 16, 0, warps=4, stages=1)
+        for epilogue in ("declared_large", "declared_many")
+        for arch in (80, 90, 100)
+    },
+    **{
+        (epilogue, "gradient", "half", arch): Config(64, 32, 0, warps=8, stages=2)
+        for epilogue in ("declared_large", "declared_many")
+        for arch in (80, 90)
+    },
     ("declared_large", "gradient", "half", 100): Config(128, 32, 0, warps=8, stages=2),
+    ("declared_many", "gradient", "half", 100): Config(64, 32, 0, warps=8, stages=2),
     ("declared_guided", "statistics", "ieee", 80): Config(32, 32, 16, warps=4, stages=3),
     ("declared_guided", "statistics", "tf32", 100): Config(64, 16, 32, warps=8, stages=3),
     ("declared_guided", "weights", "ieee", 100): Config(32, 32, 16, warps=8, stages=3),
@@ -164,7 +173,7 @@ DEFAULTS = {
     for configs, epilogues in (
         (_NARROWER, ("sigmoid", "margin_contrastive", "lifted", "hardest", "declared")),
         (_SMALL, ("batch_all", "declared_large")),
-        (_SMALLEST, ("semi_hard",)),
+        (_SMALLEST, ("semi_hard", "declared_many")),
         (_GUIDED, ("declared_guided",)),
     )
     for epilogue in epilogues

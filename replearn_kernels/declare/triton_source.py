@@ -66,6 +66,8 @@ def _block_sizes(definition: Definition) -> str:
     quantities = sum(term.statistics for term in definition.terms) * (2 if definition.has_columns else 1)
     if definition.settings.guide:
         return "declared_guided"
+    if quantities > 12:
+        return "declared_many"
     several = sum(term.kind == "logsumexp" for term in definition.terms) > 1
     return "declared_large" if several or definition.takes_given or quantities > 6 else "declared"
 
