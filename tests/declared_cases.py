@@ -29,6 +29,7 @@ from declared_toys import (
     Squares,
     guides_of,
     numbers_of,
+    stacked,
 )
 from metric_oracle import distances, others
 from torch import Tensor
@@ -67,14 +68,10 @@ def _everything(x, y, labels, scale, target):
         total_v = torch.stack(v_of_row).sum() if v_of_row else x.sum() * 0
         of_w = torch.stack(w_of_row) if w_of_row else x[i, :0]
         losses.append(total_v / 10 + of_w.logsumexp(0))
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 # -- oracles --------------------------------------------------------------------------------------------------------
-
-
-def _rows(x: Tensor, losses: list[Tensor]) -> Tensor:
-    return torch.stack(losses) if losses else x.sum(1)
 
 
 def _log1p_exp(x: Tensor) -> Tensor:
@@ -90,7 +87,7 @@ def circle(x, y, labels, scale, m=0.4, gamma=80.0):
         far = (gamma * (n.detach() + m).clamp(min=0) * (n - m)).exp().sum()
         losses.append((near * far).log1p())
         counted += bool(positives and negatives)
-    return _rows(x, losses), counted
+    return stacked(x, losses), counted
 
 
 def multi_similarity(x, y, labels, scale, alpha=2.0, beta=50.0, base=0.5):
@@ -99,7 +96,7 @@ def multi_similarity(x, y, labels, scale, alpha=2.0, beta=50.0, base=0.5):
         positives, negatives = others(labels.tolist(), i)
         near = (-alpha * (s[i, positives] - base)).exp().sum().log1p() / alpha
         losses.append(near + (beta * (s[i, negatives] - base)).exp().sum().log1p() / beta)
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def log_sum_exp(x, y, labels, scale, counts, hardness=0.0):
@@ -107,7 +104,7 @@ def log_sum_exp(x, y, labels, scale, counts, hardness=0.0):
     for i in range(len(x)):
         own = logits[i, counts(labels == labels[i])]
         losses.append((own + hardness * own.detach()).exp().sum().log())
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def hard_negatives(x, y, labels, scale, beta=1.0, tau_plus=0.0):
@@ -125,7 +122,7 @@ def hard_negatives(x, y, labels, scale, beta=1.0, tau_plus=0.0):
         if tau_plus:
             g = ((g - tau_plus * count * positive) / (1 - tau_plus)).clamp(min=count * (-scale).exp())
         losses.append(-(positive / (positive + g)).log())
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def decoupled(x, y, labels, scale):
@@ -135,7 +132,7 @@ def decoupled(x, y, labels, scale):
         other = (i + n) % (2 * n)
         kept = [j for j in range(2 * n) if j not in (i, other)]
         losses.append(logits[i, kept].logsumexp(0) - logits[i, other])
-    return _rows(torch.cat([x, y]), losses), 2 * n
+    return stacked(torch.cat([x, y]), losses), 2 * n
 
 
 def vse(x, y, labels, scale, margin=0.4, by_group=False):
@@ -144,7 +141,7 @@ def vse(x, y, labels, scale, margin=0.4, by_group=False):
         rest = [j for j in range(len(x)) if j != i and not (by_group and labels[i] == labels[j])]
         hinges = [(margin + of.max() - s[i, i]).clamp(min=0) for of in (s[i, rest], s[rest, i]) if rest]
         losses.append(sum(hinges) if hinges else s[i, i] * 0)
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def multi_positive(x, y, labels, scale):
@@ -154,7 +151,7 @@ def multi_positive(x, y, labels, scale):
         losses.append(
             (logits[i].logsumexp(0) - logits[i, same].mean() + logits[:, i].logsumexp(0) - logits[same, i].mean()) / 2
         )
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def sampled_softmax(x, y, labels, scale):
@@ -163,7 +160,7 @@ def sampled_softmax(x, y, labels, scale):
         corrected = scale * (y @ x[i]) + surprise
         kept = [j for j in range(len(y)) if j == i or labels[j] != labels[i]]
         losses.append(weight[i] * (corrected[kept].logsumexp(0) - corrected[i]))
-    return _rows(x, losses), weight.sum().item()
+    return stacked(x, losses), weight.sum().item()
 
 
 def soft_targets(x, y, labels, scale, symmetric=False):
@@ -173,7 +170,7 @@ def soft_targets(x, y, labels, scale, symmetric=False):
         loss = -(guide[i].softmax(0) * logits[i].log_softmax(0)).sum()
         of_column = -(guide[:, i].softmax(0) * logits[:, i].log_softmax(0)).sum()
         losses.append((loss + of_column) / 2 if symmetric else loss)
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def gist(x, y, labels, scale, negatives=False):
@@ -192,14 +189,14 @@ def gist(x, y, labels, scale, negatives=False):
             if (kind == 0 and j == i) or (not (kind in (1, 2) and j == i) and guide[i, j] <= limit)
         ]
         losses.append(torch.stack(kept).logsumexp(0) - scale * (a[i] @ p[i]))
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def _clip(x, y, labels, scale):
     logits = scale * x @ y.t()
     rows = range(len(x))
     losses = [(logits[i].logsumexp(0) + logits[:, i].logsumexp(0)) / 2 - logits[i, i] for i in rows]
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def _siglip(x, y, labels, scale, by_group=False):
@@ -208,7 +205,7 @@ def _siglip(x, y, labels, scale, by_group=False):
     for i in range(len(x)):
         signs = [-1.0 if (labels[j] == labels[i] if by_group else j == i) else 1.0 for j in range(len(y))]
         losses.append(_log1p_exp(torch.tensor(signs, dtype=x.dtype) * logits[i]).sum())
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def _margin(x, y, labels, scale, margin=0.2):
@@ -216,7 +213,7 @@ def _margin(x, y, labels, scale, margin=0.2):
     for i in range(len(x)):
         logits = scale * (s[i] - margin * torch.eye(len(y), dtype=x.dtype)[i])
         losses.append(logits.logsumexp(0) - logits[i])
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def _contrastive(x, y, labels, scale, margin=1.3, squared=True):
@@ -225,7 +222,7 @@ def _contrastive(x, y, labels, scale, margin=1.3, squared=True):
         positives, negatives = others(labels.tolist(), i)
         near, far = d[i, positives], (margin - d[i, negatives]).clamp(min=0)
         losses.append((near**2).sum() + (far**2).sum() if squared else near.sum() + far.sum())
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def _squares(x, y, labels, scale, weight=0.7):
@@ -235,7 +232,7 @@ def _squares(x, y, labels, scale, weight=0.7):
         loss = (weight * (d[i, positives] - 1)).sum()
         losses.append(loss + (2 - weight * d[i, negatives]).logsumexp(0) if negatives else loss)
         counted += len(positives)
-    return _rows(x, losses), counted
+    return stacked(x, losses), counted
 
 
 def _graded(x, y, labels, scale, gamma=3.0):
@@ -251,7 +248,7 @@ def _graded(x, y, labels, scale, gamma=3.0):
         if far:
             both = both + (gamma * s[i, far] + grade[i] / 4).logsumexp(0)
         losses.append(weight[i] * _log1p_exp(both) + (s[i, above] ** 2 * weight[above]).sum())
-    return _rows(x, losses), weight.sum().item()
+    return stacked(x, losses), weight.sum().item()
 
 
 def _own_margins(x, y, labels, scale):
@@ -260,7 +257,7 @@ def _own_margins(x, y, labels, scale):
         positives, negatives = others(labels.tolist(), i)
         near, far = d[i, positives] * margin[positives], (margin[i] - d[i, negatives]).clamp(min=0)
         losses.append(near.sum() + (far**2).sum())
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def _regression(x, y, labels, scale):
@@ -268,7 +265,7 @@ def _regression(x, y, labels, scale):
     for i in range(len(x)):
         kept = [j for j in range(len(x)) if j != i]
         losses.append(((logits[i, kept] - (-(grade[i] - grade[kept]).abs()).exp()) ** 2).sum())
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def _sampled(x, y, labels, scale):
@@ -280,7 +277,7 @@ def _sampled(x, y, labels, scale):
         of_column = [logits[j, i] - (0 if j == i else log_q[i]) for j in everyone if j == i or not skipped[j]]
         row, column = (torch.stack(v).logsumexp(0) - logits[i, i] for v in (of_row, of_column))
         losses.append(weight[i] * row + column_weight[i] * column)
-    return _rows(x, losses), (weight > 1.2).sum().item()
+    return stacked(x, losses), (weight > 1.2).sum().item()
 
 
 def _sampled_numbers(labels: Tensor) -> tuple[Tensor, ...]:
@@ -299,7 +296,7 @@ def _filtered(x, y, labels, scale):
         row = (logits[i, kept] + guide[i, kept] / 2).logsumexp(0)
         column = (logits[of_column, i] + guide[of_column, i] / 2).logsumexp(0)
         losses.append((row + column) / 2 - logits[i, i] * guide[i, i].exp())
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def _guided(x, y, labels, scale):
@@ -310,13 +307,13 @@ def _guided(x, y, labels, scale):
         kept = [j for j in range(len(x)) if j != i and guide[i, j] > -0.5]
         loss = (d[i, positives] ** 2 * guide[i, positives] * weight[i]).sum()
         losses.append(loss + (-d[i, kept] * (1 + guide[i, kept] ** 2)).logsumexp(0) if kept else loss)
-    return _rows(x, losses), len(x)
+    return stacked(x, losses), len(x)
 
 
 def _imitation(x, y, labels, scale):
     guide = guides_of(labels)[0]
     errors = (x @ x.t() - guide @ guide.t()) ** 2
-    return _rows(x, [errors[i].sum() - errors[i, i] for i in range(len(x))]), len(x)
+    return stacked(x, [errors[i].sum() - errors[i, i] for i in range(len(x))]), len(x)
 
 
 # -- the table ------------------------------------------------------------------------------------------------------

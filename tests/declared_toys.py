@@ -247,6 +247,11 @@ class Imitation(PairLoss):
         return {"error": total((s - pair.guide) ** 2)}
 
 
+def stacked(x: Tensor, losses: list[Tensor]) -> Tensor:
+    """The losses of the rows x as one tensor; of no rows an empty one, through which gradients go."""
+    return torch.stack(losses) if losses else x.sum(1)
+
+
 def guides_of(labels: Tensor, width: int = 3) -> tuple[Tensor, Tensor]:
     """Features of rows and columns that no other input has, in which rows of one label are near."""
     place = torch.arange(len(labels), device=labels.device).double().unsqueeze(1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from declared_toys import numbers_of
+from declared_toys import numbers_of, stacked
 from metric_oracle import distances, others
 from torch import Tensor
 
@@ -117,7 +117,7 @@ def triplets(x, y, labels, scale):
         counts = bool(positives and negatives)
         losses.append(F.softplus(d[i, positives].max() - d[i, negatives].min()) if counts else d[i].sum() * 0)
         counted += counts
-    return torch.stack(losses) if losses else x.sum(1), counted
+    return stacked(x, losses), counted
 
 
 def call_violation(x, y, labels, scale, **options):
@@ -131,7 +131,7 @@ def violation(x, y, labels, scale):
         rest = [j for j in range(len(x)) if j != i]
         hardest = f[i, rest].max() + f[rest, i].max() if rest else logits[i, i] * 0 - 10
         losses.append(F.softplus(margin + hardest - logits[i, i]))
-    return torch.stack(losses) if losses else x.sum(1), len(x)
+    return stacked(x, losses), len(x)
 
 
 def call_among(x, y, labels, scale, **options):
@@ -143,7 +143,7 @@ def among(x, y, labels, scale):
     for i in range(len(x)):
         same = [j for j in range(len(x)) if labels.flip(0)[j] == labels[i]]
         losses.append(logits[i].logsumexp(0) + ((3 - 2 * logits[i, same]).min() if same else 0))
-    return torch.stack(losses) if losses else x.sum(1), len(x)
+    return stacked(x, losses), len(x)
 
 
 def call_graded(x, y, labels, scale, **options):
@@ -159,4 +159,4 @@ def graded(x, y, labels, scale):
             continue
         most = (scale * s[i, rest] * grade[rest] - s[i, rest] ** 2 * grade[i]).max()
         losses.append(most * grade[i] + s[i, rest].logsumexp(0))
-    return torch.stack(losses) if losses else x.sum(1), len(x)
+    return stacked(x, losses), len(x)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from declared_toys import Contrastive, numbers_of
+from declared_toys import Contrastive, numbers_of, stacked
 from metric_oracle import distances, others
 from torch import Tensor
 
@@ -111,7 +111,7 @@ def bias(x, y, labels, scale):
     for i in range(len(x)):
         signs = torch.where(labels == labels[i], -1, 1)
         losses.append(F.softplus(signs * scale * (y @ x[i] - 1), threshold=1000).sum())
-    return torch.stack(losses) if losses else x.sum(1), len(x)
+    return stacked(x, losses), len(x)
 
 
 def call_steep(x, y, labels, scale, **options):
@@ -126,7 +126,7 @@ def steep(x, y, labels, scale):
         near = (scale * (1 + m - p).clamp(min=0) * (1 - m - p)).logsumexp(0)
         far = (scale * (n + m).clamp(min=0) * (n - m) + 2 * m).logsumexp(0)
         losses.append(torch.logaddexp(near + far, near.new_zeros(())) + m**2 * (p**2).sum() / 9)
-    return torch.stack(losses) if losses else x.sum(1), len(x)
+    return stacked(x, losses), len(x)
 
 
 def call_columns(x, y, labels, scale, **options):
@@ -150,7 +150,7 @@ def sides(x, y, labels, scale):
     for i in range(len(x)):
         rest = [j for j in range(len(x)) if j != i]
         losses.append((s[i, rest] * (1 + scale * grade[rest])).logsumexp(0) * grade[i] if rest else scale * s[i, i] * 0)
-    return torch.stack(losses) if losses else x.sum(1), len(x)
+    return stacked(x, losses), len(x)
 
 
 def call_totals(x, y, labels, scale, **options):
@@ -164,7 +164,7 @@ def totals(x, y, labels, scale):
         rest = sorted(positives + negatives)
         losses.append(F.softplus(scale * s[i, rest] - scale / 4, threshold=1000).sum())
         losses[i] = losses[i] + (scale / 4 * s[i, positives] ** 2).sum()
-    return torch.stack(losses) if losses else x.sum(1), len(x)
+    return stacked(x, losses), len(x)
 
 
 def call_contrastive(x, y, labels, scale, **options):
@@ -176,4 +176,4 @@ def contrastive(x, y, labels, scale):
     for i in range(len(x)):
         positives, negatives = others(labels.tolist(), i)
         losses.append((d[i, positives] ** 2).sum() + ((scale * 0.4 - d[i, negatives]).clamp(min=0) ** 2).sum())
-    return torch.stack(losses) if losses else x.sum(1), len(x)
+    return stacked(x, losses), len(x)

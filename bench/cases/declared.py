@@ -43,25 +43,7 @@ def log_sums_gathered(near, far, embeddings, labels):
     return torch.where(positive, near(of_class), -math.inf).logsumexp(1), negatives.logsumexp(1)
 
 
-def near_in_circle(s):
-    return GAMMA * (1 + MARGIN - s.detach()).relu() * (1 - MARGIN - s)
-
-
-def far_in_circle(s):
-    return GAMMA * (s.detach() + MARGIN).relu() * (s - MARGIN)
-
-
-def circle_dense(sums, embeddings, labels):
-    positives, negatives = sums(near_in_circle, far_in_circle, embeddings, labels)
-    return -F.logsigmoid(-(positives + negatives)).mean()
-
-
-def circle_that_learns(embeddings, labels, margin, gamma, **options):
-    """Its cosines are of rows that are normalised already."""
-    return fuse(Circle(margin, gamma), normalize=False, **options)(embeddings, labels)
-
-
-def circle_that_learns_dense(sums, embeddings, labels, margin, gamma):
+def circle_dense(sums, embeddings, labels, margin=MARGIN, gamma=GAMMA):
     def near(s):
         return gamma * (1 + margin - s).relu().detach() * (1 - margin - s)
 
@@ -70,6 +52,11 @@ def circle_that_learns_dense(sums, embeddings, labels, margin, gamma):
 
     positives, negatives = sums(near, far, embeddings, labels)
     return -F.logsigmoid(-(positives + negatives)).mean()
+
+
+def circle_that_learns(embeddings, labels, margin, gamma, **options):
+    """Its cosines are of rows that are normalised already."""
+    return fuse(Circle(margin, gamma), normalize=False, **options)(embeddings, labels)
 
 
 def labelled_embeddings_and_parameters(n: int, d: int, dtype: torch.dtype, device: str) -> Inputs:
@@ -197,10 +184,7 @@ CIRCLE_THAT_LEARNS = Case(
     title="Circle loss, margin and gamma learn",
     make_inputs=labelled_embeddings_and_parameters,
     ours={"ours": circle_that_learns, "ours_budget_0": partial(circle_that_learns, memory_budget=0)},
-    dense={
-        "where": partial(circle_that_learns_dense, log_sums),
-        "gathered": partial(circle_that_learns_dense, log_sums_gathered),
-    },
+    dense={"where": partial(circle_dense, log_sums), "gathered": partial(circle_dense, log_sums_gathered)},
 )
 VSE = Case(
     name="vse",

@@ -130,11 +130,9 @@ template <typename T, int R>
 inline void keep_largest(DeclaredTable<T> rows, int64_t i, int term, Vec<T> top, Vec<T> number,
                          const Vec<T> (&read)[kMeans + 1][R], int r) {
   for (int64_t lane = 0; lane < lanes<T>; ++lane) {
-    const T v = top[lane], known = rows[0][i];
     if (number[lane] < 0) continue;  // of no pair
-    const bool is_nan = v != v, was_nan = known != known, is_first = number[lane] < rows[1][i];
-    if (!(v > known || (is_nan && !was_nan) || ((v == known || (is_nan && was_nan)) && is_first))) continue;
-    rows[0][i] = v, rows[1][i] = number[lane];
+    if (!is_larger<T>(top, number, splat<T>(rows[0][i]), splat<T>(rows[1][i]))[lane]) continue;
+    rows[0][i] = top[lane], rows[1][i] = number[lane];
     for (int m = 0; m < means_of(term); ++m) rows[2 + m][i] = read[Terms::kFirstMean[term] + m][r][lane];
   }
 }

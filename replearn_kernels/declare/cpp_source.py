@@ -52,7 +52,7 @@ def source_of(definition: Definition) -> str:
     kinds = ", ".join(_KINDS[term.kind] for term in terms)
     slopes = ", ".join(_word(term.slope is not None) for term in terms)
     row_values, column_values = len(definition.row_values), len(definition.column_values)
-    means, first_mean = [e for term in terms for e in term.means], _starts([len(term.means) for term in terms])
+    means, first_mean = [e for term in terms for e in term.means], [0, *accumulate(len(t.means) for t in terms)]
     of_terms = [e for t in terms for e in (t.rest, t.over, t.slope) if e is not None]
     pairs = _OfPairs(definition, [*of_terms, *means])
     body = []
@@ -145,11 +145,6 @@ class _OfPairs(Writer):
 
     def let(self, name: str, text: str) -> None:
         self.lines.append(f"const auto {name} = {text};")
-
-
-def _starts(counts: list[int]) -> list[int]:
-    """Where each of the parts of these sizes begins, and where the last one ends."""
-    return [0, *accumulate(counts)]
 
 
 def _indented(lines: list[str]) -> list[str]:

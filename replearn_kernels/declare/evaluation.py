@@ -126,19 +126,24 @@ def through_terms(numbers: Numbers, tables: list[Tensor], weights: Sequence[Tens
     first = [place for _, place in places(definition.terms, "statistics")]
     for side, table in enumerate(tables):
         for derivative, factor in zip(definition.derivatives, factors):
-            k, place = derivative.term, first[derivative.term]
+            k = derivative.term
             weight = weights[side * len(definition.own_terms) + k]
             if derivative.total is not None:
                 products = weight * table[first[derivative.total]].double()
             else:
-                term, of_pair = definition.terms[k], 1
-                if derivative.mean is not None:
-                    of_pair = table[place + 2 + derivative.mean].double()
-                    if term.kind == "logsumexp":
-                        of_pair = of_pair / table[place + 1].double()
-                products = torch.where(is_of_none(term, table[place:]), 0, weight * of_pair)
+                products = _times_mean(weight, definition.terms[k], derivative.mean, table[first[k] :])
             of_parameters[derivative.parameter] += products.sum() * factor
     return of_parameters
+
+
+def _times_mean(weight: Tensor, term: Term, mean: int | None, table: Tensor) -> Tensor:
+    """The weight times one of the term's means, or 1 (None), ``[N]``; 0 of a row without pairs, whatever its weight.
+    The table's first quantities are the term's."""
+    if mean is not None:
+        weight = weight * table[2 + mean].double()
+        if term.kind == "logsumexp":
+            weight = weight / table[1].double()
+    return torch.where(is_of_none(term, table), 0, weight)
 
 
 def is_of_none(term: Term, table: Sequence[Tensor] | Tensor) -> Tensor:

@@ -170,10 +170,10 @@ class Declared(Objective):
         return rows, self._coefficients(column_table, weights)
 
     def learned_gradient(self, problem: Problem, row_table: Tensor | None) -> Tensor | None:
-        if self.definition.learned and not self.needs_statistics:
-            weights = [row_table[-1].double()] * len(self.definition.own_terms)
-            return through_terms(self.numbers(problem.scale), [row_table], weights)
-        return self.own_learned_gradient
+        if self.needs_statistics:
+            return super().learned_gradient(problem, row_table)
+        weights = [row_table[-1].double()] * len(self.definition.own_terms)
+        return through_terms(self.numbers(problem.scale), [row_table], weights)
 
     def _evaluated(self, problem: Problem, row_table: Tensor, column_table: Tensor | None) -> Evaluation:
         """The formula on these tables: where losses and coefficients are asked for in one call, the same object."""

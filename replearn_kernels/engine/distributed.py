@@ -27,14 +27,7 @@ from .counters import count_workspace
 from .plan import Plan, TileShape, balanced_block, visited_pairs
 from .problem import Inputs, Problem
 from .ring import Tour, travel
-from .schedules import (
-    Config,
-    learned_gradient,
-    needs_query_sums,
-    on_device_of,
-    sweeps_for_scalars,
-    with_own_scale_gradient,
-)
+from .schedules import Config, gradients_of_scalars, needs_query_sums, on_device_of, sweeps_for_scalars
 from .shards import Layout, Shard
 from .sweeps import Gradients, Tables, fold_statistics, sweep_gradients
 from .world import World
@@ -194,14 +187,12 @@ class _Run:
     def results(self, gradients: Gradients, row_coefficients: Tensor, factor) -> list[Tensor]:
         """Gradients for features, scale, bias and what is learned, times ``factor``: an empty tensor of its own where
         none is needed."""
-        needs_scale, of_bias, of_learned = self.needs_grad_of_scalars
+        needs_scale, of_bias, _ = self.needs_grad_of_scalars
         weight_sum = self.objective.bias_gradient(row_coefficients) if any(of_bias) else None
         features, scale, bias = self.runner.finish(
             self.shard, gradients, (factor,), self.config.needs_grad, needs_scale, weight_sum
         )
-        scalars = [with_own_scale_gradient(scale, self.objective, (factor,)), *[bias] * len(of_bias)]
-        if of_learned:
-            scalars.append(learned_gradient(self.objective, self.shard, row_coefficients, of_learned[0], (factor,)))
+        scalars = gradients_of_scalars(self, self.shard, row_coefficients, scale, bias, (factor,))
         world = self.layout.world
         scalars = [None if scalar is None else world.sum(scalar) / world.size for scalar in scalars]
         return [self.shard.query.new_empty(0) if tensor is None else tensor for tensor in (*features, *scalars)]

@@ -225,15 +225,10 @@ class _Run(NamedTuple):
     ) -> list[Tensor]:
         """Gradients for features, in ``dtype`` if given, scale, bias and what is learned, times ``factors``: an empty
         tensor of its own for each not needed. ``table``: of the rows, after the sweep of W."""
-        needs_scale, of_bias, of_learned = self.needs_grad_of_scalars
         features, scale, bias = self.runner.finish(
-            self.problem, gradients, factors, self.config.needs_grad, needs_scale, weight_sum, dtype
+            self.problem, gradients, factors, self.config.needs_grad, self.needs_grad_of_scalars[0], weight_sum, dtype
         )
-        results = [*features, with_own_scale_gradient(scale, self.objective, factors)]
-        if of_bias:
-            results.append(bias)
-        if of_learned:
-            results.append(learned_gradient(self.objective, self.problem, table, of_learned[0], factors))
+        results = [*features, *gradients_of_scalars(self, self.problem, table, scale, bias, factors)]
         return [self.problem.query.new_empty(0) if tensor is None else tensor for tensor in results]
 
 
@@ -328,18 +323,22 @@ def _share_of(count: int | Tensor) -> float | Tensor:
     return 1 / (count + (count == 0) if isinstance(count, Tensor) else count or 1)
 
 
-def with_own_scale_gradient(gradient: Tensor | None, objective, factors) -> Tensor | None:
-    """The scale's gradient, of the logits, with that of losses which read the scale themselves."""
-    if gradient is None or objective.own_scale_gradient is None:
-        return gradient
-    return gradient + objective.own_scale_gradient * math.prod(factors)
+def gradients_of_scalars(
+    run, problem: Problem, table: Tensor | None, scale: Tensor | None, bias: Tensor | None, factors
+) -> list[Tensor | None]:
+    """Of the scale, with that of losses which read the scale themselves; of the bias, if there is one; and of what is
+    learned, if that is anything. None of what needs none.
 
-
-def learned_gradient(
-    objective, problem: Problem, table: Tensor | None, is_needed: bool, factors
-) -> Tensor | None:
-    """Of the parameters that are tensors, if it is needed."""
-    return objective.learned_gradient(problem, table) * math.prod(factors) if is_needed else None
+    ``run``: of one process, or of one rank; ``table``: of the rows, after the sweep of W; ``scale``, ``bias``: the
+    gradients that the sweep has found, times ``factors``.
+    """
+    objective, (_, of_bias, of_learned) = run.objective, run.needs_grad_of_scalars
+    if scale is not None and objective.own_scale_gradient is not None:
+        scale = scale + objective.own_scale_gradient * math.prod(factors)
+    found = [scale, *[bias] * len(of_bias)]
+    for is_needed in of_learned:
+        found.append(objective.learned_gradient(problem, table) * math.prod(factors) if is_needed else None)
+    return found
 
 
 def needs_query_sums(

@@ -150,7 +150,7 @@ class Objective(ABC):
 
     def learned_gradient(self, problem: Problem, row_table: Tensor | None) -> Tensor | None:
         """The gradient of what is ``learned``, fp64, once the last sweep has ended; ``row_table``: its coefficients."""
-        return None
+        return self.own_learned_gradient
 
     def bias_gradient(self, row_coefficients: Tensor) -> Tensor:
         """``sum_ij W_ij``, fp64; for losses with a bias."""
