@@ -14,6 +14,7 @@
 #include "cpu/memory.h"
 #include "cpu/mine_triplets.h"
 #include "cpu/mirror.h"
+#include "cpu/retrieval.h"
 #include "cpu/semi_hard_tile.h"
 #include "cpu/sigmoid_tile.h"
 #include "cpu/softmax_tile.h"
@@ -94,6 +95,23 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
       "-> (Tensor anchor, Tensor positive, Tensor negative)");
   m.def("pair_squares(Tensor x, Tensor i, Tensor j) -> Tensor");
   m.def("add_differences_(Tensor(a!) gradient, Tensor x, Tensor i, Tensor j, Tensor weight) -> ()");
+#define SCORES                                                                                          \
+  "Tensor query, Tensor gallery, bool distance, Tensor query_factor, Tensor gallery_factor, " \
+  "Tensor to_filter, Tensor shift, "
+#define FILTER                                                                                       \
+  "Tensor filter, Tensor row_factor, float relative, Tensor row_ids, Tensor column_ids, int first_column, "
+  m.def("listed_scores_(" SCORES "Tensor row, Tensor column, Tensor(a!) scores) -> ()");
+  m.def("nearest_(Tensor s, " SCORES FILTER
+        "int k, Tensor(a!) lower, Tensor(b!) upper, Tensor(c!) index, Tensor(d!) held, Tensor(e!) threshold) -> int");
+  m.def("nearest_result_(" SCORES
+        "Tensor lower, Tensor upper, Tensor index, Tensor held, Tensor(a!) scores, Tensor(b!) neighbours) -> ()");
+  m.def("sort_positives_(" SCORES
+        "Tensor offsets, Tensor(a!) scores, Tensor(b!) index, Tensor(c!) low, Tensor(d!) high) -> ()");
+  m.def("place_(Tensor s, " SCORES FILTER
+        "Tensor offsets, Tensor scores, Tensor index, Tensor low, Tensor high, Tensor cutoff, Tensor(a!) active, "
+        "Tensor(b!) better) -> int");
+#undef SCORES
+#undef FILTER
   m.def("mirror_(Tensor(a!) square) -> ()");
   m.def("advise_huge_pages_(Tensor(a!) buffer) -> ()");
   m.def("vector_exp(Tensor x) -> Tensor");
@@ -118,6 +136,11 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("mine_triplets", TORCH_BOX(&replearn::mine_triplets));
   m.impl("pair_squares", TORCH_BOX(&replearn::pair_squares));
   m.impl("add_differences_", TORCH_BOX(&replearn::add_differences_));
+  m.impl("listed_scores_", TORCH_BOX(&replearn::listed_scores_));
+  m.impl("nearest_", TORCH_BOX(&replearn::nearest_));
+  m.impl("nearest_result_", TORCH_BOX(&replearn::nearest_result_));
+  m.impl("sort_positives_", TORCH_BOX(&replearn::sort_positives_));
+  m.impl("place_", TORCH_BOX(&replearn::place_));
   m.impl("mirror_", TORCH_BOX(&replearn::mirror_));
   m.impl("advise_huge_pages_", TORCH_BOX(&replearn::advise_huge_pages_));
   m.impl("vector_exp", TORCH_BOX(&vector_exp));

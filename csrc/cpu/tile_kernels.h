@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "mining_kernels.h"
+#include "retrieval_kernels.h"
 
 namespace replearn {
 
@@ -137,6 +138,7 @@ struct InstructionSet {
   const char* name;
   TileKernels<float> f32;
   TileKernels<double> f64;
+  RetrievalKernels retrieval;
 };
 
 // The widest instruction set that this processor runs, or the one named by REPLEARN_KERNELS_INSTRUCTION_SET.

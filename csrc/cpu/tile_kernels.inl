@@ -64,6 +64,7 @@ T squared_distance(const T* x, const T* y, int64_t d) {
 #include "batch_all_kernels.inl"
 #include "semi_hard_kernels.inl"
 #include "mine_triplets_kernels.inl"
+#include "retrieval_kernels.inl"
 // clang-format on
 
 template <typename T>

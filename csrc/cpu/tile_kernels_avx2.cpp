@@ -12,7 +12,7 @@
 
 namespace replearn {
 extern const InstructionSet kernels_avx2;
-const InstructionSet kernels_avx2 = {"avx2", kernels<float>(), kernels<double>()};
+const InstructionSet kernels_avx2 = {"avx2", kernels<float>(), kernels<double>(), retrieval_kernels()};
 }  // namespace replearn
 
 #if defined(__clang__)

@@ -15,7 +15,7 @@
 
 namespace replearn {
 extern const InstructionSet kernels_avx512;
-const InstructionSet kernels_avx512 = {"avx512", kernels<float>(), kernels<double>()};
+const InstructionSet kernels_avx512 = {"avx512", kernels<float>(), kernels<double>(), retrieval_kernels()};
 }  // namespace replearn
 
 #if defined(__clang__)

@@ -6,5 +6,5 @@
 
 namespace replearn {
 extern const InstructionSet kernels_baseline;
-const InstructionSet kernels_baseline = {"baseline", kernels<float>(), kernels<double>()};
+const InstructionSet kernels_baseline = {"baseline", kernels<float>(), kernels<double>(), retrieval_kernels()};
 }  // namespace replearn

@@ -1,0 +1,105 @@
+"""The k nearest columns of every row: what a block of rows keeps of its tiles, natively and in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..engine.columns import blocks
+from .bounds import Scores
+from .walk import Ids, Tile, rows_at_once, walk
+
+Nearest = tuple[Tensor, Tensor]
+"""Scores, fp64, and columns, int64, ``[R, k]`` each: the best first, of equal scores the lower column. Where there are
+fewer, -inf and -1."""
+
+
+def nearest(scores: Scores, k: int, excluded: list[Ids], backend: str, on_rows: Callable[[int], object]) -> Nearest:
+    """Of all queries; columns of a row's id are no candidates."""
+    fold = {"cpp": NativeNearest, "torch": NearestOnTensors}[backend]
+    device = scores.query.features.device
+    shape = len(scores.query), k
+    best = torch.empty(shape, dtype=torch.float64, device=device)
+    columns = torch.empty(shape, dtype=torch.int64, device=device)
+    row_blocks = blocks(shape[0], rows_at_once(device))
+    for rows, found in walk(scores, excluded, row_blocks, lambda rows: fold(scores[rows], k), on_rows):
+        best[rows], columns[rows] = found.result()
+    return best, columns
+
+
+class NativeNearest:
+    """Candidates as csrc/cpu/retrieval.cpp keeps them: bounds and columns of those that may be among the k."""
+
+    def __init__(self, scores: Scores, k: int):
+        self.scores, self.k = scores, k
+        rows, room = len(scores.query), 2 * k + 64
+        self.lower, self.upper = torch.empty(2, rows, room)
+        self.columns = torch.empty(rows, room, dtype=torch.int64)
+        self.held = torch.zeros(rows, dtype=torch.int64)
+        self.threshold = torch.full((rows,), -torch.inf)
+
+    @property
+    def _candidates(self) -> tuple[Tensor, ...]:
+        return self.lower, self.upper, self.columns, self.held
+
+    def add(self, tile: Tile) -> int:
+        return torch.ops.replearn_kernels.nearest_(
+            tile.s, *self.scores.arguments, *tile.arguments, self.k, *self._candidates, self.threshold
+        )
+
+    def result(self) -> Nearest:
+        best = torch.empty(len(self.held), self.k, dtype=torch.float64)
+        columns = torch.empty(len(self.held), self.k, dtype=torch.int64)
+        torch.ops.replearn_kernels.nearest_result_(*self.scores.arguments, *self._candidates, best, columns)
+        return best, columns
+
+
+class NearestOnTensors:
+    """The same, on any device. A place without a candidate has the bounds -inf."""
+
+    def __init__(self, scores: Scores, k: int):
+        self.scores, self.k = scores, k
+        none = torch.empty(len(scores.query), 0, device=scores.query.features.device)
+        self.lower, self.upper, self.columns = none, none, none.long()
+
+    def add(self, tile: Tile) -> int:
+        columns = torch.arange(tile.columns.start, tile.columns.stop, device=tile.s.device)
+        lower, upper = tile.bounds
+        self._set(
+            torch.cat((self.lower, lower), 1),
+            torch.cat((self.upper, upper), 1),
+            torch.cat((self.columns, columns.expand(len(lower), -1)), 1),
+        )
+        if self.columns.shape[1] <= 2 * self.k + 64:
+            return 0
+        in_doubt = int((self.upper > -torch.inf).sum())
+        scores, self.columns = self.result()
+        rows = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores)
+        self.lower, self.upper = self.scores.bounds(rows, scores)
+        none = self.columns < 0
+        self.lower.masked_fill_(none, -torch.inf)
+        self.upper.masked_fill_(none, -torch.inf)
+        return in_doubt
+
+    def _set(self, lower: Tensor, upper: Tensor, columns: Tensor) -> None:
+        """Candidates, but for those that k others are better than."""
+        if columns.shape[1] > self.k:
+            enough = lower.topk(self.k).values[:, -1:]
+            upper = upper.masked_fill(upper < enough, -torch.inf)
+        width = int((upper > -torch.inf).sum(1).max()) if len(upper) else 0
+        self.upper, kept = upper.topk(width)
+        self.lower, self.columns = lower.gather(1, kept), columns.gather(1, kept)
+
+    def result(self) -> Nearest:
+        row, place = (self.upper > -torch.inf).nonzero(as_tuple=True)
+        scores = torch.full(self.columns.shape, -torch.inf, dtype=torch.float64, device=self.columns.device)
+        scores[row, place] = self.scores.listed(row, self.columns[row, place])
+        columns, by_column = self.columns.masked_fill(self.upper == -torch.inf, -1).sort(dim=1)
+        scores, order = scores.gather(1, by_column).sort(dim=1, descending=True, stable=True)
+        columns = columns.gather(1, order)
+        scores, columns = scores[:, : self.k], columns[:, : self.k]
+        missing = 0, self.k - columns.shape[1]
+        pad = torch.nn.functional.pad
+        return pad(scores, missing, value=-torch.inf), pad(columns, missing, value=-1)

@@ -1,0 +1,219 @@
+"""Nearest neighbours, and what they vote for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..engine import validation
+from ..engine.columns import blocks
+from ..engine.operators import needs_dispatcher
+from ..engine.problem import statistics_dtype
+from ..engine.schedules import on_device_of
+from ..engine.world import World
+from ..functional.call import in_group
+from .arguments import Arguments, Galleries, progress_bar
+from .bounds import DISTANCES
+from .nearest import nearest
+
+
+class Neighbours(NamedTuple):
+    """What :func:`topk` returns, as ``torch.topk`` names it."""
+
+    values: Tensor
+    indices: Tensor
+
+
+@in_group
+def topk(
+    query: Tensor,
+    gallery: Tensor | None = None,
+    k: int = 10,
+    *,
+    similarity: str = "cosine",
+    exclude_self: bool = False,
+    query_ids: Tensor | None = None,
+    gallery_ids: Tensor | None = None,
+    backend: str = "auto",
+    group=None,
+    progress: bool = False,
+) -> Neighbours:
+    r"""The k nearest rows of a gallery for every query, without ever forming the N x M similarities.
+
+    Exact: neighbours are decided by scores in fp64 of the rows as they are, whatever the filter that spares forming
+    most of them; of equal scores the lower index comes first. So the result does not depend on tiles, threads, or the
+    number of ranks, and rows that are copies of each other tie exactly.
+
+        "cosine"             x . y / (|x| |y|), 0 of a row of zeros
+        "product"            x . y
+        "distance"           |x - y|, the smallest first
+        "squared_distance"   |x - y|^2, the smallest first
+
+    Time is that of the N x M x d product, in bf16 where the processor multiplies it, and of O(k) scores a query; where
+    the filter cannot tell many rows from the k-th nearest, as in a collapsed model, of their scores too. Memory is
+    O((N + M) (d + k)): beside the result a copy of the rows in the filter's dtype.
+
+    Args:
+        query: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides. Neighbours have no gradient.
+        gallery: ``[M, d]``, of the query's dtype and device. None (default): the queries, each without itself.
+        k: at least 1, at most M. Default 10.
+        similarity: as above. Default "cosine".
+        exclude_self: row i of the gallery is no neighbour of query i (N = M). Default False.
+        query_ids, gallery_ids: integers ``[N]`` and ``[M]``, or ``[N, C]`` and ``[M, C]``. A row of the gallery whose
+            ids all equal the query's is no neighbour: in re-identification, ids of person and camera. Without a gallery
+            ``query_ids`` alone.
+        backend: "auto" (default), "cpp" (CPU) or "torch" (any device).
+        group: a ``torch.distributed`` process group, each of whose ranks passes its queries and its part of the
+            gallery. Indices count through the galleries of all ranks, in their order; meanwhile every rank holds all of
+            them. Under ``torch.compile`` a break of the graph.
+        progress: show a bar of finished queries (needs rich). Default False.
+
+    Returns:
+        ``(values, indices)``, ``[N, k]`` each, the nearest first: similarities or distances, fp32 (fp64 of fp64 rows),
+        and int64. Where ids leave a query fewer than k rows, the rest is -inf (distances: inf) and -1.
+
+    Raises:
+        TypeError: an argument is not of the type or dtype above.
+        ValueError: wrong rank or shape, another device or dtype; NaN or infinity in a row; k below 1 or beyond the
+            gallery; ids of one side alone, or beside ``exclude_self``; an unknown similarity or backend.
+        RuntimeError: the backend asked for is not available here.
+        NotImplementedError: inside a ``torch.func`` transform.
+
+    >>> values, indices = topk(embeddings, k=5)                      # in a batch, each row without itself
+    >>> values, indices = topk(text, images, k=10)                   # of texts among images
+    """
+    k = validation.check_count("k", k, 1)
+    validation.check_flag("progress", progress)
+    options = similarity, exclude_self, query_ids, gallery_ids, backend
+    if group is None:
+        validation.check_features("query", query)
+        if needs_dispatcher(query):
+            return Neighbours(*torch.ops.replearn_kernels.topk(query, gallery, k, *options))
+    return _topk(query, gallery, k, *options, group, progress)[0]
+
+
+@torch.no_grad()
+def _topk(
+    query, gallery, k, similarity, exclude_self, query_ids, gallery_ids, backend, world: World | None, progress: bool
+) -> tuple[Neighbours, Galleries]:
+    options = dict(exclude_self=exclude_self, query_ids=query_ids, gallery_ids=gallery_ids, backend=backend)
+    arguments = Arguments.of(query, gallery, similarity=similarity, world=world, **options)
+    galleries, _ = arguments.meet({})
+    if k > sum(galleries.counts):
+        raise ValueError(f"k must be at most the number of rows of the gallery, {sum(galleries.counts)}, got {k}")
+    with on_device_of(query), progress_bar(progress, len(query)) as on_rows:
+        search = arguments.search(galleries)
+        values, indices = nearest(search.scores, k, search.excluded, search.backend, on_rows)
+    if similarity in DISTANCES:
+        values = values.neg() if similarity == "squared_distance" else values.neg().sqrt()
+    return Neighbours(values.to(statistics_dtype(query.dtype)), indices), galleries
+
+
+@in_group
+@torch._disable_dynamo
+def knn_predict(
+    query: Tensor,
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    k: int = 20,
+    *,
+    temperature: float | None = 0.07,
+    similarity: str = "cosine",
+    exclude_self: bool = False,
+    query_ids: Tensor | None = None,
+    gallery_ids: Tensor | None = None,
+    backend: str = "auto",
+    group=None,
+    progress: bool = False,
+) -> Tensor:
+    r"""The label that a query's k nearest rows of the gallery vote for.
+
+    A neighbour's vote counts ``exp(similarity / temperature)``, with distances ``exp(-distance / temperature)``; with
+    ``temperature=None`` each counts 1. Of labels with as many votes the lowest is taken. The vote is that of Wu et al.,
+    "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018 (arXiv:1805.01978), with which DINO
+    is evaluated (k 20, temperature 0.07).
+
+    Args:
+        query, gallery, k: as :func:`topk` takes them, but for the default of k, 20.
+        gallery_labels: integers ``[M]``, any values.
+        temperature: positive, or None. Default 0.07.
+        similarity, exclude_self, query_ids, gallery_ids, backend, group, progress: as of :func:`topk`.
+
+    Returns:
+        int64 ``[N]``, labels.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`topk`; labels that are no integers, or not one per row; a
+            temperature that is not positive; a query that its ids leave no row.
+    """
+    validation.check_features("gallery", gallery)
+    labels = validation.check_labels("gallery_labels", gallery_labels, gallery.shape[0], gallery)
+    if temperature is not None:
+        temperature = validation.check_positive("temperature", temperature)
+    k = validation.check_count("k", k, 1)
+    validation.check_flag("progress", progress)
+    options = similarity, exclude_self, query_ids, gallery_ids, backend
+    found, galleries = _topk(query, gallery, k, *options, group, progress)
+    labels = galleries.of_all(labels)
+    alone = (found.indices[:, 0] < 0).nonzero()
+    if len(alone):
+        raise ValueError(f"every query needs a row of the gallery that ids leave it, query {int(alone[0])} has none")
+    similarities = found.values.double().neg() if similarity in DISTANCES else found.values.double()
+    weights = torch.ones_like(similarities)
+    if temperature is not None:
+        weights = ((similarities - similarities[:, :1]) / temperature).exp()
+    return _winners(labels[found.indices.clamp(min=0)], weights.masked_fill(found.indices < 0, 0))
+
+
+def _winners(labels: Tensor, weights: Tensor) -> Tensor:
+    """The label with the largest sum of weights in each row, of equal ones the lowest."""
+    labels, order = labels.sort(dim=1)
+    weights = weights.gather(1, order)
+    winners = torch.empty(len(labels), dtype=torch.int64, device=labels.device)
+    for rows in blocks(len(labels), max(2**22 // labels.shape[1] ** 2, 1)):
+        same = labels[rows, :, None] == labels[rows, None]
+        votes = (same * weights[rows, None]).sum(2)
+        winners[rows] = labels[rows].gather(1, votes.argmax(1, keepdim=True)).squeeze(1)
+    return winners
+
+
+def knn_accuracy(
+    query: Tensor,
+    gallery: Tensor,
+    query_labels: Tensor,
+    gallery_labels: Tensor,
+    k: int = 20,
+    *,
+    temperature: float | None = 0.07,
+    **options,
+) -> float:
+    """The share of queries whose k nearest rows of the gallery vote for their label.
+
+    With a ``group``, of the rank's own queries. ``options`` are those of :func:`knn_predict`.
+
+    >>> knn_accuracy(test_features, train_features, test_labels, train_labels, k=20)    # DINO's k-NN evaluation
+    """
+    validation.check_features("query", query)
+    query_labels = validation.check_labels("query_labels", query_labels, query.shape[0], query)
+    predicted = knn_predict(query, gallery, gallery_labels, k, temperature=temperature, **options)
+    return float((predicted == query_labels).double().mean())
+
+
+def _run_topk(*arguments):
+    return tuple(_topk(*arguments, None, False)[0])
+
+
+def _fake_topk(query, gallery, k, *options):
+    shape = query.shape[0], k
+    return query.new_empty(shape, dtype=statistics_dtype(query.dtype)), query.new_empty(shape, dtype=torch.int64)
+
+
+_library = torch.library.Library("replearn_kernels", "FRAGMENT")
+_library.define(
+    "topk(Tensor query, Tensor? gallery, int k, str similarity, bool exclude_self, Tensor? query_ids, "
+    "Tensor? gallery_ids, str backend) -> (Tensor values, Tensor indices)"
+)
+_library.impl("topk", _run_topk, "CompositeExplicitAutograd")
+torch.library.register_fake("replearn_kernels::topk", _fake_topk, lib=_library)
