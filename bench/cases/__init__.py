@@ -18,6 +18,7 @@ from bench.cases.declared import (
 from bench.cases.metric import CONTRASTIVE, LIFTED
 from bench.cases.mining import MINING
 from bench.cases.ranks import RANKS_CASES
+from bench.cases.retrieval import MAP_AT_R, TOPK
 from bench.cases.triplets import BATCH_ALL, BATCH_HARD, SEMI_HARD
 
 CASES = {
@@ -29,6 +30,7 @@ CASES = {
         *(CIRCLE, CIRCLE_THAT_LEARNS, MULTI_SIMILARITY, HARD_NEGATIVES, SAMPLED_SOFTMAX, SOFT_TARGETS, VSE),
         *(ARCFACE, DINO_HEAD),
         MINING,
+        *(TOPK, MAP_AT_R),
         *RANKS_CASES,
     )
 }

@@ -36,9 +36,9 @@ using Bfloat16 = uint16_t;
 
 template <typename S>
 struct FilterKernels {
-  // Appends the columns from `from` on whose upper bound reaches `threshold`, until fewer places are left than a vector
+  // Appends the columns from `from` on whose upper bound reaches `least`, until fewer places are left than a vector
   // has lanes. Returns the column to go on with.
-  int64_t (*collect)(const S* s, FilterColumns, FilterRow, float threshold, int64_t from, int64_t columns,
+  int64_t (*collect)(const S* s, FilterColumns, FilterRow, float least, int64_t from, int64_t columns,
                      int64_t first_column, Candidates&);
   // Adds 1 to better[p] for each column that beats positive p and not p - 1; writes the columns of which the bounds do
   // not tell where they belong, and returns how many these are.

@@ -9,57 +9,82 @@ using replearn::Positives;
 inline Vec<float> load_similarities(const float* s, Whole<float> all) { return load(s, all); }
 inline Vec<float> load_similarities(const float* s, Part part) { return load(s, part); }
 
-// A bf16 number is the upper half of an fp32 one.
-template <typename Count>
-inline Vec<float> load_similarities(const Bfloat16* s, Count count) {
+// A bf16 number is the upper half of an fp32 one. Widening is one instruction on x86, of which compilers make three.
+inline Vec<float> load_similarities(const Bfloat16* s, Whole<float>) {
+#if defined(__x86_64__) && REPLEARN_VECTOR_BYTES == 64
+  const Bits<float> bits = (Bits<float>)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)s)) << 16;
+#elif defined(__x86_64__) && REPLEARN_VECTOR_BYTES == 32
+  const Bits<float> bits = (Bits<float>)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)s)) << 16;
+#else
   typedef uint16_t Halves __attribute__((vector_size(REPLEARN_VECTOR_BYTES / 2)));
-  Halves halves{};
-  if constexpr (std::is_same_v<Count, Part>)
-    __builtin_memcpy(&halves, s, count.count * sizeof(Bfloat16));
-  else
-    __builtin_memcpy(&halves, s, sizeof(halves));
+  Halves halves;
+  __builtin_memcpy(&halves, s, sizeof(halves));
   const Bits<float> bits = __builtin_convertvector(halves, Bits<float>) << 16;
+#endif
   Vec<float> v;
   __builtin_memcpy(&v, &bits, sizeof(v));
   return v;
 }
+inline Vec<float> load_similarities(const Bfloat16* s, Part part) {
+  Bfloat16 padded[lanes<float>] = {};
+  __builtin_memcpy(padded, s, part.count * sizeof(Bfloat16));
+  return load_similarities(padded, Whole<float>{});
+}
 
-// The bounds of a vector of columns.
-struct Bounds {
-  Vec<float> v, error;
-  Vec<float> upper;
-  Bits<float> counts;  // lanes that are columns, and not left out
+// A tile's row, and the bounds of vectors of its columns.
+template <typename S>
+struct FilteredRow {
+  const S* s;
+  FilterColumns columns;
+  FilterRow row;
+
+  template <typename Count>
+  Vec<float> v(int64_t j, Count count) const {
+    return load_similarities(s + j, count) * load(columns.factor + j, count) * row.factor;
+  }
+  // v + relative |v| + row.factor slack + above
+  template <typename Count>
+  Vec<float> upper(int64_t j, Count count) const {
+    const Vec<float> of_v = v(j, count);
+    const Vec<float> fixed = multiply_add(load(columns.slack + j, count), splat<float>(row.factor), load(columns.above + j, count));
+    return max(of_v * (1 + row.relative), of_v * (1 - row.relative)) + fixed;
+  }
+  // v - relative |v| - row.factor slack + below
+  template <typename Count>
+  Vec<float> lower(int64_t j, Count count) const {
+    const Vec<float> of_v = v(j, count);
+    const Vec<float> fixed = multiply_add(load(columns.slack + j, count), splat<float>(-row.factor), load(columns.below + j, count));
+    return fixed - max(-of_v * (1 + row.relative), -of_v * (1 - row.relative));
+  }
+  // The lanes whose upper bound reaches `threshold`, and that are not left out.
+  template <typename Count>
+  uint32_t reaching(Vec<float> upper, Vec<float> threshold, int64_t j, Count count) const {
+    uint32_t lanes_of = lane_bits(upper >= threshold);
+    if constexpr (std::is_same_v<Count, Part>) lanes_of &= (uint32_t{1} << count.count) - 1;
+    for (int64_t n = 0; lanes_of && n < replearn::kIds; ++n)
+      if (columns.ids[n]) lanes_of &= ~lane_bits(same_group<float>(row.ids[n], columns.ids[n], j, count));
+    return lanes_of;
+  }
+  // Whether any of the next four whole vectors may have such a lane: most have none.
+  bool some_of_four(Vec<float> threshold, int64_t j) const {
+    Bits<float> reaches{};
+    for (int64_t n = 0; n < 4; ++n) reaches |= upper(j + n * lanes<float>, Whole<float>{}) >= threshold;
+    return any<float>(reaches);
+  }
 };
 
-template <typename S, typename Count>
-inline Bounds bounds_of(const S* s, const FilterColumns& columns, const FilterRow& row, int64_t j, Count count) {
-  Bounds b;
-  b.v = load_similarities(s + j, count) * load(columns.factor + j, count) * row.factor;
-  b.error = max(b.v, -b.v) * row.relative + load(columns.slack + j, count) * row.factor;
-  b.upper = b.v + load(columns.above + j, count) + b.error;
-  b.counts = ~Bits<float>{};
-  for (int64_t n = 0; n < replearn::kIds; ++n)
-    if (columns.ids[n]) b.counts &= ~same_group<float>(row.ids[n], columns.ids[n], j, count);
-  if constexpr (std::is_same_v<Count, Part>)
-    for (int64_t k = count.count; k < lanes<float>; ++k) b.counts[k] = 0;
-  return b;
-}
-
-template <typename Count>
-inline Vec<float> lower_of(const Bounds& b, const FilterColumns& columns, int64_t j, Count count) {
-  return b.v + load(columns.below + j, count) - b.error;
-}
-
 template <typename S>
-int64_t collect(const S* s, FilterColumns columns, FilterRow row, float threshold, int64_t from, int64_t end,
+int64_t collect(const S* s, FilterColumns columns, FilterRow row, float least, int64_t from, int64_t end,
                 int64_t first_column, Candidates& found) {
+  const FilteredRow<S> filtered{s, columns, row};
+  const Vec<float> threshold = splat<float>(least);
   const auto step = [&](int64_t j, auto count) {
-    const Bounds b = bounds_of(s, columns, row, j, count);
-    uint32_t reaches = lane_bits((b.upper >= splat<float>(threshold)) & b.counts);
+    const Vec<float> uppers = filtered.upper(j, count);
+    uint32_t reaches = filtered.reaching(uppers, threshold, j, count);
     if (!reaches) return;
     float lower[lanes<float>], upper[lanes<float>];
-    store(lower, lower_of(b, columns, j, count));
-    store(upper, b.upper);
+    store(lower, filtered.lower(j, count));
+    store(upper, uppers);
     for (; reaches; reaches &= reaches - 1) {
       const int64_t k = __builtin_ctz(reaches);
       found.lower[found.count] = lower[k];
@@ -68,9 +93,14 @@ int64_t collect(const S* s, FilterColumns columns, FilterRow row, float threshol
     }
   };
   int64_t j = from;
-  for (; j + lanes<float> <= end; j += lanes<float>) {
+  while (j + lanes<float> <= end) {
+    if (j + 4 * lanes<float> <= end && !filtered.some_of_four(threshold, j)) {
+      j += 4 * lanes<float>;
+      continue;
+    }
     if (found.count + lanes<float> > found.room) return j;
     step(j, Whole<float>{});
+    j += lanes<float>;
   }
   if (j < end) {
     if (found.count + lanes<float> > found.room) return j;
@@ -80,13 +110,11 @@ int64_t collect(const S* s, FilterColumns columns, FilterRow row, float threshol
 }
 
 inline int64_t count_reaching(const float* values, int64_t count, float bound) {
-  Bits<float> reaching{};
-  for_vectors<float>(0, count, [&](int64_t j, auto n) {
-    reaching -= only<float>(load(values + j, n), n, -__builtin_inff()) >= splat<float>(bound);  // a true lane is -1
-  });
-  int64_t total = 0;
-  for (int64_t k = 0; k < lanes<float>; ++k) total += reaching[k];
-  return total;
+  int64_t reaching = 0, j = 0;
+  for (; j + lanes<float> <= count; j += lanes<float>)
+    reaching += __builtin_popcount(lane_bits(load(values + j) >= splat<float>(bound)));
+  for (; j < count; ++j) reaching += values[j] >= bound;
+  return reaching;
 }
 
 // Floats in the order of integers, and back; -0 comes before 0.
@@ -104,11 +132,13 @@ inline float of_order(int32_t bits) {
 
 // By halving the range that it is in: a pass over 2,000 values takes some 0.05 us, and sorting them a part 20.
 float kth_largest(const float* values, int64_t count, int64_t k) {
-  float least = values[0], most = values[0];
-  for (int64_t j = 1; j < count; ++j) {
-    least = values[j] < least ? values[j] : least;
-    most = values[j] > most ? values[j] : most;
-  }
+  Vec<float> highest = splat<float>(values[0]), lowest = -highest;
+  for_vectors<float>(0, count, [&](int64_t j, auto n) {
+    const Vec<float> v = load(values + j, n);
+    highest = max(highest, only<float>(v, n, values[0]));
+    lowest = max(lowest, only<float>(-v, n, -values[0]));
+  });
+  const float least = -horizontal_max<float>(lowest), most = horizontal_max<float>(highest);
   int64_t low = order_of(least), end = int64_t{order_of(most)} + 1;  // at least k values reach `low`, fewer than k `end`
   while (low + 1 < end) {
     const int64_t middle = low + (end - low) / 2;
@@ -135,19 +165,20 @@ constexpr int64_t kMostInTurn = 32;
 template <typename S>
 int64_t place(const S* s, FilterColumns columns, FilterRow row, Positives positives, int64_t end, int64_t* better,
               int32_t* unsure) {
-  const Vec<float> least = splat<float>(positives.low[positives.count - 1]);
+  const FilteredRow<S> filtered{s, columns, row};
+  const Vec<float> threshold = splat<float>(positives.low[positives.count - 1]);
   int64_t doubts = 0;
   const auto doubt = [&](int64_t j, uint32_t of) {
     for (; of; of &= of - 1) unsure[doubts++] = static_cast<int32_t>(j + __builtin_ctz(of));
   };
-  for_vectors<float>(0, end, [&](int64_t j, auto count) {
-    const Bounds b = bounds_of(s, columns, row, j, count);
-    uint32_t reaches = lane_bits((b.upper >= least) & b.counts);
+  const auto step = [&](int64_t j, auto count) {
+    const Vec<float> uppers = filtered.upper(j, count);
+    uint32_t reaches = filtered.reaching(uppers, threshold, j, count);
     if (!reaches) return;
-    const Vec<float> lowers = lower_of(b, columns, j, count);
+    const Vec<float> lowers = filtered.lower(j, count);
     if (positives.count <= kMostInTurn) {
       for (int64_t p = 0; reaches; ++p) {
-        const uint32_t here = reaches & lane_bits(b.upper >= splat<float>(positives.low[p]));
+        const uint32_t here = reaches & lane_bits(uppers >= splat<float>(positives.low[p]));
         const uint32_t sure = here & lane_bits(lowers > splat<float>(positives.high[p]));
         better[p] += __builtin_popcount(sure);
         doubt(j, here & ~sure);
@@ -157,7 +188,7 @@ int64_t place(const S* s, FilterColumns columns, FilterRow row, Positives positi
     }
     float lower[lanes<float>], upper[lanes<float>];
     store(lower, lowers);
-    store(upper, b.upper);
+    store(upper, uppers);
     for (; reaches; reaches &= reaches - 1) {
       const int64_t k = __builtin_ctz(reaches);
       const int64_t p = count_above(positives.low, positives.count, upper[k]);
@@ -166,7 +197,13 @@ int64_t place(const S* s, FilterColumns columns, FilterRow row, Positives positi
       else
         doubt(j, uint32_t{1} << k);
     }
-  });
+  };
+  int64_t j = 0;
+  for (; j + 4 * lanes<float> <= end; j += 4 * lanes<float>) {
+    if (!filtered.some_of_four(threshold, j)) continue;
+    for (int64_t n = 0; n < 4; ++n) step(j + n * lanes<float>, Whole<float>{});
+  }
+  for_vectors<float>(j, end, step);
   return doubts;
 }
 
