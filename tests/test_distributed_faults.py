@@ -237,7 +237,7 @@ WRONG_ON_ONE = [
 
 
 def told_to_the_others(rank, case, exception, message):
-    theirs = f"the loss failed on other ranks of the group: rank 1: {exception.__name__}: {message}"
+    theirs = f"the call failed on other ranks of the group: rank 1: {exception.__name__}: {message}"
     kind, text = (exception, message) if rank == ODD else (ValueError, theirs)
     with pytest.raises(kind, match=text):
         case(rank == ODD)

@@ -204,7 +204,7 @@ def failed_elsewhere(rank):
         with pytest.raises(TypeError, match="text_features must be a torch.Tensor"):
             clip_loss(rows(), None, 1.0, group=group)
     else:
-        theirs = "the loss failed on other ranks of the group: rank 1: TypeError: text_features must be"
+        theirs = "the call failed on other ranks of the group: rank 1: TypeError: text_features must be"
         with pytest.raises(ValueError, match=theirs):
             loss.backward()
     loss.backward()  # nothing of it was exchanged, nor freed

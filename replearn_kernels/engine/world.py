@@ -90,7 +90,7 @@ class World:
         _calls[self.group] = max(told["calls"] for told in descriptions)  # who skipped some has them behind it
         errors = [f"rank {rank}: {told['error']}" for rank, told in enumerate(descriptions) if "error" in told]
         if errors and "error" not in description:
-            raise ValueError(f"the loss failed on other ranks of the group: {'; '.join(errors)}")
+            raise ValueError(f"the call failed on other ranks of the group: {'; '.join(errors)}")
         if not errors and set(digests) != {digest}:
             calls = "; ".join(f"{ranks}: {call}" for call, ranks in ranks_by([told["call"] for told in descriptions]))
             raise RuntimeError(
