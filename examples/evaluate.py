@@ -11,12 +11,13 @@ from rich.table import Table
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedShuffleSplit
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from training import console
+
+from replearn_kernels import retrieval
 
 LABELS_PER_DIGIT = 10
 DRAWS = 10  # of the few labels, whose scores are averaged
@@ -33,6 +34,11 @@ class Features:
     def __getitem__(self, rows: np.ndarray) -> "Features":
         return Features(self.vectors[rows], self.labels[rows])
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Both, for the functions of torch."""
+        return torch.from_numpy(self.vectors), torch.from_numpy(self.labels)
+
 
 @torch.no_grad()
 def encode(encoder: Callable[[Tensor], Tensor], data: Digits) -> Features:
@@ -42,8 +48,10 @@ def encode(encoder: Callable[[Tensor], Tensor], data: Digits) -> Features:
 
 def knn_accuracy(train: Features, held_out: Features, neighbours: int = 5) -> float:
     """Share of held-out images that most of their nearest training images agree with."""
-    model = KNeighborsClassifier(neighbours).fit(train.vectors, train.labels)
-    return model.score(held_out.vectors, held_out.labels)
+    queries, gallery = held_out.tensors, train.tensors
+    return retrieval.knn_accuracy(
+        queries[0], gallery[0], queries[1], gallery[1], neighbours, temperature=None, similarity="distance"
+    )
 
 
 def linear_probe_accuracy(train: Features, held_out: Features) -> float:
@@ -81,8 +89,8 @@ def probe(
 
 def recall_at_1(features: Features) -> float:
     """Share of images whose nearest other image is of their class."""
-    nearest = NearestNeighbors(n_neighbors=1).fit(features.vectors).kneighbors(return_distance=False)[:, 0]
-    return float((features.labels[nearest] == features.labels).mean())
+    vectors, labels = features.tensors
+    return retrieval.recall_at_k(vectors, query_labels=labels, similarity="distance", missing="skip")
 
 
 def verification_auc(features: Features) -> float:

@@ -1,5 +1,6 @@
 """Fused losses for representation learning: all pairs of a batch, tile by tile, never the N x N matrix."""
 
+from . import retrieval
 from .classifiers import ArcFaceLoss, CosFaceLoss
 from .dino import DINOHeadLoss, DINOLoss
 from .engine.counters import count_work
@@ -103,6 +104,7 @@ __all__ = [
     "n_pair_loss",
     "nt_xent_loss",
     "pair_logsumexp",
+    "retrieval",
     "sampled_softmax_loss",
     "siglip_loss",
     "soft_target_loss",

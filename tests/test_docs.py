@@ -13,11 +13,14 @@ def blocks(name: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name, count", [("declare.md", 11)])
+PRINTED = {"declare.md": "def weights(s, row, column, inputs):", "retrieval.md": "'queries': 2000, 'skipped': 0}"}
+
+
+@pytest.mark.parametrize("name, count", [("declare.md", 11), ("retrieval.md", 4)])
 def test_code_runs(name, count, capsys):
     torch.manual_seed(0)
     names: dict = {"__name__": "page"}
     assert len(blocks(name)) == count
     for number, block in enumerate(blocks(name)):
         exec(compile(block, f"{name}, block {number}", "exec"), names)
-    assert "def weights(s, row, column, inputs):" in capsys.readouterr().out
+    assert PRINTED[name] in capsys.readouterr().out

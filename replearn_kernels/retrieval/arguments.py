@@ -95,7 +95,7 @@ class Arguments:
         rows = finite_rows("query", query)
         return Arguments(
             rows,
-            rows if gallery is None else finite_rows("gallery", gallery),
+            rows if gallery is None or gallery is query else finite_rows("gallery", gallery),
             similarity,
             exclude_self or gallery is None,
             _check_ids(query_ids, gallery_ids, query, query if gallery is None else gallery),

@@ -30,7 +30,7 @@ def nearest(scores: Scores, k: int, excluded: list[Ids], backend: str, on_rows: 
 
 
 class NativeNearest:
-    """Candidates as csrc/cpu/retrieval.cpp keeps them: bounds and columns of those that may be among the k."""
+    """Candidates as csrc/cpu/retrieval_nearest.cpp keeps them: bounds and columns of those that may be among the k."""
 
     def __init__(self, scores: Scores, k: int):
         self.scores, self.k = scores, k

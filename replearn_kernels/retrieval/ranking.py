@@ -157,7 +157,7 @@ def _row_blocks(counts: Tensor, most_rows: int) -> Iterator[slice]:
 
 
 class NativeRanking:
-    """Counts as csrc/cpu/retrieval.cpp keeps them."""
+    """Counts as csrc/cpu/retrieval_ranking.cpp keeps them."""
 
     def __init__(self, scores: Scores, positives: Positives, cutoff: Tensor):
         self.scores, self.offsets = scores, positives.offsets
