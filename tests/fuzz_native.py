@@ -1,4 +1,4 @@
-"""Random calls of the native mining operators, results checked against each other: for a build with sanitizers.
+"""Random calls of the native operators of mining and retrieval, checked: for a build with sanitizers.
 
     python fuzz_native.py LIBRARY SECONDS
 """
@@ -78,6 +78,70 @@ def check(ops) -> None:
             raise AssertionError(f"an index out of range was taken: N = {n}")
 
 
+def exactly(x: torch.Tensor) -> torch.Tensor:
+    """Whole numbers: no order of summation rounds them."""
+    return x.nan_to_num(0, 0, 0).clamp(-3, 3).round().to(random.choice((torch.float32, torch.float64)))
+
+
+def check_retrieval(ops) -> None:
+    """Products as a filter and as scores, tile by tile, some pairs left out; against all scores, sorted."""
+    n, m, d = random.choice((0, 1, 3, 17)), random.choice((1, 2, 15, 33, 100, 300)), random.choice((0, 1, 3, 16, 40))
+    gallery = exactly(random_rows(m, d))
+    query = exactly(random_rows(n, d)).to(gallery.dtype)
+    query, gallery = (rows if rows.stride(1) == 1 else rows.contiguous() for rows in (query, gallery))
+    ones, zeros = torch.ones(max(n, m)).double(), torch.zeros(n).double()
+    scores = (query, gallery, False, ones[:n].clone(), ones[:m].clone(), ones[:n].clone(), zeros)
+    kinds = random.choice((0, 1, 2))
+    row_ids, column_ids = (torch.randint(4, (kinds, count), dtype=torch.int32) for count in (n, m))
+    left_out = (row_ids[:, :, None] == column_ids[:, None]).any(0)
+    exact = (query.double() @ gallery.double().T).masked_fill(left_out, -torch.inf)
+    error = random.choice((1e-6, 1.0, 100.0))  # of the filter, which may be as bad as it likes
+    filter = torch.tensor([1.0, error, 1e-6, -1e-6])[:, None].repeat(1, m)
+    k = random.choice((1, (m + 1) // 2, m))
+    candidates = *torch.empty(2, n, 2 * k + 64), torch.empty(n, 2 * k + 64).long(), torch.zeros(n).long()
+    threshold = torch.full((n,), -torch.inf)
+    counts = torch.randint(0, m + 1, (n,))
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    positives = torch.cat([torch.randperm(m)[:count] for count in counts] or [counts])
+    if kinds:  # what is left out is no positive
+        row = torch.arange(n).repeat_interleave(counts)
+        kept = ~left_out[row, positives]
+        offsets, positives = torch.nn.functional.pad(kept.cumsum(0), (1, 0))[offsets], positives[kept]
+    row = torch.arange(n).repeat_interleave(offsets.diff())
+    of_positives, bounds = torch.empty(len(positives)).double(), torch.empty(2, len(positives))
+    ops.listed_scores_(*scores, row, positives, of_positives)
+    table = offsets, of_positives, positives, *bounds
+    ops.sort_positives_(*scores, *table)
+    cutoff, active, better = torch.full((n,), 2**62), offsets.diff(), torch.zeros(len(positives)).long()
+    width = random.choice((1, 16, 50, m))
+    for first in range(0, m, width):
+        columns = slice(first, min(first + width, m))
+        s = (query @ gallery[columns].T).to(random.choice((torch.float32, torch.bfloat16)))
+        tile = filter[:, columns], torch.ones(n), 2.0**-7, row_ids, column_ids[:, columns], first
+        ops.nearest_(s, *scores, *tile, k, *candidates, threshold)
+        ops.place_(s, *scores, *tile, *table, cutoff, active, better)
+    found = torch.empty(n, k).double(), torch.empty(n, k).long()
+    ops.nearest_result_(*scores, *candidates, *found)
+    values, order = exact.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(found[0], values[:, :k])
+    assert torch.equal(found[1], order[:, :k].masked_fill(values[:, :k] == -torch.inf, -1))
+    for i in range(n):
+        own = positives[offsets[i] : offsets[i + 1]]
+        rank = {column: place for place, column in enumerate(order[i].tolist())}
+        ranks = [rank[column] for column in own.tolist()]
+        counted = better[offsets[i] : offsets[i + 1]].cumsum(0) + torch.arange(len(own))
+        assert ranks == sorted(ranks) and counted.tolist() == ranks
+    if n:
+        candidates[2].fill_(random.choice((-1, m, 2**40)))
+        candidates[3].fill_(1)
+        try:
+            ops.nearest_result_(*scores, *candidates, *found)
+        except RuntimeError as error:
+            assert "outside of the gallery" in str(error)
+        else:
+            raise AssertionError("a candidate out of range was taken")
+
+
 def main(library: str, seconds: float) -> None:
     torch.ops.load_library(library)
     end, calls = time.monotonic() + seconds, 0
@@ -85,6 +149,7 @@ def main(library: str, seconds: float) -> None:
         random.seed(calls)
         torch.manual_seed(calls)
         check(torch.ops.replearn_kernels)
+        check_retrieval(torch.ops.replearn_kernels)
         calls += 1
     print(f"{calls} random problems")
 

@@ -1,4 +1,4 @@
-"""The native mining operators under AddressSanitizer and UndefinedBehaviorSanitizer, on random problems."""
+"""The native operators of mining and retrieval under sanitizers of addresses and undefined behaviour."""
 
 import os
 import shutil
