@@ -108,8 +108,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
   m.def("sort_positives_(" SCORES
         "Tensor offsets, Tensor(a!) scores, Tensor(b!) index, Tensor(c!) low, Tensor(d!) high) -> ()");
   m.def("place_(Tensor s, " SCORES FILTER
-        "Tensor offsets, Tensor scores, Tensor index, Tensor low, Tensor high, Tensor cutoff, Tensor(a!) active, "
-        "Tensor(b!) better) -> int");
+        "Tensor offsets, Tensor scores, Tensor index, Tensor low, Tensor high, Tensor cutoff, bool first_always, "
+        "Tensor(a!) active, Tensor(b!) better) -> int");
 #undef SCORES
 #undef FILTER
   m.def("mirror_(Tensor(a!) square) -> ()");

@@ -1,6 +1,6 @@
 """Random calls of the native operators of mining and retrieval, checked: for a build with sanitizers.
 
-    python fuzz_native.py LIBRARY SECONDS
+python fuzz_native.py LIBRARY SECONDS
 """
 
 import random
@@ -119,7 +119,7 @@ def check_retrieval(ops) -> None:
         s = (query @ gallery[columns].T).to(random.choice((torch.float32, torch.bfloat16)))
         tile = filter[:, columns], torch.ones(n), 2.0**-7, row_ids, column_ids[:, columns], first
         ops.nearest_(s, *scores, *tile, k, *candidates, threshold)
-        ops.place_(s, *scores, *tile, *table, cutoff, active, better)
+        ops.place_(s, *scores, *tile, *table, cutoff, False, active, better)
     found = torch.empty(n, k).double(), torch.empty(n, k).long()
     ops.nearest_result_(*scores, *candidates, *found)
     values, order = exact.sort(dim=1, descending=True, stable=True)

@@ -3,7 +3,18 @@
 import numpy as np
 import torch
 
-METRICS = ("recall@1", "recall@5", "precision@3", "precision@40", "r_precision", "map@r", "map", "mrr", "rank")
+METRICS = (
+    "recall@1",
+    "recall@5",
+    "precision@3",
+    "precision@40",
+    "r_precision",
+    "map@r",
+    "map",
+    "mrr",
+    "mean_rank",
+    "median_rank",
+)
 
 
 def scores(query, gallery, similarity, left_out=None):
@@ -51,7 +62,8 @@ def metrics(of_pairs, positive):
             "map@r": (number / at)[at <= r].sum() / r,
             "map": (number / at).mean(),
             "mrr": 1 / at[0],
-            "rank": at[0],
+            "mean_rank": at[0],
+            "median_rank": at[0],
         }
         for name, value in values.items():
             found[name][i] = value

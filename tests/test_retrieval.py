@@ -137,7 +137,7 @@ def test_a_batch_against_itself(backend, filter_dtype, small_tiles):
         retrieval.topk(x, k=59, query_ids=torch.arange(60) * 10**15, backend=backend),
     ):
         np.testing.assert_array_equal(found.indices.numpy(), oracle.topk(of_pairs, 59)[1])
-    full = retrieval.topk(x, k=60, backend=backend)
+    full = retrieval.topk(x, k=60, query_ids=torch.arange(60), backend=backend)
     assert (full.indices[:, -1] == -1).all() and (full.values[:, -1] == -torch.inf).all()
 
 
@@ -273,6 +273,10 @@ def test_vote(backend):
     expected = votes.argmax(1) - 3
     assert torch.equal(retrieval.knn_predict(x, y, labels, **options), expected)
     assert retrieval.knn_accuracy(x, y, wanted, labels, **options) == (expected == wanted).double().mean().item()
+    model = KNeighborsClassifier(9).fit(y, labels)
+    alone = retrieval.knn_predict(y, None, labels, temperature=None, similarity="distance", **options)
+    others = [model.fit(np.delete(y, i, 0), np.delete(labels, i)).predict(y[i : i + 1])[0] for i in range(0, 200, 9)]
+    assert alone[::9].tolist() == others
     near = torch.cdist(x, y).topk(9, largest=False)
     votes = torch.zeros(60, 7).scatter_add_(1, labels[near.indices] + 3, (-near.values / 2).exp())
     found = retrieval.knn_predict(x, y, labels, temperature=2.0, similarity="distance", **options)
@@ -334,7 +338,10 @@ BAD = [
     (ValueError, "same device", lambda: retrieval.topk(X, Y.to("meta"), 1)),
     (ValueError, "k must be at least 1, got 0", lambda: retrieval.topk(X, Y, 0)),
     (TypeError, "k must be an int", lambda: retrieval.topk(X, Y, 2.0)),
-    (ValueError, "k must be at most the number of rows of the gallery, 6, got 7", lambda: retrieval.topk(X, Y, 7)),
+    (ValueError, "k must be at most 6, the number of rows .* got 7", lambda: retrieval.topk(X, Y, 7)),
+    (ValueError, "k must be at most 3, the number of rows .* got 4", lambda: retrieval.topk(X, k=4)),
+    (ValueError, "k must be at most 3", lambda: retrieval.topk(X, X, 4, exclude_self=True)),
+    (ValueError, r"gallery must have 2 dimensions \[M, d\] \(labels", lambda: retrieval.topk(X, torch.arange(4), 1)),
     (ValueError, "similarity must be one of cosine, product", lambda: retrieval.topk(X, Y, 1, similarity="l2")),
     (ValueError, "backend must be one of auto, cpp, torch", lambda: retrieval.topk(X, Y, 1, backend="triton")),
     (TypeError, "exclude_self must be a bool", lambda: retrieval.topk(X, Y, 1, exclude_self=1)),
@@ -364,7 +371,7 @@ BAD = [
     (ValueError, "without a gallery", lambda: retrieval.topk(X, k=1, gallery_ids=torch.arange(4))),
     (
         ValueError,
-        "gallery must be finite.* row 5",
+        "gallery must be finite, got NaN or infinity in row 5, and 1 such",
         lambda: retrieval.topk(X, Y.index_fill(0, torch.tensor(5), torch.nan), 1),
     ),
     (
@@ -372,7 +379,11 @@ BAD = [
         "query must be finite.* row 2",
         lambda: retrieval.topk(X.index_fill(0, torch.tensor(2), torch.inf), Y, 1),
     ),
-    (ValueError, "query must be finite", lambda: retrieval.topk(X.double() * 1e200, Y.double(), 1)),
+    (
+        ValueError,
+        "a length beyond fp64 in row 0, and 4 such",
+        lambda: retrieval.topk(X.double() * 1e200, Y.double(), 1),
+    ),
     (TypeError, "group must be a torch.distributed process group", lambda: retrieval.topk(X, Y, 1, group="all")),
     (
         ValueError,
@@ -380,7 +391,7 @@ BAD = [
         lambda: retrieval.knn_predict(X, Y, torch.arange(6), 1, temperature=0),
     ),
     (ValueError, r"gallery_labels must have shape \(6,\)", lambda: retrieval.knn_predict(X, Y, torch.arange(4), 1)),
-    (TypeError, "gallery must be a torch.Tensor", lambda: retrieval.knn_predict(X, None, torch.arange(4), 1)),
+    (TypeError, "gallery must be a torch.Tensor, got list", lambda: retrieval.knn_predict(X, [], torch.arange(4), 1)),
 ]
 
 

@@ -22,10 +22,11 @@ def check(query, gallery, positive, similarity, backend, left_out=None, metrics=
     for name in metrics:
         np.testing.assert_allclose(found[name].numpy(), expected[name], rtol=1e-14, err_msg=name)
     means = retrieval.evaluate(query, gallery, missing="skip", **options)
-    skipped = int(np.isnan(expected["rank"]).sum())
+    skipped = int(np.isnan(expected["mean_rank"]).sum())
     assert means.pop("skipped") == skipped and means.pop("queries") == len(query) - skipped
     for name in metrics:
-        assert means[name] == pytest.approx(np.nanmean(expected[name]), rel=1e-13), name
+        over_queries = np.nanmedian if name == "median_rank" else np.nanmean
+        assert means[name] == pytest.approx(over_queries(expected[name]), rel=1e-13), name
 
 
 def labels_of(n, m, classes, seed=0):
@@ -86,8 +87,8 @@ def test_a_batch_against_itself(backend, filter_dtype, small_tiles):  # noqa: F8
     found = retrieval.evaluate(x, query_labels=labels, **options)
     assert found["map"] == pytest.approx(np.nanmean(expected["map"]), rel=1e-13) and found["skipped"] == 1
     twice = torch.stack((2 * torch.arange(90), 2 * torch.arange(90) + 1), 1)
-    found = retrieval.evaluate(x, x.repeat_interleave(2, 0), target=twice, metrics="rank", backend=backend)
-    assert found == {"rank": found["rank"], "queries": 90, "skipped": 0} and found["rank"] >= 1
+    found = retrieval.evaluate(x, x.repeat_interleave(2, 0), target=twice, metrics="mean_rank", backend=backend)
+    assert found == {"mean_rank": found["mean_rank"], "queries": 90, "skipped": 0} and found["mean_rank"] >= 1
 
 
 @pytest.mark.parametrize("by", ["labels", "target"])
@@ -145,7 +146,7 @@ def test_average_precision_of_scikit_learn(backend):
 def test_one_metric_by_its_name():
     x = torch.randn(60, 5, generator=torch.Generator().manual_seed(4))
     labels = torch.arange(60) // 6
-    names = ["recall@1", "recall@4", "precision@3", "map@r", "r_precision", "map", "mrr"]
+    names = ["recall@1", "recall@4", "precision@3", "map@r", "r_precision", "map", "mrr", "median_rank"]
     found = retrieval.evaluate(x, query_labels=labels, metrics=names)
     assert retrieval.recall_at_k(x, query_labels=labels) == found["recall@1"]
     assert retrieval.recall_at_k(x, k=(1, 4), query_labels=labels) == [found["recall@1"], found["recall@4"]]
@@ -161,22 +162,28 @@ def test_one_metric_by_its_name():
 X, Y, L, M = torch.ones(4, 3), torch.ones(6, 3), torch.zeros(4).long(), torch.zeros(6).long()
 BOTH = {"query_labels": L, "gallery_labels": M}
 BAD = [
-    (ValueError, "either query_labels or target must be given", lambda: retrieval.evaluate(X, Y)),
-    (ValueError, "and not both", lambda: retrieval.evaluate(X, Y, target=L, **BOTH)),
+    (ValueError, "query_labels or a target must be given", lambda: retrieval.evaluate(X, Y)),
+    (ValueError, "query_labels must not be given with target", lambda: retrieval.evaluate(X, Y, target=L, **BOTH)),
     (ValueError, "must not be given with target", lambda: retrieval.evaluate(X, Y, target=L, gallery_labels=M)),
     (ValueError, "without a gallery", lambda: retrieval.evaluate(X, **BOTH)),
-    (TypeError, "gallery_labels must be a torch.Tensor, got None", lambda: retrieval.evaluate(X, Y, query_labels=L)),
+    (ValueError, "gallery_labels must be given with a gallery", lambda: retrieval.evaluate(X, Y, query_labels=L)),
+    (ValueError, "labels are given by their names", lambda: retrieval.evaluate(X, L)),
+    (TypeError, "mrr got an unexpected argument 'labels': it takes query_labels", lambda: retrieval.mrr(X, labels=L)),
+    (TypeError, "recall_at_k got an unexpected argument 'm", lambda: retrieval.recall_at_k(X, metrics=["map"])),
+    (ValueError, "at least one metric", lambda: retrieval.evaluate(X, Y, metrics=[], **BOTH)),
+    (ValueError, "at least one metric", lambda: retrieval.recall_at_k(X, Y, k=[], **BOTH)),
+    (ValueError, "target must name at least one", lambda: retrieval.evaluate(X, Y, target=L[:, None][:, :0])),
     (TypeError, "query_labels must be integers", lambda: retrieval.evaluate(X, query_labels=X[:, 0])),
     (ValueError, r"query_labels must have shape \(4,\)", lambda: retrieval.evaluate(X, query_labels=M)),
-    (TypeError, "target must be int64", lambda: retrieval.evaluate(X, Y, target=L.int())),
+    (TypeError, "target must be integers", lambda: retrieval.evaluate(X, Y, target=X[:, 0])),
     (TypeError, "target must be a torch.Tensor, got list", lambda: retrieval.evaluate(X, Y, target=[0, 1, 2, 3])),
     (ValueError, r"shape \(4,\) or \(4, P\)", lambda: retrieval.evaluate(X, Y, target=M)),
     (ValueError, r"target must be in \[-1, 6\), got 6", lambda: retrieval.evaluate(X, Y, target=L + 6)),
     (ValueError, r"target must be in \[-1, 6\), got -2", lambda: retrieval.evaluate(X, Y, target=L - 2)),
     (ValueError, "4 of 4 have none", lambda: retrieval.evaluate(X, Y, target=L - 1)),
     (ValueError, "1 of 4 have none", lambda: retrieval.evaluate(X, query_labels=torch.tensor([0, 0, 0, 1]))),
-    (ValueError, "none of 4 has one", lambda: retrieval.evaluate(X, Y, target=L - 1, missing="skip")),
-    (ValueError, "none of 0 has one", lambda: retrieval.evaluate(X[:0], Y, target=L[:0])),
+    (ValueError, "4 of 4 have none", lambda: retrieval.evaluate(X, Y, target=L - 1, missing="skip")),
+    (ValueError, "query must have at least one row", lambda: retrieval.evaluate(X[:0], Y, target=L[:0])),
     (ValueError, "missing must be one of error, skip", lambda: retrieval.evaluate(X, Y, missing="zero", **BOTH)),
     (ValueError, "reduction must be one of mean, none", lambda: retrieval.evaluate(X, Y, reduction="sum", **BOTH)),
     (

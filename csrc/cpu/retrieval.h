@@ -34,10 +34,10 @@ void sort_positives_(REPLEARN_SCORES, Tensor offsets, Tensor scores, Tensor inde
 
 // Adds to better[p], p a positive of row i, the columns of the tile, but for positives, that are better than it and not
 // than the one before it; of equal scores the lower index is the better one. Of row i the first active[i] positives are
-// looked at, until cutoff[i] columns are better than one: it and those after it are active no more, but for the first.
-// Returns how many pairs were scored.
+// looked at, until cutoff[i] columns are better than one: it and those after it are active no more, but for the first
+// positive with `first_always`. Returns how many pairs were scored.
 int64_t place_(Tensor s, REPLEARN_SCORES, Tensor filter, Tensor row_factor, double relative, Tensor row_ids,
                Tensor column_ids, int64_t first_column, Tensor offsets, Tensor scores, Tensor index, Tensor low,
-               Tensor high, Tensor cutoff, Tensor active, Tensor better);
+               Tensor high, Tensor cutoff, bool first_always, Tensor active, Tensor better);
 
 }  // namespace replearn

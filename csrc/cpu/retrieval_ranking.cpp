@@ -42,19 +42,19 @@ struct PositiveTable {
   float *low, *high;
 };
 
-// How many of the first `active` positives have fewer than `cutoff` columns before them, positives too; at least one.
-int64_t still_active(const int64_t* better_than, int64_t active, int64_t cutoff) {
+// How many of the first `active` positives have fewer than `cutoff` columns before them, positives too, or `least`.
+int64_t still_active(const int64_t* better_than, int64_t active, int64_t cutoff, int64_t least) {
   int64_t before = 0;
   for (int64_t p = 0; p < active; ++p) {
     before += better_than[p];
-    if (before + p >= cutoff) return std::max<int64_t>(p, 1);
+    if (before + p >= cutoff) return std::max(p, least);
   }
   return active;
 }
 
 template <typename T, typename S>
 int64_t place(const Scores<T>& scores, const FilterTile<S>& tile, int64_t first_column, const PositiveTable& positives,
-              const int64_t* cutoff, int64_t* active, int64_t* better_than) {
+              const int64_t* cutoff, bool first_always, int64_t* active, int64_t* better_than) {
   STD_TORCH_CHECK(positives.rows == tile.rows && scores.rows == tile.rows, "rows of s, query and offsets must be as many");
   STD_TORCH_CHECK(first_column >= 0 && first_column + tile.columns <= scores.columns, "columns beyond the gallery");
   for (int64_t i = 0; i < tile.rows; ++i)
@@ -77,7 +77,7 @@ int64_t place(const Scores<T>& scores, const FilterTile<S>& tile, int64_t first_
         if (beaten < last && positives.index[beaten] != column) ++better_than[beaten];
       }
       scored += doubts;
-      active[i] = still_active(better_than + first, active[i], cutoff[i]);
+      active[i] = still_active(better_than + first, active[i], cutoff[i], first_always);
     }
     total += scored;
   });
@@ -126,14 +126,14 @@ void sort_positives_(REPLEARN_SCORES, Tensor offsets, Tensor scores, Tensor inde
 
 int64_t place_(Tensor s, REPLEARN_SCORES, Tensor filter, Tensor row_factor, double relative, Tensor row_ids,
                Tensor column_ids, int64_t first_column, Tensor offsets, Tensor scores, Tensor index, Tensor low,
-               Tensor high, Tensor cutoff, Tensor active, Tensor better) {
+               Tensor high, Tensor cutoff, bool first_always, Tensor active, Tensor better) {
   const PositiveTable table(offsets, scores, index, low, high);
   const int64_t* depth = array<int64_t>(cutoff, "cutoff", ScalarType::Long, table.rows);
   int64_t* looked_at = array_to_write<int64_t>(active, "active", ScalarType::Long, table.rows);
   int64_t* counts = array_to_write<int64_t>(better, "better", ScalarType::Long, table.total);
   return with_scores(query, gallery, distance, query_factor, gallery_factor, to_filter, shift, [&](const auto& score) {
     return with_tile(s, filter, row_factor, relative, row_ids, column_ids, [&](const auto& tile) {
-      return place(score, tile, first_column, table, depth, looked_at, counts);
+      return place(score, tile, first_column, table, depth, first_always, looked_at, counts);
     });
   });
 }

@@ -41,6 +41,10 @@ class Galleries:
     def sum(self, of_rank: Tensor) -> Tensor:
         return of_rank if self.world is None else self.world.sum(of_rank)
 
+    def of_all_queries(self, own: Tensor, counts: list[int]) -> Tensor:
+        """Values of this rank's queries, along the last dimension, as those of all ranks, which have ``counts``."""
+        return own if self.world is None else torch.cat(self.world.gather(own, counts), -1)
+
 
 @dataclass(frozen=True)
 class Search:
@@ -78,7 +82,7 @@ class Arguments:
     ) -> Arguments:
         validation.check_features("query", query)
         if gallery is not None:
-            validation.check_features("gallery", gallery)
+            validation.check_features("gallery", gallery, shape="2 dimensions [M, d] (labels are given by their names)")
             validation.check_alike("gallery", gallery, "query", query)
         validation.check_choice("similarity", similarity, SIMILARITIES)
         validation.check_flag("exclude_self", exclude_self)
@@ -113,6 +117,10 @@ class Arguments:
         descriptions = agree(self.world, alike, {"gallery": len(self.gallery), **told})
         return Galleries(self.world, [description["gallery"] for description in descriptions]), descriptions
 
+    def most_neighbours(self, galleries: Galleries) -> int:
+        """Rows that every query is compared with, but for those that its ids leave out."""
+        return sum(galleries.counts) - (self.exclude_self and self.ids is None)
+
     def search(self, galleries: Galleries) -> Search:
         gallery = self.gallery
         if galleries.world is not None:
@@ -131,7 +139,9 @@ def finite_rows(name: str, features: Tensor) -> Rows:
     rows = Rows.of(features)
     wrong = (~rows.lengths.isfinite()).nonzero()
     if len(wrong):
-        raise ValueError(f"{name} must be finite, and its rows' lengths too, got others in row {int(wrong[0])}")
+        row = int(wrong[0])
+        found = "a length beyond fp64" if rows.features[row].isfinite().all() else "NaN or infinity"
+        raise ValueError(f"{name} must be finite, got {found} in row {row}, and {len(wrong)} such rows in all")
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..functional.call import in_group
 from .arguments import Arguments, Galleries, Search, progress_bar
 from .ranking import BEYOND, ByLabel, ByTarget, PositivesSource, Ranks, ascending, places, ranks
 
-METRICS = ("recall@k", "precision@k", "r_precision", "map@r", "map", "mrr", "rank")
+METRICS = ("recall@k", "precision@k", "r_precision", "map@r", "map", "mrr", "mean_rank", "median_rank")
 
 
 @in_group
@@ -42,13 +43,15 @@ def evaluate(
     A query's *positives* are the rows of the gallery with its label, or those that ``target`` names. With r_1 < r_2 <
     ... the ranks of its R positives among the rows of the gallery, from 1, the metrics are means over queries of
 
-        "recall@k"       1 if r_1 <= k                      Recall@K of metric learning and of image-text retrieval
+        "recall@k"       1 if r_1 <= k                      Recall@K of metric learning and of image-text retrieval: a
+                                                            hit, as CMC's rank-k, not the share of positives found
         "precision@k"    #{i: r_i <= k} / k
         "r_precision"    #{i: r_i <= R} / R
         "map@r"          sum of i / r_i over r_i <= R, / R  Musgrave et al. 2020 (arXiv:2003.08505)
         "map"            sum of i / r_i, / R                mean average precision, re-identification's mAP
         "mrr"            1 / r_1
-        "rank"           r_1
+        "mean_rank"      r_1
+        "median_rank"    r_1, of which the median over queries is taken
 
     Exact, as :func:`topk` is: ranks are counts of scores in fp64, of equal ones the lower index comes first.
 
@@ -60,9 +63,11 @@ def evaluate(
         query: ``[N, d]``, fp16, bf16, fp32 or fp64.
         gallery: ``[M, d]``. None (default): the queries, each without itself.
         query_labels, gallery_labels: integers ``[N]`` and ``[M]``; without a gallery ``query_labels`` alone.
-        target: int64 ``[N]``, or ``[N, P]`` where a query has several positives, -1 for none; in place of labels. With
-            a ``group`` they count through the galleries of all ranks.
-        metrics: names as above, any k >= 1. Default recall at 1, 5 and 10, MAP@R, R-precision and MRR.
+        target: integers ``[N]``, or ``[N, P]`` where a query has several positives, -1 for none; in place of labels. A
+            row that is named twice is one positive; one that ids leave out, and without a gallery the query itself, is
+            none. With a ``group`` they count through the galleries of all ranks.
+        metrics: names as above, any k >= 1; of a k beyond the gallery, places without a row are misses. Default recall
+            at 1, 5 and 10, MAP@R, R-precision and MRR.
         missing: what becomes of queries without a positive: "error" (default), or "skip", which leaves them out of
             every mean (with ``reduction="none"`` their values are NaN) and counts them.
         reduction: "mean" (default), or "none": a value of every query.
@@ -108,12 +113,14 @@ def evaluate(
 @torch.no_grad()
 def _evaluate(query, gallery, query_labels, gallery_labels, target, names, missing, reduction, progress, options):
     wanted = [Metric.named(name) for name in names]
+    if not wanted:
+        raise ValueError("metrics must name at least one metric, got none")
     validation.check_choice("missing", missing, ("error", "skip"))
     validation.check_choice("reduction", reduction, ("mean", "none"))
     validation.check_flag("progress", progress)
     arguments = Arguments.of(query, gallery, **options)
     given = _GivenPositives.of(query, gallery, query_labels, gallery_labels, target)
-    galleries, told = arguments.meet({"target": given.range})
+    galleries, told = arguments.meet({"target": given.range, "queries": len(query)})
     given.check_ranges([each["target"] for each in told], sum(galleries.counts))
     with on_device_of(query), progress_bar(progress, len(query)) as on_rows:
         search = arguments.search(galleries)
@@ -122,8 +129,10 @@ def _evaluate(query, gallery, query_labels, gallery_labels, target, names, missi
         values = _values(search, source, wanted, on_rows)
     if reduction == "none":
         return dict(zip(names, values))
-    total = galleries.sum(values.nan_to_num(nan=0.0).sum(1))  # NaN is the value of a query without a positive alone
-    return {**dict(zip(names, (total / queries).tolist())), "queries": queries, "skipped": skipped}
+    values = galleries.of_all_queries(values, [each["queries"] for each in told])
+    values = values[:, ~values[0].isnan()]  # the value of a query without a positive
+    means = [metric.over_queries(of_queries).item() for metric, of_queries in zip(wanted, values)]
+    return {**dict(zip(names, means)), "queries": queries, "skipped": skipped}
 
 
 @dataclass(frozen=True)
@@ -136,13 +145,17 @@ class _GivenPositives:
 
     @staticmethod
     def of(query, gallery, query_labels, gallery_labels, target) -> _GivenPositives:
-        if (target is None) == (query_labels is None):
-            raise ValueError("either query_labels or target must be given, and not both")
+        if target is None and query_labels is None:
+            raise ValueError("query_labels or a target must be given: they tell a query's positives")
+        if target is not None and query_labels is not None:
+            raise ValueError("query_labels must not be given with target, which names the positives")
         if target is not None:
             if gallery_labels is not None:
                 raise ValueError("gallery_labels must not be given with target, which names the positives")
             return _GivenPositives(None, None, _check_target(target, query))
         query_labels = validation.check_labels("query_labels", query_labels, query.shape[0], query)
+        if gallery is not None and gallery_labels is None:
+            raise ValueError("gallery_labels must be given with a gallery and query_labels")
         if gallery is not None:
             gallery_labels = validation.check_labels("gallery_labels", gallery_labels, gallery.shape[0], query)
         elif gallery_labels is not None:
@@ -171,17 +184,13 @@ class _GivenPositives:
 
 def _check_target(target: Tensor, query: Tensor) -> Tensor:
     """int64 ``[N, P]``."""
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a torch.Tensor, got {type(target).__name__}")
-    validation.check_dense("target", target)
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64, got {target.dtype}")
     rows = query.shape[0]
-    if target.ndim not in (1, 2) or target.shape[0] != rows:
+    if isinstance(target, Tensor) and (target.ndim not in (1, 2) or target.shape[0] != rows):
         raise ValueError(f"target must have shape ({rows},) or ({rows}, P), got {tuple(target.shape)}")
-    if target.device != query.device:
-        raise ValueError(f"target must be on the features' device {query.device}, got {target.device}")
-    return target[:, None] if target.ndim == 1 else target
+    columns = target.unbind(1) if isinstance(target, Tensor) and target.ndim == 2 else [target]
+    if not columns:
+        raise ValueError(f"target must name at least one row of each query, got shape {tuple(target.shape)}")
+    return torch.stack([validation.check_labels("target", column, rows, query) for column in columns], 1)
 
 
 def _count_queries(source: PositivesSource, galleries: Galleries, missing: str) -> tuple[int, int]:
@@ -189,13 +198,13 @@ def _count_queries(source: PositivesSource, galleries: Galleries, missing: str) 
     have = source.counts > 0
     counts = galleries.sum(torch.stack((have.sum(), (~have).sum())))
     queries, skipped = counts.tolist()
-    if missing == "error" and skipped:
+    if not queries + skipped:
+        raise ValueError("query must have at least one row, got none")
+    if not queries or (missing == "error" and skipped):
         raise ValueError(
-            f"every query must have a positive in the gallery, and {skipped} of {queries + skipped} have none: "
-            'missing="skip" leaves them out'
+            f"every query must have a positive among the rows that it is compared with, and {skipped} of "
+            f"{queries + skipped} have none: missing='skip' leaves them out, where there are others"
         )
-    if not queries:
-        raise ValueError(f"a query must have a positive in the gallery, and none of {skipped} has one")
     return queries, skipped
 
 
@@ -205,8 +214,9 @@ def _values(search: Search, source: PositivesSource, wanted: list[Metric], on_ro
     cutoff = torch.zeros_like(counts)
     for metric in wanted:
         cutoff = torch.maximum(cutoff, metric.depth(counts))
+    first_always = any(metric.first_always for metric in wanted)
     values = torch.full((len(wanted), len(counts)), torch.nan, dtype=torch.float64, device=counts.device)
-    for found in ranks(search.scores, source, search.excluded, cutoff, search.backend, on_rows):
+    for found in ranks(search.scores, source, search.excluded, cutoff, first_always, search.backend, on_rows):
         with_positive = _OfQueries.of(found)
         rows = torch.arange(found.rows.start, found.rows.stop, device=counts.device)[found.offsets.diff() > 0]
         for metric, of_queries in zip(wanted, values):
@@ -252,7 +262,10 @@ class Metric:
 
     value: Callable[[_OfQueries], Tensor]
     depth: Callable[[Tensor], Tensor]
-    """Of the numbers of positives: the rank up to which ranks matter; the first positive's always does."""
+    """Of the numbers of positives: the rank up to which ranks matter."""
+    first_always: bool = False
+    """Whether the first positive's rank matters whatever it is."""
+    over_queries: Callable[[Tensor], Tensor] = torch.mean
 
     @staticmethod
     def named(name: str) -> Metric:
@@ -261,24 +274,46 @@ class Metric:
         if at := re.fullmatch(r"(recall|precision)@([1-9][0-9]*)", name):
             k = int(at[2])
             if at[1] == "recall":
-                return Metric(lambda q: (q.first <= k).double(), torch.zeros_like)
+                return Metric(lambda q: (q.first <= k).double(), lambda counts: torch.full_like(counts, k))
             return Metric(lambda q: q.sum(q.ranks <= k) / k, lambda counts: torch.full_like(counts, k))
         if name not in _NAMED:
-            raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {name!r}")
+            raise ValueError(f"metrics must be of {', '.join(METRICS)}, with a number k of at least 1, got {name!r}")
         return _NAMED[name]
+
+
+def _median(values: Tensor) -> Tensor:
+    """Of an even number the mean of the middle two, as NumPy has it."""
+    values = values.sort().values
+    return (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
 
 
 _NAMED = {
     "r_precision": Metric(lambda q: q.sum(q.among_r) / q.counts, torch.clone),
     "map@r": Metric(lambda q: q.sum(q.number / q.ranks * q.among_r) / q.counts, torch.clone),
     "map": Metric(lambda q: q.sum(q.number / q.ranks) / q.counts, lambda counts: torch.full_like(counts, BEYOND)),
-    "mrr": Metric(lambda q: q.first.reciprocal(), torch.zeros_like),
-    "rank": Metric(lambda q: q.first, torch.zeros_like),
+    "mrr": Metric(lambda q: q.first.reciprocal(), torch.zeros_like, first_always=True),
+    "mean_rank": Metric(lambda q: q.first, torch.zeros_like, first_always=True),
+    "median_rank": Metric(lambda q: q.first, torch.zeros_like, first_always=True, over_queries=_median),
 }
+
+OPTIONS = [name for name in inspect.signature(evaluate).parameters if name not in ("query", "gallery", "metrics")]
+
+
+def _one(function: str, metric: str, query: Tensor, gallery: Tensor | None, options: dict) -> float | Tensor:
+    return _several(function, [metric], query, gallery, options)[0]
+
+
+def _several(function: str, metrics: list[str], query: Tensor, gallery: Tensor | None, options: dict) -> list:
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"{function} got an unexpected argument {name!r}: it takes {', '.join(OPTIONS)}")
+    values = evaluate(query, gallery, metrics=metrics, **options)
+    return [values[metric] for metric in metrics]
 
 
 def recall_at_k(query: Tensor, gallery: Tensor | None = None, k: int | Iterable[int] = 1, **options):
-    """Recall@K: the share of queries with a positive among their k nearest rows; see :func:`evaluate` for ``options``.
+    """Recall@K: the share of queries with a positive among their k nearest rows. ``options`` are those of
+    :func:`evaluate`: ``query_labels`` and ``gallery_labels``, or ``target``, and the rest.
 
     Returns:
         A float, or of several k a list of them; with ``reduction="none"`` fp64 ``[N]`` each.
@@ -295,26 +330,27 @@ def precision_at_k(query: Tensor, gallery: Tensor | None = None, k: int | Iterab
 
 def _at_k(name: str, query: Tensor, gallery: Tensor | None, k: int | Iterable[int], options: dict):
     several = not validation.is_number(k) and isinstance(k, Iterable)
-    names = [f"{name}@{validation.check_count('k', each, 1)}" for each in (k if several else [k])]
-    values = evaluate(query, gallery, metrics=names, **options)
-    return [values[each] for each in names] if several else values[names[0]]
+    metrics = [f"{name}@{validation.check_count('k', each, 1)}" for each in (k if several else [k])]
+    values = _several(f"{name}_at_k", metrics, query, gallery, options)
+    return values if several else values[0]
 
 
 def map_at_r(query: Tensor, gallery: Tensor | None = None, **options) -> float | Tensor:
-    """MAP@R (Musgrave et al., "A Metric Learning Reality Check", 2020): see :func:`evaluate` for ``options``."""
-    return evaluate(query, gallery, metrics=["map@r"], **options)["map@r"]
+    """MAP@R (Musgrave et al., "A Metric Learning Reality Check", 2020); ``options`` are those of :func:`evaluate`."""
+    return _one("map_at_r", "map@r", query, gallery, options)
 
 
 def r_precision(query: Tensor, gallery: Tensor | None = None, **options) -> float | Tensor:
-    """The mean share of positives among a query's R nearest rows, R its number of positives: see :func:`evaluate`."""
-    return evaluate(query, gallery, metrics=["r_precision"], **options)["r_precision"]
+    """The mean share of positives among a query's R nearest rows, R its number of positives; ``options`` are those of
+    :func:`evaluate`."""
+    return _one("r_precision", "r_precision", query, gallery, options)
 
 
 def mean_average_precision(query: Tensor, gallery: Tensor | None = None, **options) -> float | Tensor:
-    """mAP over all ranks: see :func:`evaluate` for ``options``."""
-    return evaluate(query, gallery, metrics=["map"], **options)["map"]
+    """mAP over all ranks; ``options`` are those of :func:`evaluate`."""
+    return _one("mean_average_precision", "map", query, gallery, options)
 
 
 def mrr(query: Tensor, gallery: Tensor | None = None, **options) -> float | Tensor:
-    """The mean reciprocal rank of a query's first positive: see :func:`evaluate` for ``options``."""
-    return evaluate(query, gallery, metrics=["mrr"], **options)["mrr"]
+    """The mean reciprocal rank of a query's first positive; ``options`` are those of :func:`evaluate`."""
+    return _one("mrr", "mrr", query, gallery, options)

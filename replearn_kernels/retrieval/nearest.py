@@ -63,17 +63,32 @@ class NearestOnTensors:
         self.scores, self.k = scores, k
         none = torch.empty(len(scores.query), 0, device=scores.query.features.device)
         self.lower, self.upper, self.columns = none, none, none.long()
+        self.threshold = none.new_full((len(none), 1), -torch.inf)
 
     def add(self, tile: Tile) -> int:
-        columns = torch.arange(tile.columns.start, tile.columns.stop, device=tile.s.device)
         lower, upper = tile.bounds
-        self._set(
-            torch.cat((self.lower, lower), 1),
-            torch.cat((self.upper, upper), 1),
-            torch.cat((self.columns, columns.expand(len(lower), -1)), 1),
-        )
+        if self.columns.shape[1] == 0 and lower.shape[1] > self.k:
+            self.threshold = lower.topk(self.k).values[:, -1:]
+        self._append(*_packed((upper >= self.threshold) & (upper > -torch.inf), lower, upper, tile.columns.start))
+        if self.columns.shape[1] > self.k:
+            self.threshold = self.lower.topk(self.k).values[:, -1:]
         if self.columns.shape[1] <= 2 * self.k + 64:
             return 0
+        worse = self.upper < self.threshold
+        self.lower.masked_fill_(worse, -torch.inf)
+        self.upper.masked_fill_(worse, -torch.inf)
+        width = int((self.upper > -torch.inf).sum(1).max())
+        self.upper, kept = self.upper.topk(width)
+        self.lower, self.columns = self.lower.gather(1, kept), self.columns.gather(1, kept)
+        return self._score() if width > self.k + (self.k + 64) // 2 else 0
+
+    def _append(self, lower: Tensor, upper: Tensor, columns: Tensor) -> None:
+        self.lower = torch.cat((self.lower, lower), 1)
+        self.upper = torch.cat((self.upper, upper), 1)
+        self.columns = torch.cat((self.columns, columns), 1)
+
+    def _score(self) -> int:
+        """Of more candidates than there is room for, by their scores the k that stay. Returns how many were scored."""
         in_doubt = int((self.upper > -torch.inf).sum())
         scores, self.columns = self.result()
         rows = torch.arange(len(scores), device=scores.device)[:, None].expand_as(scores)
@@ -81,16 +96,8 @@ class NearestOnTensors:
         none = self.columns < 0
         self.lower.masked_fill_(none, -torch.inf)
         self.upper.masked_fill_(none, -torch.inf)
+        self.threshold = self.lower[:, -1:]
         return in_doubt
-
-    def _set(self, lower: Tensor, upper: Tensor, columns: Tensor) -> None:
-        """Candidates, but for those that k others are better than."""
-        if columns.shape[1] > self.k:
-            enough = lower.topk(self.k).values[:, -1:]
-            upper = upper.masked_fill(upper < enough, -torch.inf)
-        width = int((upper > -torch.inf).sum(1).max()) if len(upper) else 0
-        self.upper, kept = upper.topk(width)
-        self.lower, self.columns = lower.gather(1, kept), columns.gather(1, kept)
 
     def result(self) -> Nearest:
         row, place = (self.upper > -torch.inf).nonzero(as_tuple=True)
@@ -103,3 +110,18 @@ class NearestOnTensors:
         missing = 0, self.k - columns.shape[1]
         pad = torch.nn.functional.pad
         return pad(scores, missing, value=-torch.inf), pad(columns, missing, value=-1)
+
+
+def _packed(kept: Tensor, lower: Tensor, upper: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(lower, upper, columns) of the entries of a tile that are kept, moved to the left of each row; -inf and 0 after
+    them."""
+    row, column = kept.nonzero(as_tuple=True)
+    counts = kept.sum(1)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    shape = len(kept), int(counts.max()) if len(kept) else 0
+    packed = [lower.new_full(shape, -torch.inf) for _ in range(2)]
+    columns = torch.zeros(shape, dtype=torch.int64, device=row.device)
+    for of_kept, all_of_tile in zip(packed, (lower, upper)):
+        of_kept[row, place] = all_of_tile[row, column]
+    columns[row, place] = column + first_column
+    return *packed, columns

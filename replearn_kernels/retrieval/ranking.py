@@ -125,6 +125,7 @@ def ranks(
     source: PositivesSource,
     excluded: list[Ids],
     cutoff: Tensor,
+    first_always: bool,
     backend: str,
     on_rows: Callable[[int], object],
 ) -> Iterator[Ranks]:
@@ -132,14 +133,14 @@ def ranks(
 
     Args:
         excluded: at most one pair of ids: a column of a row's id has no rank, and is no positive of ``source``.
-        cutoff: int64 ``[N]``. Of a query's positives the first has its rank, the others theirs up to the cutoff, and
-            ``BEYOND`` after it.
+        cutoff: int64 ``[N]``: ranks of a query up to it are told, later ones are ``BEYOND``.
+        first_always: the rank of a query's first positive is told whatever it is.
     """
     fold = {"cpp": NativeRanking, "torch": RankingOnTensors}[backend]
     row_blocks = _row_blocks(source.counts, rows_at_once(source.counts.device))
 
     def fold_of(rows: slice) -> NativeRanking | RankingOnTensors:
-        return fold(scores[rows], source.of(rows), cutoff[rows])
+        return fold(scores[rows], source.of(rows), cutoff[rows], first_always)
 
     for rows, found in walk(scores, excluded + source.ids, row_blocks, fold_of, on_rows):
         yield Ranks(rows, found.offsets, found.result())
@@ -159,7 +160,7 @@ def _row_blocks(counts: Tensor, most_rows: int) -> Iterator[slice]:
 class NativeRanking:
     """Counts as csrc/cpu/retrieval_ranking.cpp keeps them."""
 
-    def __init__(self, scores: Scores, positives: Positives, cutoff: Tensor):
+    def __init__(self, scores: Scores, positives: Positives, cutoff: Tensor, first_always: bool):
         self.scores, self.offsets = scores, positives.offsets
         columns = positives.columns.clone()
         of_positives = torch.empty(len(columns), dtype=torch.float64)
@@ -167,8 +168,8 @@ class NativeRanking:
         ops = torch.ops.replearn_kernels
         ops.listed_scores_(*scores.arguments, positives.rows, columns, of_positives)
         ops.sort_positives_(*scores.arguments, positives.offsets, of_positives, columns, low, high)
-        self.table = positives.offsets, of_positives, columns, low, high, cutoff.contiguous()
-        self.active = torch.minimum(positives.counts, cutoff.clamp(min=1))
+        self.table = positives.offsets, of_positives, columns, low, high, cutoff.contiguous(), first_always
+        self.active = torch.minimum(positives.counts, cutoff.clamp(min=int(first_always)))
         self.better = torch.zeros(len(columns), dtype=torch.int64)
 
     def add(self, tile: Tile) -> int:
@@ -187,8 +188,8 @@ class NativeRanking:
 class RankingOnTensors:
     """The same, on any device: positives and counts as ``[R, P]``, of rows with fewer filled up with -inf."""
 
-    def __init__(self, scores: Scores, positives: Positives, cutoff: Tensor):
-        self.scores, self.offsets, self.cutoff = scores, positives.offsets, cutoff
+    def __init__(self, scores: Scores, positives: Positives, cutoff: Tensor, first_always: bool):
+        self.scores, self.offsets, self.cutoff, self.first_always = scores, positives.offsets, cutoff, first_always
         counts, row, place = positives.counts, positives.rows, places(positives.offsets)
         shape = len(counts), int(counts.max())
         of_positives = torch.full(shape, -torch.inf, dtype=torch.float64, device=row.device)
@@ -197,7 +198,7 @@ class RankingOnTensors:
         columns[row, place] = positives.columns
         columns, by_column = columns.sort(dim=1)
         of_positives, order = of_positives.gather(1, by_column).sort(dim=1, descending=True, stable=True)
-        self.most = min(shape[1], max(int(cutoff.max()), 1))
+        self.most = min(shape[1], max(int(cutoff.max()), int(first_always)))
         self.of_positives, self.columns = of_positives[:, : self.most], columns.gather(1, order)[:, : self.most]
         rows = torch.arange(shape[0], device=row.device)[:, None].expand_as(self.columns)
         low, high = scores.bounds(rows, self.of_positives)
@@ -235,4 +236,5 @@ class RankingOnTensors:
         held = place < self.most
         row, place = row[held], place[held]
         ranks[held] = self.better.cumsum(1)[row, place] + place + 1
-        return ranks.masked_fill_((ranks > self.cutoff.repeat_interleave(counts)) & (places(self.offsets) > 0), BEYOND)
+        told = (ranks <= self.cutoff.repeat_interleave(counts)) | (self.first_always & (places(self.offsets) == 0))
+        return ranks.masked_fill_(~told, BEYOND)

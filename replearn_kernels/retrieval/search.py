@@ -58,7 +58,7 @@ def topk(
     Args:
         query: ``[N, d]``, fp16, bf16, fp32 or fp64, any strides. Neighbours have no gradient.
         gallery: ``[M, d]``, of the query's dtype and device. None (default): the queries, each without itself.
-        k: at least 1, at most M. Default 10.
+        k: at least 1, at most M, or M - 1 where a query is not compared with itself. Default 10.
         similarity: as above. Default "cosine".
         exclude_self: row i of the gallery is no neighbour of query i (N = M). Default False.
         query_ids, gallery_ids: integers ``[N]`` and ``[M]``, or ``[N, C]`` and ``[M, C]``. A row of the gallery whose
@@ -101,8 +101,8 @@ def _topk(
     options = dict(exclude_self=exclude_self, query_ids=query_ids, gallery_ids=gallery_ids, backend=backend)
     arguments = Arguments.of(query, gallery, similarity=similarity, world=world, **options)
     galleries, _ = arguments.meet({})
-    if k > sum(galleries.counts):
-        raise ValueError(f"k must be at most the number of rows of the gallery, {sum(galleries.counts)}, got {k}")
+    if k > (most := arguments.most_neighbours(galleries)):
+        raise ValueError(f"k must be at most {most}, the number of rows that a query is compared with, got {k}")
     with on_device_of(query), progress_bar(progress, len(query)) as on_rows:
         search = arguments.search(galleries)
         values, indices = nearest(search.scores, k, search.excluded, search.backend, on_rows)
@@ -115,7 +115,7 @@ def _topk(
 @torch._disable_dynamo
 def knn_predict(
     query: Tensor,
-    gallery: Tensor,
+    gallery: Tensor | None,
     gallery_labels: Tensor,
     k: int = 20,
     *,
@@ -136,8 +136,9 @@ def knn_predict(
     is evaluated (k 20, temperature 0.07).
 
     Args:
-        query, gallery, k: as :func:`topk` takes them, but for the default of k, 20.
-        gallery_labels: integers ``[M]``, any values.
+        query, gallery, k: as :func:`topk` takes them, but for the default of k, 20. A gallery that holds the queries
+            needs ``exclude_self``, or is None, where they are compared with each other: else each votes for itself.
+        gallery_labels: integers ``[M]``, any values; without a gallery, of the queries.
         temperature: positive, or None. Default 0.07.
         similarity, exclude_self, query_ids, gallery_ids, backend, group, progress: as of :func:`topk`.
 
@@ -148,8 +149,12 @@ def knn_predict(
         TypeError, ValueError, RuntimeError: as :func:`topk`; labels that are no integers, or not one per row; a
             temperature that is not positive; a query that its ids leave no row.
     """
-    validation.check_features("gallery", gallery)
-    labels = validation.check_labels("gallery_labels", gallery_labels, gallery.shape[0], gallery)
+    validation.check_features("query", query)
+    columns = query
+    if gallery is not None:
+        validation.check_features("gallery", gallery)
+        columns = gallery
+    labels = validation.check_labels("gallery_labels", gallery_labels, columns.shape[0], columns)
     if temperature is not None:
         temperature = validation.check_positive("temperature", temperature)
     k = validation.check_count("k", k, 1)
@@ -181,7 +186,7 @@ def _winners(labels: Tensor, weights: Tensor) -> Tensor:
 
 def knn_accuracy(
     query: Tensor,
-    gallery: Tensor,
+    gallery: Tensor | None,
     query_labels: Tensor,
     gallery_labels: Tensor,
     k: int = 20,
@@ -194,6 +199,7 @@ def knn_accuracy(
     With a ``group``, of the rank's own queries. ``options`` are those of :func:`knn_predict`.
 
     >>> knn_accuracy(test_features, train_features, test_labels, train_labels, k=20)    # DINO's k-NN evaluation
+    >>> knn_accuracy(features, None, labels, labels, k=20)                              # leave one out
     """
     validation.check_features("query", query)
     query_labels = validation.check_labels("query_labels", query_labels, query.shape[0], query)

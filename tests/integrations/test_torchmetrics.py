@@ -58,9 +58,42 @@ def test_pairs():
     assert [value.item() for value in found.values()] == pytest.approx([*there, *back])
 
 
+def test_five_texts_of_an_image():
+    texts, of_texts = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)), torch.arange(50) // 5
+    metric = PairedRecall(k=3)
+    metric.update(QUERY[:10], texts[:20], torch.arange(10), of_texts[:20])
+    metric.update(QUERY[:0], texts[20:], of_texts[:0], of_texts[20:])
+    there = retrieval.recall_at_k(QUERY[:10], texts, 3, target=torch.arange(50).view(10, 5))
+    back = retrieval.recall_at_k(texts, QUERY[:10], 3, target=of_texts)
+    assert metric.compute() == {"first_to_second_recall@3": there, "second_to_first_recall@3": back}
+
+
 def test_votes():
     found = updated(KNNAccuracy(k=7)).compute()
     assert found == retrieval.knn_accuracy(QUERY, GALLERY, OF_QUERY, OF_GALLERY, k=7)
+    alone = KNNAccuracy(k=7)
+    assert alone(QUERY, OF_QUERY) is None  # a call is an update
+    assert alone.compute() == retrieval.knn_accuracy(QUERY, None, OF_QUERY, OF_QUERY, k=7)
+
+
+BAD = [
+    (ValueError, "metrics must be of", lambda: RetrievalMetrics(["recall@x"])),
+    (ValueError, "missing must be one of", lambda: RetrievalMetrics(missing="no")),
+    (ValueError, "similarity must be one of", lambda: KNNAccuracy(similarity="l2")),
+    (ValueError, "k must be at least 1", lambda: PairedRecall(k=(1, 0))),
+    (TypeError, "query_labels must be integers", lambda: RetrievalMetrics().update(QUERY, OF_QUERY.float())),
+    (ValueError, r"query_labels must have shape \(3,\)", lambda: RetrievalMetrics().update(QUERY[:3], OF_QUERY)),
+    (ValueError, "gallery_labels must be given with gallery", lambda: KNNAccuracy().update(gallery_labels=OF_GALLERY)),
+    (ValueError, "query must be given to update", lambda: RetrievalMetrics().compute()),
+    (ValueError, "same number of rows", lambda: PairedRecall().update(QUERY, GALLERY)),
+    (ValueError, "given together", lambda: PairedRecall().update(QUERY, GALLERY, OF_QUERY)),
+]
+
+
+@pytest.mark.parametrize("error, message, call", BAD, ids=[message for _, message, _ in BAD])
+def test_bad_input(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_in_a_collection():
