@@ -140,6 +140,14 @@ def check_retrieval(ops) -> None:
             assert "outside of the gallery" in str(error)
         else:
             raise AssertionError("a candidate out of range was taken")
+        candidates[3].zero_()
+        for first, room in ((2**63 - 1, k), (m, k), (-1, k), (0, 2**63 - 1)):
+            try:
+                ops.nearest_(s, *scores, *tile[:-1], first, room, *candidates, threshold)
+            except RuntimeError as error:
+                assert "beyond the gallery" in str(error) or "room" in str(error)
+            else:
+                raise AssertionError("columns beyond the gallery, or more than there is room for, were taken")
 
 
 def main(library: str, seconds: float) -> None:

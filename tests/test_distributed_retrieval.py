@@ -115,6 +115,8 @@ def fails(rank, name):
             retrieval.evaluate(x, x, target=labels + 1000 * rank, group=group)
         elif name == "k of all":
             retrieval.topk(x, x, k=4 * dist.get_world_size() + 1, group=group)
+        elif name == "another metric":
+            retrieval.evaluate(x, x, target=labels, metrics=["mrr", "map"][: 1 + rank], group=group)
         elif name == "missing labels on one":
             retrieval.evaluate(x, query_labels=labels if rank else None, group=group)
     found = retrieval.topk(x, x, k=1, group=group).indices
@@ -131,6 +133,7 @@ def fails(rank, name):
         ("no gallery on one", "gallery must be the same on every rank", None),
         ("target of one", r"target must be in \[-1, ", None),
         ("k of all", "k must be at most", None),
+        ("another metric", "metrics must be the same on every rank of the group, got mrr on rank 0", None),
         ("missing labels on one", "must be", None),
     ],
 )

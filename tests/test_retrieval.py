@@ -16,6 +16,7 @@ from replearn_kernels import retrieval
 from replearn_kernels.engine import native
 from replearn_kernels.retrieval import walk
 
+METRICS = ["recall@1", "map", "mean_rank"]
 SIMILARITIES = ["cosine", "product", "distance", "squared_distance"]
 BACKENDS = [
     pytest.param("cpp", marks=pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))),
@@ -102,6 +103,38 @@ def test_rows_of_very_different_length(backend, similarity, filter_dtype):
     check(x.double() * 1e20, y.double() * 1e20, 70, similarity, backend, ties_by_rounding=ties_by_rounding)
 
 
+@pytest.mark.parametrize("similarity", ["distance", "squared_distance"])
+@every_backend
+def test_from_far_away(backend, similarity, filter_dtype):
+    """Distances that fp64 rounds to the same number are equal, however well the filter tells their rows apart."""
+    x = torch.tensor([[1e15, 0.0]])
+    y = torch.tensor([[0.0, 0.0], [1e-3, 0.0], [1e-2, 0.0], [-1e-2, 0.0], [-1e-3, 0.0]])
+    for k in range(1, 6):
+        assert retrieval.topk(x, y, k, similarity=similarity, backend=backend).indices.tolist() == [[*range(k)]]
+    ranks = {"metrics": "mean_rank", "similarity": similarity, "backend": backend}
+    assert [retrieval.evaluate(x, y, target=torch.tensor([i]), **ranks)["mean_rank"] for i in range(5)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+
+
+@pytest.mark.parametrize("scale", [1e-149, 1e149])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@every_backend
+def test_any_scale_of_fp64(backend, similarity, scale):
+    x, _ = oracle.whole_numbers(40, 1, 6)
+    scale = 2.0 ** round(np.log2(scale))
+    expected = retrieval.topk(x.double(), k=7, similarity=similarity, backend=backend)
+    found = retrieval.topk(x.double() * scale, k=7, similarity=similarity, backend=backend)
+    assert torch.equal(found.indices, expected.indices)
+    assert found.values.min() >= 0 or similarity in ("cosine", "product")
+    ranks = {"query_labels": torch.arange(40) % 3, "metrics": METRICS, "similarity": similarity, "backend": backend}
+    assert retrieval.evaluate(x.double() * scale, **ranks) == retrieval.evaluate(x.double(), **ranks)
+
+
 @pytest.mark.parametrize("spread", [1e-3, 1e-6, 0.0])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 @every_backend
@@ -173,9 +206,16 @@ def test_no_query_and_one_column(backend):
 def test_whatever_torch_is_told_of_products(backend, precision, monkeypatch):
     """Neither a lower precision of fp32 products nor autocast changes a neighbour."""
     monkeypatch.setattr(walk, "_first_dtype", lambda scores: torch.float32)
-    x = F.normalize(torch.randn(300, 64, generator=torch.Generator().manual_seed(6)))
+    x = F.normalize(10 + torch.randn(300, 64, generator=torch.Generator().manual_seed(6)))
     expected = check(x[:40], x, 10, "cosine", backend)
     before = torch.get_float32_matmul_precision()
+    mm, bits = torch.mm, {"high": 13, "medium": 16}[precision]
+
+    def rounded(x):
+        """As a GPU's units may cut their operands, tf32 for "high"."""
+        return (x.view(torch.int32) >> bits << bits).view(torch.float32)
+
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: mm(rounded(a), rounded(b.T.contiguous()).T, out=out))
     try:
         torch.set_float32_matmul_precision(precision)
         with torch.autocast("cpu"):
@@ -284,6 +324,16 @@ def test_vote(backend):
 
 
 @every_backend
+def test_vote_beyond_fp32(backend):
+    """Products of 1e50, and as many neighbours as there are rows: of memory in proportion to them."""
+    x, y = torch.tensor([[3e25, 1e25]]), torch.tensor([[1e25, 0.0], [2e25, 0.0], [0.0, 3e25]])
+    labels = torch.tensor([5, 5, 1])
+    assert retrieval.knn_predict(x, y, labels, 3, similarity="product", backend=backend).tolist() == [5]
+    y = torch.randn(20000, 2)
+    assert retrieval.knn_predict(y[:1], y, torch.arange(20000) // 2, 20000, backend=backend).shape == (1,)
+
+
+@every_backend
 def test_vote_where_few_neighbours_are_left(backend):
     x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     y = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
@@ -308,6 +358,7 @@ def test_as_an_operator():
         torch.func.vmap(lambda rows: retrieval.topk(rows, y, 3).values)(x[None])
     x.requires_grad_()
     assert not retrieval.topk(x, y, 3).values.requires_grad
+    assert not torch.compile(lambda a: retrieval.topk(a, y, 3).values, fullgraph=True)(x).requires_grad
 
 
 def test_in_one_graph_of_all_sizes():
@@ -381,8 +432,18 @@ BAD = [
     ),
     (
         ValueError,
-        "a length beyond fp64 in row 0, and 4 such",
+        r"a length outside of \[3e-151, 3e\+150\] in row 0, and 4 such",
         lambda: retrieval.topk(X.double() * 1e200, Y.double(), 1),
+    ),
+    (
+        ValueError,
+        r"a length outside of .* row 3",
+        lambda: retrieval.topk(torch.eye(4).double() * torch.tensor([1, 0, 1, 1e-160], dtype=torch.float64), k=1),
+    ),
+    (
+        ValueError,
+        "query must have at least one row",
+        lambda: retrieval.knn_accuracy(X[:0], Y, torch.arange(0), torch.arange(6), 1),
     ),
     (TypeError, "group must be a torch.distributed process group", lambda: retrieval.topk(X, Y, 1, group="all")),
     (

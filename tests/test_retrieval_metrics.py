@@ -128,9 +128,18 @@ def test_blocks_of_few_rows_where_there_are_many_positives(backend, monkeypatch)
     monkeypatch.setattr(ranking, "_MOST_POSITIVES", 70)
     query, gallery = oracle.whole_numbers(20, 150, 5)
     labels = {"query_labels": torch.zeros(20).long(), "gallery_labels": torch.arange(150) % 3}
-    blocks = list(ranking._row_blocks(torch.tensor([50, 20, 1, 90, 0, 0, 70]), 4))
-    assert [(rows.start, rows.stop) for rows in blocks] == [(0, 2), (2, 3), (3, 4), (4, 7)]
+    blocks = [
+        [(rows.start, rows.stop) for rows in ranking._row_blocks(torch.tensor([50, 20, 1, 90, 0, 0, 70]), 4, padded)]
+        for padded in (False, True)
+    ]
+    assert blocks == [[(0, 2), (2, 3), (3, 4), (4, 7)], [(0, 1), (1, 3), (3, 4), (4, 6), (6, 7)]]
     check(query, gallery, np.arange(150)[None].repeat(20, 0) % 3 == 0, "cosine", backend, **labels)
+
+
+@every_backend
+def test_k_of_any_size(backend):
+    found = retrieval.recall_at_k(X, Y, k=(1, 10**30), target=torch.tensor([1, 0, 0, 0]), backend=backend)
+    assert found == [0.75, 1.0]  # of equal rows the first is the nearest
 
 
 @every_backend
@@ -193,6 +202,8 @@ BAD = [
     ),
     (ValueError, "got 'recall@0'", lambda: retrieval.evaluate(X, Y, metrics=["recall@0"], **BOTH)),
     (TypeError, "metrics must be names, got int", lambda: retrieval.evaluate(X, Y, metrics=[1], **BOTH)),
+    (TypeError, "metrics must be names, got NoneType", lambda: retrieval.evaluate(X, Y, metrics=None, **BOTH)),
+    (TypeError, "k must be an int, got Tensor", lambda: retrieval.recall_at_k(X, Y, k=torch.tensor(1), **BOTH)),
     (ValueError, "k must be at least 1, got 0", lambda: retrieval.recall_at_k(X, Y, k=0, **BOTH)),
     (ValueError, "gallery must be finite", lambda: retrieval.evaluate(X, Y * torch.nan, **BOTH)),
     (TypeError, "progress must be a bool", lambda: retrieval.evaluate(X, Y, progress=1, **BOTH)),

@@ -94,8 +94,8 @@ template <typename T, typename S>
 int64_t nearest(const Scores<T>& scores, const FilterTile<S>& tile, int64_t first_column, int64_t k,
                 const CandidateTable& table, float* threshold) {
   STD_TORCH_CHECK(table.rows == tile.rows && scores.rows == tile.rows, "rows of s, query and lower must be as many");
-  STD_TORCH_CHECK(k >= 1 && table.room >= k + 32, "room must be at least k + 32, got ", table.room);
-  STD_TORCH_CHECK(first_column >= 0 && first_column + tile.columns <= scores.columns, "columns beyond the gallery");
+  STD_TORCH_CHECK(k >= 1 && k <= table.room - 32, "room must be at least k + 32, got ", table.room);
+  STD_TORCH_CHECK(first_column >= 0 && first_column <= scores.columns - tile.columns, "columns beyond the gallery");
   std::atomic<int64_t> total{0};
   std::atomic<bool> outside{false};
   const auto collect = filter_kernels<S>().collect;
@@ -134,6 +134,7 @@ void nearest_result_(REPLEARN_SCORES, Tensor lower, Tensor upper, Tensor index, 
                      Tensor neighbours) {
   const CandidateTable table(lower, upper, index, held);
   const int64_t k = scores.size(1);
+  STD_TORCH_CHECK(k >= 1, "scores must have at least one column");
   double* best_scores = array_to_write<double>(scores, "scores", ScalarType::Double, table.rows * k);
   int64_t* best_columns = array_to_write<int64_t>(neighbours, "neighbours", ScalarType::Long, table.rows * k);
   with_scores(query, gallery, distance, query_factor, gallery_factor, to_filter, shift, [&](const auto& score) {

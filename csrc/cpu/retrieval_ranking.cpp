@@ -56,7 +56,7 @@ template <typename T, typename S>
 int64_t place(const Scores<T>& scores, const FilterTile<S>& tile, int64_t first_column, const PositiveTable& positives,
               const int64_t* cutoff, bool first_always, int64_t* active, int64_t* better_than) {
   STD_TORCH_CHECK(positives.rows == tile.rows && scores.rows == tile.rows, "rows of s, query and offsets must be as many");
-  STD_TORCH_CHECK(first_column >= 0 && first_column + tile.columns <= scores.columns, "columns beyond the gallery");
+  STD_TORCH_CHECK(first_column >= 0 && first_column <= scores.columns - tile.columns, "columns beyond the gallery");
   for (int64_t i = 0; i < tile.rows; ++i)
     STD_TORCH_CHECK(active[i] >= 0 && active[i] <= positives.offsets[i + 1] - positives.offsets[i],
                     "active must be in [0, a row's positives]");

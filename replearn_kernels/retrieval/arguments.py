@@ -19,6 +19,8 @@ from .walk import Ids, renumbered
 
 BACKENDS = ("auto", "cpp", "torch")
 
+_LONGEST = 2.0**500
+
 
 @dataclass(frozen=True)
 class Galleries:
@@ -107,13 +109,14 @@ class Arguments:
             world,
         )
 
-    def meet(self, told: dict) -> tuple[Galleries, list[dict]]:
-        """The galleries, and what every rank tells. Nothing fails after that on one rank alone."""
+    def meet(self, told: dict, **alike: str) -> tuple[Galleries, list[dict]]:
+        """The galleries, and what every rank tells; ``alike`` must be the same on all. Nothing fails after that on one
+        rank alone."""
         if self.world is None:
             return Galleries(None, [len(self.gallery)]), [told]
         features = self.query.features
         ids = None if self.ids is None else self.ids[0].shape[1]
-        alike = {"d": features.shape[1], "dtype": str(features.dtype), "columns of ids": ids}
+        alike |= {"d": features.shape[1], "dtype": str(features.dtype), "columns of ids": ids}
         descriptions = agree(self.world, alike, {"gallery": len(self.gallery), **told})
         return Galleries(self.world, [description["gallery"] for description in descriptions]), descriptions
 
@@ -136,11 +139,17 @@ class Arguments:
 
 
 def finite_rows(name: str, features: Tensor) -> Rows:
+    """Rows of lengths whose squares, and the inverses of these, fp64 holds."""
     rows = Rows.of(features)
-    wrong = (~rows.lengths.isfinite()).nonzero()
+    wrong = ~(rows.lengths <= _LONGEST)
+    if features.dtype == torch.float64:
+        short = (rows.lengths < 1 / _LONGEST).nonzero().squeeze(1)
+        wrong[short] = rows.features[short].any(1)
+    wrong = wrong.nonzero().squeeze(1)
     if len(wrong):
         row = int(wrong[0])
-        found = "a length beyond fp64" if rows.features[row].isfinite().all() else "NaN or infinity"
+        finite = rows.features[row].isfinite().all()
+        found = f"a length outside of [{1 / _LONGEST:.0e}, {_LONGEST:.0e}]" if finite else "NaN or infinity"
         raise ValueError(f"{name} must be finite, got {found} in row {row}, and {len(wrong)} such rows in all")
     return rows
 

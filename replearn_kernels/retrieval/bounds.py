@@ -189,8 +189,11 @@ class Filter:
             lengths = torch.ones_like(lengths)
         squares = lengths.square() if scores.is_distance else torch.zeros_like(lengths)
         error = 2.0**-21 * squares + _TINY
-        self.columns = torch.stack((lengths, slack * lengths, error - squares, -error - squares)).float()
+        # v leaves |x|^2 out, and so resolves what fp64 rounds off a distance from far away: bounds are of the score.
+        of_scores = 2.0**-51 * (d + 8) if scores.is_distance else 0.0
+        self.columns = torch.stack((lengths, slack * lengths + of_scores, error - squares, -error - squares)).float()
         """``[4, M]``: factor, slack, above, below."""
+        self.scales_columns, self.scales_rows = scores.similarity != "cosine", scores.is_distance  # else by 1
         self.row_factor = torch.ones(len(query), device=lengths.device)
         if scores.is_distance:
             self.row_factor = (2 / scores.scale * query.lengths).float()
@@ -201,4 +204,4 @@ def operand_rounding(device: torch.device) -> float:
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     levels = backend.matmul, backend, torch.backends
     told = [level for level in (getattr(of, "fp32_precision", "none") for of in levels) if level != "none"]
-    return {"ieee": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-7}[told[0] if told else "ieee"]
+    return {"ieee": 0.0, "tf32": 2.0**-9, "bf16": 2.0**-7}[told[0] if told else "ieee"]

@@ -94,7 +94,7 @@ def evaluate(
         query_labels,
         gallery_labels,
         target,
-        [metrics] if isinstance(metrics, str) else list(metrics),
+        _names(metrics),
         missing,
         reduction,
         progress,
@@ -109,6 +109,14 @@ def evaluate(
     )
 
 
+def _names(metrics: str | Sequence[str]) -> list[str]:
+    if isinstance(metrics, str):
+        return [metrics]
+    if not isinstance(metrics, Iterable):
+        raise TypeError(f"metrics must be names, got {type(metrics).__name__}")
+    return list(metrics)
+
+
 @torch._disable_dynamo
 @torch.no_grad()
 def _evaluate(query, gallery, query_labels, gallery_labels, target, names, missing, reduction, progress, options):
@@ -120,7 +128,7 @@ def _evaluate(query, gallery, query_labels, gallery_labels, target, names, missi
     validation.check_flag("progress", progress)
     arguments = Arguments.of(query, gallery, **options)
     given = _GivenPositives.of(query, gallery, query_labels, gallery_labels, target)
-    galleries, told = arguments.meet({"target": given.range, "queries": len(query)})
+    galleries, told = arguments.meet({"target": given.range, "queries": len(query)}, metrics=", ".join(names))
     given.check_ranges([each["target"] for each in told], sum(galleries.counts))
     with on_device_of(query), progress_bar(progress, len(query)) as on_rows:
         search = arguments.search(galleries)
@@ -272,7 +280,7 @@ class Metric:
         if not isinstance(name, str):
             raise TypeError(f"metrics must be names, got {type(name).__name__}")
         if at := re.fullmatch(r"(recall|precision)@([1-9][0-9]*)", name):
-            k = int(at[2])
+            k = min(int(at[2]), BEYOND - 1)
             if at[1] == "recall":
                 return Metric(lambda q: (q.first <= k).double(), lambda counts: torch.full_like(counts, k))
             return Metric(lambda q: q.sum(q.ranks <= k) / k, lambda counts: torch.full_like(counts, k))
@@ -329,7 +337,7 @@ def precision_at_k(query: Tensor, gallery: Tensor | None = None, k: int | Iterab
 
 
 def _at_k(name: str, query: Tensor, gallery: Tensor | None, k: int | Iterable[int], options: dict):
-    several = not validation.is_number(k) and isinstance(k, Iterable)
+    several = isinstance(k, Iterable) and not isinstance(k, Tensor)
     metrics = [f"{name}@{validation.check_count('k', each, 1)}" for each in (k if several else [k])]
     values = _several(f"{name}_at_k", metrics, query, gallery, options)
     return values if several else values[0]

@@ -66,10 +66,10 @@ class NearestOnTensors:
         self.threshold = none.new_full((len(none), 1), -torch.inf)
 
     def add(self, tile: Tile) -> int:
-        lower, upper = tile.bounds
-        if self.columns.shape[1] == 0 and lower.shape[1] > self.k:
-            self.threshold = lower.topk(self.k).values[:, -1:]
-        self._append(*_packed((upper >= self.threshold) & (upper > -torch.inf), lower, upper, tile.columns.start))
+        if self.columns.shape[1] == 0 and tile.s.shape[1] > self.k:
+            self.threshold = tile.lower.topk(self.k).values[:, -1:]
+        least = torch.finfo(torch.float32).min  # what is left out has the bound -inf
+        self._append(tile, tile.upper >= self.threshold.clamp(min=least))
         if self.columns.shape[1] > self.k:
             self.threshold = self.lower.topk(self.k).values[:, -1:]
         if self.columns.shape[1] <= 2 * self.k + 64:
@@ -82,7 +82,16 @@ class NearestOnTensors:
         self.lower, self.columns = self.lower.gather(1, kept), self.columns.gather(1, kept)
         return self._score() if width > self.k + (self.k + 64) // 2 else 0
 
-    def _append(self, lower: Tensor, upper: Tensor, columns: Tensor) -> None:
+    def _append(self, tile: Tile, kept: Tensor) -> None:
+        """The columns of a tile that are kept, ``[R, C]``, moved to the left."""
+        row, column = kept.nonzero(as_tuple=True)
+        counts = torch.bincount(row, minlength=len(kept))
+        place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        width = int(counts.max())
+        lower, upper = (self.lower.new_full((len(kept), width), -torch.inf) for _ in range(2))
+        columns = self.columns.new_zeros(len(kept), width)
+        lower[row, place], upper[row, place] = tile.lower_at(row, column), tile.upper[row, column]
+        columns[row, place] = column + tile.columns.start
         self.lower = torch.cat((self.lower, lower), 1)
         self.upper = torch.cat((self.upper, upper), 1)
         self.columns = torch.cat((self.columns, columns), 1)
@@ -110,18 +119,3 @@ class NearestOnTensors:
         missing = 0, self.k - columns.shape[1]
         pad = torch.nn.functional.pad
         return pad(scores, missing, value=-torch.inf), pad(columns, missing, value=-1)
-
-
-def _packed(kept: Tensor, lower: Tensor, upper: Tensor, first_column: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(lower, upper, columns) of the entries of a tile that are kept, moved to the left of each row; -inf and 0 after
-    them."""
-    row, column = kept.nonzero(as_tuple=True)
-    counts = kept.sum(1)
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    shape = len(kept), int(counts.max()) if len(kept) else 0
-    packed = [lower.new_full(shape, -torch.inf) for _ in range(2)]
-    columns = torch.zeros(shape, dtype=torch.int64, device=row.device)
-    for of_kept, all_of_tile in zip(packed, (lower, upper)):
-        of_kept[row, place] = all_of_tile[row, column]
-    columns[row, place] = column + first_column
-    return *packed, columns

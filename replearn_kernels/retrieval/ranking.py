@@ -93,7 +93,7 @@ class ByTarget:
         self.target = target.sort(dim=1).values
         self.named = self.target >= 0
         self.named[:, 1:] &= self.target[:, 1:] != self.target[:, :-1]
-        for of_rows, of_columns in excluded:
+        for of_rows, of_columns in excluded if self.named.any() else []:
             self.named &= of_columns[self.target.clamp(min=0)] != of_rows[:, None]
         self.counts = self.named.sum(1)
 
@@ -137,7 +137,7 @@ def ranks(
         first_always: the rank of a query's first positive is told whatever it is.
     """
     fold = {"cpp": NativeRanking, "torch": RankingOnTensors}[backend]
-    row_blocks = _row_blocks(source.counts, rows_at_once(source.counts.device))
+    row_blocks = _row_blocks(source.counts, rows_at_once(source.counts.device), padded=backend == "torch")
 
     def fold_of(rows: slice) -> NativeRanking | RankingOnTensors:
         return fold(scores[rows], source.of(rows), cutoff[rows], first_always)
@@ -146,13 +146,15 @@ def ranks(
         yield Ranks(rows, found.offsets, found.result())
 
 
-def _row_blocks(counts: Tensor, most_rows: int) -> Iterator[slice]:
-    """Blocks of rows, and of one row at least, that have as many positives as there is room for."""
-    before = ascending(counts).cpu()
+def _row_blocks(counts: Tensor, most_rows: int, padded: bool) -> Iterator[slice]:
+    """Blocks of rows, and of one row at least, for whose positives there is room; ``padded``: as many in each as the
+    most of one."""
+    counts = counts.cpu()
     start = 0
     while start < len(counts):
-        fits = int(torch.searchsorted(before, before[start] + _MOST_POSITIVES, right=True)) - 1
-        stop = min(max(fits, start + 1), start + most_rows, len(counts))
+        block = counts[start : start + most_rows]
+        needed = block.cummax(0).values * torch.arange(1, len(block) + 1) if padded else block.cumsum(0)
+        stop = start + max(int((needed <= _MOST_POSITIVES).sum()), 1)
         yield slice(start, stop)
         start = stop
 
@@ -209,7 +211,7 @@ class RankingOnTensors:
     def add(self, tile: Tile) -> int:
         if self.most == 0:
             return 0
-        lower, upper = tile.bounds
+        lower, upper = tile.lower, tile.upper
         # The first positive that a column may be better than: those before it are better than the column.
         first = torch.searchsorted(-self.low, -upper)
         first.masked_fill_(upper == -torch.inf, self.most)
@@ -219,7 +221,21 @@ class RankingOnTensors:
         row, column = (~sure & (first < self.most)).nonzero(as_tuple=True)
         for some in blocks(len(row), max(2**22 // self.most, 1)):
             self._place(row[some], column[some] + tile.columns.start)
+        beyond = ~self._told(self._ranks())  # they lose to every column from here on, which needs no score
+        self.low.masked_fill_(beyond, -torch.inf)
+        self.high.masked_fill_(beyond, -torch.inf)
         return len(row)
+
+    def _ranks(self) -> Tensor:
+        """Of all positives so far, ``[R, P]``."""
+        place = torch.arange(self.most, device=self.cutoff.device)
+        return self.better[:, :-1].cumsum(1) + place + 1
+
+    def _told(self, ranks: Tensor) -> Tensor:
+        """Which ranks matter, ``[R, P]``."""
+        told = ranks <= self.cutoff[:, None]
+        told[:, :1] |= self.first_always
+        return told
 
     def _place(self, row: Tensor, column: Tensor) -> None:
         score, column = self.scores.listed(row, column)[:, None], column[:, None]
@@ -232,9 +248,9 @@ class RankingOnTensors:
         """int64 ``[P]``, ascending in each row."""
         counts, place = self.offsets.diff(), places(self.offsets)
         row = torch.arange(len(counts), device=place.device).repeat_interleave(counts)
+        told = self._ranks()
+        told.masked_fill_(~self._told(told), BEYOND)
         ranks = torch.full_like(place, BEYOND)
         held = place < self.most
-        row, place = row[held], place[held]
-        ranks[held] = self.better.cumsum(1)[row, place] + place + 1
-        told = (ranks <= self.cutoff.repeat_interleave(counts)) | (self.first_always & (places(self.offsets) == 0))
-        return ranks.masked_fill_(~told, BEYOND)
+        ranks[held] = told[row[held], place[held]]
+        return ranks

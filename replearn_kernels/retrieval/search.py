@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..engine import validation
-from ..engine.columns import blocks
 from ..engine.operators import needs_dispatcher
 from ..engine.problem import statistics_dtype
 from ..engine.schedules import on_device_of
@@ -76,8 +75,9 @@ def topk(
 
     Raises:
         TypeError: an argument is not of the type or dtype above.
-        ValueError: wrong rank or shape, another device or dtype; NaN or infinity in a row; k below 1 or beyond the
-            gallery; ids of one side alone, or beside ``exclude_self``; an unknown similarity or backend.
+        ValueError: wrong rank or shape, another device or dtype; NaN or infinity in a row, or in fp64 a length other
+            than 0 outside of [2^-500, 2^500]; k below 1, or more rows than a query is compared with;
+            ids of one side alone, or beside ``exclude_self``; an unknown similarity or backend.
         RuntimeError: the backend asked for is not available here.
         NotImplementedError: inside a ``torch.func`` transform.
 
@@ -90,14 +90,29 @@ def topk(
     if group is None:
         validation.check_features("query", query)
         if needs_dispatcher(query):
-            return Neighbours(*torch.ops.replearn_kernels.topk(query, gallery, k, *options))
-    return _topk(query, gallery, k, *options, group, progress)[0]
+            gallery = gallery.detach() if isinstance(gallery, Tensor) else gallery
+            return Neighbours(*torch.ops.replearn_kernels.topk(query.detach(), gallery, k, *options))
+    return _topk(query, gallery, k, *options, group, progress)
+
+
+def _topk(query, gallery, k, similarity, *options) -> Neighbours:
+    scores, indices, _ = _nearest(query, gallery, k, similarity, *options)
+    values = _similarities(scores, similarity)
+    if similarity in DISTANCES:
+        values = 0.0 - values
+    return Neighbours(values.to(statistics_dtype(query.dtype)), indices)
+
+
+def _similarities(scores: Tensor, similarity: str) -> Tensor:
+    """Of scores: themselves, or distances with a minus, in fp64."""
+    return scores.neg().sqrt().neg() if similarity == "distance" else scores
 
 
 @torch.no_grad()
-def _topk(
+def _nearest(
     query, gallery, k, similarity, exclude_self, query_ids, gallery_ids, backend, world: World | None, progress: bool
-) -> tuple[Neighbours, Galleries]:
+) -> tuple[Tensor, Tensor, Galleries]:
+    """Scores and columns, ``[N, k]`` each, of the galleries."""
     options = dict(exclude_self=exclude_self, query_ids=query_ids, gallery_ids=gallery_ids, backend=backend)
     arguments = Arguments.of(query, gallery, similarity=similarity, world=world, **options)
     galleries, _ = arguments.meet({})
@@ -105,10 +120,7 @@ def _topk(
         raise ValueError(f"k must be at most {most}, the number of rows that a query is compared with, got {k}")
     with on_device_of(query), progress_bar(progress, len(query)) as on_rows:
         search = arguments.search(galleries)
-        values, indices = nearest(search.scores, k, search.excluded, search.backend, on_rows)
-    if similarity in DISTANCES:
-        values = values.neg() if similarity == "squared_distance" else values.neg().sqrt()
-    return Neighbours(values.to(statistics_dtype(query.dtype)), indices), galleries
+        return *nearest(search.scores, k, search.excluded, search.backend, on_rows), galleries
 
 
 @in_group
@@ -160,28 +172,26 @@ def knn_predict(
     k = validation.check_count("k", k, 1)
     validation.check_flag("progress", progress)
     options = similarity, exclude_self, query_ids, gallery_ids, backend
-    found, galleries = _topk(query, gallery, k, *options, group, progress)
+    scores, indices, galleries = _nearest(query, gallery, k, *options, group, progress)
     labels = galleries.of_all(labels)
-    alone = (found.indices[:, 0] < 0).nonzero()
+    alone = (indices[:, 0] < 0).nonzero()
     if len(alone):
         raise ValueError(f"every query needs a row of the gallery that ids leave it, query {int(alone[0])} has none")
-    similarities = found.values.double().neg() if similarity in DISTANCES else found.values.double()
+    similarities = _similarities(scores, similarity)
     weights = torch.ones_like(similarities)
     if temperature is not None:
         weights = ((similarities - similarities[:, :1]) / temperature).exp()
-    return _winners(labels[found.indices.clamp(min=0)], weights.masked_fill(found.indices < 0, 0))
+    return _winners(labels[indices.clamp(min=0)], weights.masked_fill(indices < 0, 0))
 
 
 def _winners(labels: Tensor, weights: Tensor) -> Tensor:
     """The label with the largest sum of weights in each row, of equal ones the lowest."""
     labels, order = labels.sort(dim=1)
-    weights = weights.gather(1, order)
-    winners = torch.empty(len(labels), dtype=torch.int64, device=labels.device)
-    for rows in blocks(len(labels), max(2**22 // labels.shape[1] ** 2, 1)):
-        same = labels[rows, :, None] == labels[rows, None]
-        votes = (same * weights[rows, None]).sum(2)
-        winners[rows] = labels[rows].gather(1, votes.argmax(1, keepdim=True)).squeeze(1)
-    return winners
+    number = torch.zeros_like(labels)  # of each one's label among those of its row, in their order
+    number[:, 1:] = (labels[:, 1:] != labels[:, :-1]).cumsum(1)
+    votes = torch.zeros_like(weights).scatter_add_(1, number, weights.gather(1, order))
+    of_number = torch.zeros_like(labels).scatter_(1, number, labels)
+    return of_number.gather(1, votes.argmax(1, keepdim=True)).squeeze(1)
 
 
 def knn_accuracy(
@@ -203,12 +213,14 @@ def knn_accuracy(
     """
     validation.check_features("query", query)
     query_labels = validation.check_labels("query_labels", query_labels, query.shape[0], query)
+    if not len(query):
+        raise ValueError("query must have at least one row, got none")
     predicted = knn_predict(query, gallery, gallery_labels, k, temperature=temperature, **options)
     return float((predicted == query_labels).double().mean())
 
 
 def _run_topk(*arguments):
-    return tuple(_topk(*arguments, None, False)[0])
+    return tuple(_topk(*arguments, None, False))
 
 
 def _fake_topk(query, gallery, k, *options):

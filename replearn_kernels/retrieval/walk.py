@@ -67,18 +67,40 @@ class Tile:
         return columns, row_factor, self.filter.relative, *ids, self.columns.start
 
     @cached_property
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """(lower, upper) of v, fp32 ``[R, C]``, both -inf where a pair is left out."""
-        factor, slack, above, below = self.filter.columns[:, self.columns]
-        of_row = self.filter.row_factor[self.rows, None]
-        v = self.s.float() * factor * of_row
-        error = v.abs() * self.filter.relative + slack * of_row
-        lower, upper = v + below - error, v + above + error
+    def v(self) -> Tensor:
+        """fp32 ``[R, C]``"""
+        v = self.s.float()
+        if self.filter.scales_columns:
+            v = v * self.filter.columns[0, self.columns]
+        return v * self.filter.row_factor[self.rows, None] if self.filter.scales_rows else v
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """The upper bounds of v, -inf where a pair is left out."""
+        _, slack, above, _ = self.filter.columns[:, self.columns]
+        fixed = slack * self.filter.row_factor[self.rows, None] if self.filter.scales_rows else slack
+        upper = torch.add(self.v, self.v.abs(), alpha=self.filter.relative).add_(fixed + above)
+        return self._without_left_out(upper)
+
+    @cached_property
+    def lower(self) -> Tensor:
+        """The lower bounds of v, -inf where a pair is left out."""
+        _, slack, _, below = self.filter.columns[:, self.columns]
+        fixed = slack * self.filter.row_factor[self.rows, None] if self.filter.scales_rows else slack
+        lower = torch.sub(self.v, self.v.abs(), alpha=self.filter.relative).sub_(fixed - below)
+        return self._without_left_out(lower)
+
+    def lower_at(self, row: Tensor, column: Tensor) -> Tensor:
+        """The lower bounds of pairs, ``[P]``, that are not left out."""
+        _, slack, _, below = self.filter.columns[:, self.columns]
+        v = self.v[row, column]
+        fixed = slack[column] * self.filter.row_factor[self.rows][row] - below[column]
+        return torch.sub(v, v.abs(), alpha=self.filter.relative).sub_(fixed)
+
+    def _without_left_out(self, bounds: Tensor) -> Tensor:
         for of_rows, of_columns in zip(self.left_out.rows, self.left_out.columns):
-            left_out = of_rows[self.rows, None] == of_columns[self.columns]
-            lower.masked_fill_(left_out, -torch.inf)
-            upper.masked_fill_(left_out, -torch.inf)
-        return lower, upper
+            bounds.masked_fill_(of_rows[self.rows, None] == of_columns[self.columns], -torch.inf)
+        return bounds
 
 
 class Fold(Protocol):
