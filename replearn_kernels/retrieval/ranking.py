@@ -209,7 +209,7 @@ class RankingOnTensors:
         self.better = torch.zeros(shape[0], self.most + 1, dtype=torch.int64, device=row.device)
 
     def add(self, tile: Tile) -> int:
-        if self.most == 0:
+        if not (self.low > -torch.inf).any():
             return 0
         lower, upper = tile.lower, tile.upper
         # The first positive that a column may be better than: those before it are better than the column.
