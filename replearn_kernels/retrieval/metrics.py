@@ -55,8 +55,8 @@ def evaluate(
 
     Exact, as :func:`topk` is: ranks are counts of scores in fp64, of equal ones the lower index comes first.
 
-    Time is that of the N x M x d product in bf16 or fp32, and of a score per positive. "map" looks at every rank, the
-    others no farther than they count, and at the first positive's whatever it is. Memory is O((N + M) d), and 40 bytes
+    Time is that of the N x M x d product in bf16 or fp32, and of a score per positive. "map" looks at every rank, "mrr"
+    and the ranks at the first positive's, the others no farther than they count. Memory is O((N + M) d), and 40 bytes
     per positive of some thousand queries at a time.
 
     Args:
