@@ -22,8 +22,9 @@ from torch import Tensor
 
 from .. import retrieval
 from ..engine import validation
+from ..retrieval.arguments import as_columns
 from ..retrieval.bounds import SIMILARITIES
-from ..retrieval.metrics import Metric as RetrievalMetric
+from ..retrieval.metrics import metrics_of
 from .versions import require
 
 require("torchmetrics", "1.4", "2")
@@ -39,8 +40,10 @@ class _OfRows(Metric):
     is_differentiable, higher_is_better, full_state_update = False, True, False
     names: tuple[str, ...]
 
-    def __init__(self, **options):
+    def __init__(self, similarity: str, backend: str, **options):
         super().__init__(**options)
+        validation.check_choice("similarity", similarity, SIMILARITIES)
+        self.options = {"similarity": similarity, "backend": backend}  # of the retrieval
         for name in self.names:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
@@ -56,9 +59,10 @@ class _OfRows(Metric):
             return
         validation.check_features(features, of_batch)
         for name, values in given.items():
-            columns = values.unbind(1) if isinstance(values, Tensor) and values.ndim == 2 else (values,)
-            for column in columns if name.endswith("ids") else (values,):
-                validation.check_labels(name, column, of_batch.shape[0], of_batch)
+            if name.endswith("ids"):
+                as_columns(name, values, of_batch)
+            else:
+                validation.check_labels(name, values, of_batch.shape[0], of_batch)
         for name, values in {features: of_batch, **given}.items():
             getattr(self, name).append(values.detach())
 
@@ -96,13 +100,9 @@ class RetrievalMetrics(_OfRows):
         backend: str = "auto",
         **options,
     ):
-        super().__init__(**options)
-        self.metrics = [metrics] if isinstance(metrics, str) else list(metrics)
-        for name in self.metrics:
-            RetrievalMetric.named(name)
-        validation.check_choice("missing", missing, ("error", "skip"))
-        validation.check_choice("similarity", similarity, SIMILARITIES)
-        self.options = {"missing": missing, "similarity": similarity, "backend": backend}
+        super().__init__(similarity, backend, **options)
+        self.metrics = list(metrics_of(metrics))
+        self.options["missing"] = validation.check_choice("missing", missing, ("error", "skip"))
 
     def update(
         self,
@@ -139,10 +139,8 @@ class PairedRecall(_OfRows):
     def __init__(
         self, k: int | Sequence[int] = (1, 5, 10), similarity: str = "cosine", backend: str = "auto", **options
     ):
-        super().__init__(**options)
+        super().__init__(similarity, backend, **options)
         self.k = [validation.check_count("k", each, 1) for each in ([k] if isinstance(k, int) else k)]
-        validation.check_choice("similarity", similarity, SIMILARITIES)
-        self.options = {"similarity": similarity, "backend": backend}
 
     def update(
         self,
@@ -198,10 +196,8 @@ class KNNAccuracy(_OfRows):
         backend: str = "auto",
         **options,
     ):
-        super().__init__(**options)
-        validation.check_count("k", k, 1)
-        validation.check_choice("similarity", similarity, SIMILARITIES)
-        self.options = {"k": k, "temperature": temperature, "similarity": similarity, "backend": backend}
+        super().__init__(similarity, backend, **options)
+        self.options |= {"k": validation.check_count("k", k, 1), "temperature": temperature}
 
     def update(
         self,

@@ -159,16 +159,16 @@ def _check_ids(query_ids: Tensor | None, gallery_ids: Tensor | None, query: Tens
         raise ValueError("query_ids and gallery_ids must be given together, got only one of them")
     if query_ids is None:
         return None
-    checked = _as_columns("query_ids", query_ids, query), _as_columns("gallery_ids", gallery_ids, gallery)
+    checked = as_columns("query_ids", query_ids, query), as_columns("gallery_ids", gallery_ids, gallery)
     widths = [ids.shape[1] for ids in checked]
     if widths[0] != widths[1]:
         raise ValueError(f"query_ids and gallery_ids must have as many columns, got {widths[0]} and {widths[1]}")
     return checked
 
 
-def _as_columns(name: str, ids: Tensor, features: Tensor) -> Tensor:
-    """Integers ``[N]`` or ``[N, C]``, as int64 ``[N, C]``."""
-    columns = ids.unbind(1) if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape[1] else (ids,)
+def as_columns(name: str, values: Tensor, features: Tensor) -> Tensor:
+    """Integers ``[N]`` or ``[N, C]``, one row of them for each of ``features``, as int64 ``[N, C]``."""
+    columns = values.unbind(1) if isinstance(values, Tensor) and values.ndim == 2 and values.shape[1] else (values,)
     return torch.stack([validation.check_labels(name, column, features.shape[0], features) for column in columns], 1)
 
 

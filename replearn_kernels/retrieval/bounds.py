@@ -63,6 +63,11 @@ class Rows:
         return Rows(self.features[rows], self.lengths[rows])
 
     @cached_property
+    def ones(self) -> Tensor:
+        """fp64 ``[n]``"""
+        return torch.ones_like(self.lengths)
+
+    @cached_property
     def inverse_lengths(self) -> Tensor:
         """0 of a row of zeros."""
         return self.lengths.reciprocal().masked_fill_(self.lengths == 0, 0)
@@ -129,7 +134,7 @@ class Scores:
         """What products of queries and of columns are multiplied with."""
         if self.similarity == "cosine":
             return self.query.inverse_lengths, self.gallery.inverse_lengths
-        return torch.ones_like(self.query.lengths), torch.ones_like(self.gallery.lengths)
+        return self.query.ones, self.gallery.ones
 
     @cached_property
     def to_filter(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine import validation
 from ..engine.schedules import on_device_of
 from ..functional.call import in_group
-from .arguments import Arguments, Galleries, Search, progress_bar
+from .arguments import Arguments, Galleries, Search, as_columns, progress_bar
 from .ranking import BEYOND, ByLabel, ByTarget, PositivesSource, Ranks, ascending, places, ranks
 
 METRICS = ("recall@k", "precision@k", "r_precision", "map@r", "map", "mrr", "mean_rank", "median_rank")
@@ -94,7 +94,7 @@ def evaluate(
         query_labels,
         gallery_labels,
         target,
-        _names(metrics),
+        metrics,
         missing,
         reduction,
         progress,
@@ -109,20 +109,11 @@ def evaluate(
     )
 
 
-def _names(metrics: str | Sequence[str]) -> list[str]:
-    if isinstance(metrics, str):
-        return [metrics]
-    if not isinstance(metrics, Iterable):
-        raise TypeError(f"metrics must be names, got {type(metrics).__name__}")
-    return list(metrics)
-
-
 @torch._disable_dynamo
 @torch.no_grad()
-def _evaluate(query, gallery, query_labels, gallery_labels, target, names, missing, reduction, progress, options):
-    wanted = [Metric.named(name) for name in names]
-    if not wanted:
-        raise ValueError("metrics must name at least one metric, got none")
+def _evaluate(query, gallery, query_labels, gallery_labels, target, metrics, missing, reduction, progress, options):
+    wanted = metrics_of(metrics)
+    names = list(wanted)
     validation.check_choice("missing", missing, ("error", "skip"))
     validation.check_choice("reduction", reduction, ("mean", "none"))
     validation.check_flag("progress", progress)
@@ -134,12 +125,12 @@ def _evaluate(query, gallery, query_labels, gallery_labels, target, names, missi
         search = arguments.search(galleries)
         source = given.source(search)
         queries, skipped = _count_queries(source, galleries, missing)
-        values = _values(search, source, wanted, on_rows)
+        values = _values(search, source, wanted.values(), on_rows)
     if reduction == "none":
         return dict(zip(names, values))
     values = galleries.of_all_queries(values, [each["queries"] for each in told])
     values = values[:, ~values[0].isnan()]  # the value of a query without a positive
-    means = [metric.over_queries(of_queries).item() for metric, of_queries in zip(wanted, values)]
+    means = [metric.over_queries(of_queries).item() for metric, of_queries in zip(wanted.values(), values)]
     return {**dict(zip(names, means)), "queries": queries, "skipped": skipped}
 
 
@@ -191,14 +182,14 @@ class _GivenPositives:
 
 
 def _check_target(target: Tensor, query: Tensor) -> Tensor:
-    """int64 ``[N, P]``."""
+    """The target of every query, as int64 ``[N, P]``."""
     rows = query.shape[0]
-    if isinstance(target, Tensor) and (target.ndim not in (1, 2) or target.shape[0] != rows):
-        raise ValueError(f"target must have shape ({rows},) or ({rows}, P), got {tuple(target.shape)}")
-    columns = target.unbind(1) if isinstance(target, Tensor) and target.ndim == 2 else [target]
-    if not columns:
-        raise ValueError(f"target must name at least one row of each query, got shape {tuple(target.shape)}")
-    return torch.stack([validation.check_labels("target", column, rows, query) for column in columns], 1)
+    if isinstance(target, Tensor):
+        if target.ndim not in (1, 2) or target.shape[0] != rows:
+            raise ValueError(f"target must have shape ({rows},) or ({rows}, P), got {tuple(target.shape)}")
+        if target.ndim == 2 and not target.shape[1]:
+            raise ValueError(f"target must name at least one row of each query, got shape {tuple(target.shape)}")
+    return as_columns("target", target, query)
 
 
 def _count_queries(source: PositivesSource, galleries: Galleries, missing: str) -> tuple[int, int]:
@@ -216,8 +207,8 @@ def _count_queries(source: PositivesSource, galleries: Galleries, missing: str) 
     return queries, skipped
 
 
-def _values(search: Search, source: PositivesSource, wanted: list[Metric], on_rows) -> Tensor:
-    """fp64 ``[metrics, N]``"""
+def _values(search: Search, source: PositivesSource, wanted: Collection[Metric], on_rows) -> Tensor:
+    """Every metric of every query, fp64 ``[metrics, N]``; NaN of a query without a positive."""
     counts = source.counts
     cutoff = torch.zeros_like(counts)
     for metric in wanted:
@@ -287,6 +278,21 @@ class Metric:
         if name not in _NAMED:
             raise ValueError(f"metrics must be of {', '.join(METRICS)}, with a number k of at least 1, got {name!r}")
         return _NAMED[name]
+
+
+def metrics_of(names: str | Iterable[str]) -> dict[str, Metric]:
+    """The metrics by their names, in order, each once.
+
+    Raises:
+        TypeError: not names.
+        ValueError: an unknown name, or none.
+    """
+    if not isinstance(names, Iterable):
+        raise TypeError(f"metrics must be names, got {type(names).__name__}")
+    metrics = {name: Metric.named(name) for name in ([names] if isinstance(names, str) else names)}
+    if not metrics:
+        raise ValueError("metrics must name at least one metric, got none")
+    return metrics
 
 
 def _median(values: Tensor) -> Tensor:

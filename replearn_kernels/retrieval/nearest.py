@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engine.columns import blocks
 from .bounds import Scores
-from .walk import Ids, Tile, rows_at_once, walk
+from .walk import Ids, Tile, tile_shape, walk
 
 Nearest = tuple[Tensor, Tensor]
 """Scores, fp64, and columns, int64, ``[R, k]`` each: the best first, of equal scores the lower column. Where there are
@@ -23,7 +23,7 @@ def nearest(scores: Scores, k: int, excluded: list[Ids], backend: str, on_rows: 
     shape = len(scores.query), k
     best = torch.empty(shape, dtype=torch.float64, device=device)
     columns = torch.empty(shape, dtype=torch.int64, device=device)
-    row_blocks = blocks(shape[0], rows_at_once(device))
+    row_blocks = blocks(shape[0], tile_shape(device)[0])
     for rows, found in walk(scores, excluded, row_blocks, lambda rows: fold(scores[rows], k), on_rows):
         best[rows], columns[rows] = found.result()
     return best, columns

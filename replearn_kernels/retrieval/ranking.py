@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engine.columns import blocks
 from .bounds import Scores
-from .walk import Ids, Tile, renumbered, rows_at_once, walk
+from .walk import Ids, Tile, renumbered, tile_shape, walk
 
 BEYOND = torch.iinfo(torch.int64).max
 """The rank of a positive that comes after what was asked for."""
@@ -93,8 +93,9 @@ class ByTarget:
         self.target = target.sort(dim=1).values
         self.named = self.target >= 0
         self.named[:, 1:] &= self.target[:, 1:] != self.target[:, :-1]
-        for of_rows, of_columns in excluded if self.named.any() else []:
-            self.named &= of_columns[self.target.clamp(min=0)] != of_rows[:, None]
+        for of_rows, of_columns in excluded:
+            row, place = self.named.nonzero(as_tuple=True)
+            self.named[row, place] = of_columns[self.target[row, place]] != of_rows[row]
         self.counts = self.named.sum(1)
 
     def of(self, rows: slice) -> Positives:
@@ -137,7 +138,7 @@ def ranks(
         first_always: the rank of a query's first positive is told whatever it is.
     """
     fold = {"cpp": NativeRanking, "torch": RankingOnTensors}[backend]
-    row_blocks = _row_blocks(source.counts, rows_at_once(source.counts.device), padded=backend == "torch")
+    row_blocks = _row_blocks(source.counts, tile_shape(source.counts.device)[0], padded=backend == "torch")
 
     def fold_of(rows: slice) -> NativeRanking | RankingOnTensors:
         return fold(scores[rows], source.of(rows), cutoff[rows], first_always)

@@ -72,22 +72,24 @@ class Tile:
         v = self.s.float()
         if self.filter.scales_columns:
             v = v * self.filter.columns[0, self.columns]
-        return v * self.filter.row_factor[self.rows, None] if self.filter.scales_rows else v
+        return self._times_rows(v)
+
+    def _times_rows(self, values: Tensor) -> Tensor:
+        """Values of pairs or of columns times each row's factor, where it is not 1."""
+        return values * self.filter.row_factor[self.rows, None] if self.filter.scales_rows else values
 
     @cached_property
     def upper(self) -> Tensor:
         """The upper bounds of v, -inf where a pair is left out."""
         _, slack, above, _ = self.filter.columns[:, self.columns]
-        fixed = slack * self.filter.row_factor[self.rows, None] if self.filter.scales_rows else slack
-        upper = torch.add(self.v, self.v.abs(), alpha=self.filter.relative).add_(fixed + above)
+        upper = torch.add(self.v, self.v.abs(), alpha=self.filter.relative).add_(self._times_rows(slack) + above)
         return self._without_left_out(upper)
 
     @cached_property
     def lower(self) -> Tensor:
         """The lower bounds of v, -inf where a pair is left out."""
         _, slack, _, below = self.filter.columns[:, self.columns]
-        fixed = slack * self.filter.row_factor[self.rows, None] if self.filter.scales_rows else slack
-        lower = torch.sub(self.v, self.v.abs(), alpha=self.filter.relative).sub_(fixed - below)
+        lower = torch.sub(self.v, self.v.abs(), alpha=self.filter.relative).sub_(self._times_rows(slack) - below)
         return self._without_left_out(lower)
 
     def lower_at(self, row: Tensor, column: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ def walk(
     alike = Alike.of(left_out, scores)
     device = scores.query.features.device
     filter = Filter(scores, _first_dtype(scores))
-    width = columns_at_once(device)
+    _, width = tile_shape(device)
     buffer = None
     for rows in row_blocks:
         fold = fold_of(rows)
@@ -143,12 +145,9 @@ def walk(
             filter = Filter(scores, torch.float32)
 
 
-def rows_at_once(device: torch.device) -> int:
-    return (_CPU_TILE if device.type == "cpu" else _GPU_TILE)[0]
-
-
-def columns_at_once(device: torch.device) -> int:
-    return (_CPU_TILE if device.type == "cpu" else _GPU_TILE)[1]
+def tile_shape(device: torch.device) -> tuple[int, int]:
+    """The most rows and columns of a tile."""
+    return _CPU_TILE if device.type == "cpu" else _GPU_TILE
 
 
 def _first_dtype(scores: Scores) -> torch.dtype:
