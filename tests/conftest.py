@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from replearn_kernels.engine import native, schedules
+from replearn_kernels.retrieval import walk
 
 BACKENDS = ["torch", "cpp"]
 # What the tests compile stays in the checkout, and is there the next time.
@@ -28,6 +29,15 @@ def backend(request) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For problems so small that threads gain nothing, and lose much where other files are tested beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(0)
@@ -49,6 +59,18 @@ def small_tiles(monkeypatch):
     yield
     schedules._make_plan.cache_clear()
     assert asked
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32 filter", "bf16 filter"])
+def filter_dtype(request, monkeypatch):
+    """Of retrieval. bf16 products are right on every processor, only not fast."""
+    monkeypatch.setattr(walk, "_first_dtype", lambda scores: request.param)
+
+
+@pytest.fixture
+def small_walk(monkeypatch):
+    """Retrieval by tiles that a small problem has several of."""
+    monkeypatch.setattr(walk, "_CPU_TILE", (16, 48))
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,10 @@ from loss_cases import value_and_gradients
 
 from replearn_kernels.engine import native
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason=str(native.why_missing())),
+    pytest.mark.usefixtures("one_thread"),  # a slab of 64 rows is one thread's work
+]
 
 # Two vectors of 16 lanes and a part of 1 or of 15; of 8 lanes one of 1 or 7, of 4 of 1 or 3, of 2 of 1.
 SIZES = (33, 47)
@@ -46,15 +49,6 @@ def outliers(name: str, n: int, dtype: torch.dtype):
                 if name == "lifted" and place ^ 1 < n:  # its label's other row goes to the other side: J > 0
                     pair[moved][place ^ 1] = -pair[moved][place]
                 yield *pair, torch.arange(n) // 2
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """A slab of 64 rows is one thread's work; others would wait beside it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-4), (torch.float64, 1e-11)], ids=["fp32", "fp64"])

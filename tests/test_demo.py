@@ -19,15 +19,7 @@ import torch  # noqa: E402
 
 CHANCE = 1 / digits.NUM_CLASSES
 PNG_SIGNATURE = b"\x89PNG"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a problem gains nothing from threads, and loses much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(steps, seed=0):

@@ -27,15 +27,7 @@ from evaluate import Features, recall_at_1, verification_auc  # noqa: E402
 from unseen import UNSEEN_DIGITS  # noqa: E402
 
 PNG_SIGNATURE = b"\x89PNG"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a problem gains nothing from threads, and loses much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(example, epochs, output_dir):

@@ -10,42 +10,17 @@ import pytest
 import retrieval_oracle as oracle
 import torch
 import torch.nn.functional as F
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.neighbors import NearestNeighbors
 
 from replearn_kernels import retrieval
 from replearn_kernels.engine import native
 from replearn_kernels.retrieval import walk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 METRICS = ["recall@1", "map", "mean_rank"]
 SIMILARITIES = ["cosine", "product", "distance", "squared_distance"]
-BACKENDS = [
-    pytest.param("cpp", marks=pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))),
-    "torch",
-]
 SIZES = [(1, 1, 1), (2, 3, 3), (33, 65, 48), (63, 257, 100), (65, 33, 640), (5, 130, 1152)]
-FILTERS = [torch.float32, torch.bfloat16]
-
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """The problems are small; other files are tested beside this one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(params=FILTERS, ids=["fp32 filter", "bf16 filter"])
-def filter_dtype(request, monkeypatch):
-    """bf16 products are right on every processor, only not fast."""
-    monkeypatch.setattr(walk, "_first_dtype", lambda scores: request.param)
-
-
-@pytest.fixture
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(walk, "_CPU_TILE", (16, 48))
 
 
 def check(query, gallery, k, similarity, backend, left_out=None, ties_by_rounding=False, **options):
@@ -69,8 +44,7 @@ def check(query, gallery, k, similarity, backend, left_out=None, ties_by_roundin
 
 @pytest.mark.parametrize("n, m, d", SIZES)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@every_backend
-def test_neighbours_with_ties(backend, similarity, n, m, d, filter_dtype, small_tiles):
+def test_neighbours_with_ties(backend, similarity, n, m, d, filter_dtype, small_walk):
     """Of whole numbers most scores occur several times: the order of equal ones is the index's."""
     query, gallery = oracle.whole_numbers(n, m, d)
     for k in sorted({1, min(5, m), m}):
@@ -79,7 +53,6 @@ def test_neighbours_with_ties(backend, similarity, n, m, d, filter_dtype, small_
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@every_backend
 def test_every_dtype_and_any_strides(backend, similarity, dtype, filter_dtype):
     g = torch.Generator().manual_seed(1)
     x = torch.randn(40, 2 * 33, generator=g).to(dtype)[:, ::2]
@@ -90,7 +63,6 @@ def test_every_dtype_and_any_strides(backend, similarity, dtype, filter_dtype):
 
 
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@every_backend
 def test_rows_of_very_different_length(backend, similarity, filter_dtype):
     """From 1e-30 to 1e30 in one gallery, and rows of zeros; products underflow in fp32."""
     g = torch.Generator().manual_seed(2)
@@ -104,7 +76,6 @@ def test_rows_of_very_different_length(backend, similarity, filter_dtype):
 
 
 @pytest.mark.parametrize("similarity", ["distance", "squared_distance"])
-@every_backend
 def test_from_far_away(backend, similarity, filter_dtype):
     """Distances that fp64 rounds to the same number are equal, however well the filter tells their rows apart."""
     x = torch.tensor([[1e15, 0.0]])
@@ -123,7 +94,6 @@ def test_from_far_away(backend, similarity, filter_dtype):
 
 @pytest.mark.parametrize("scale", [1e-149, 1e149])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@every_backend
 def test_any_scale_of_fp64(backend, similarity, scale):
     x, _ = oracle.whole_numbers(40, 1, 6)
     scale = 2.0 ** round(np.log2(scale))
@@ -137,8 +107,7 @@ def test_any_scale_of_fp64(backend, similarity, scale):
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-6, 0.0])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@every_backend
-def test_a_collapsed_model(backend, similarity, spread, filter_dtype, small_tiles):
+def test_a_collapsed_model(backend, similarity, spread, filter_dtype, small_walk):
     """All rows within what the filter can tell apart, or equal: scores decide. Most rows have a twin."""
     g = torch.Generator().manual_seed(3)
     y = 10 + spread * torch.randn(150, 24, generator=g)
@@ -147,8 +116,7 @@ def test_a_collapsed_model(backend, similarity, spread, filter_dtype, small_tile
 
 
 @pytest.mark.parametrize("place", ["first", "last"])
-@every_backend
-def test_every_lane(backend, place, filter_dtype, small_tiles):
+def test_every_lane(backend, place, filter_dtype, small_walk):
     """The nearest column in each place of a tile, the last of which has one vector and a part."""
     m = 48 + 17
     gallery = torch.randn(m, 40, generator=torch.Generator().manual_seed(4))
@@ -159,8 +127,7 @@ def test_every_lane(backend, place, filter_dtype, small_tiles):
             assert found.tolist() == list(range(m))
 
 
-@every_backend
-def test_a_batch_against_itself(backend, filter_dtype, small_tiles):
+def test_a_batch_against_itself(backend, filter_dtype, small_walk):
     x, _ = oracle.whole_numbers(60, 1, 12)
     itself = np.eye(60, dtype=bool)
     of_pairs = oracle.scores(x, x, "cosine", itself)
@@ -175,8 +142,7 @@ def test_a_batch_against_itself(backend, filter_dtype, small_tiles):
 
 
 @pytest.mark.parametrize("similarity", ["product", "distance"])
-@every_backend
-def test_ids_that_leave_out(backend, similarity, filter_dtype, small_tiles):
+def test_ids_that_leave_out(backend, similarity, filter_dtype, small_walk):
     """Where both columns are equal, as person and camera; some queries keep fewer than k rows, one none."""
     query, gallery = oracle.whole_numbers(25, 70, 6)
     g = torch.Generator().manual_seed(5)
@@ -193,7 +159,6 @@ def test_ids_that_leave_out(backend, similarity, filter_dtype, small_tiles):
     assert (found.indices == -1).all()
 
 
-@every_backend
 def test_no_query_and_one_column(backend):
     y = torch.randn(3, 5)
     assert retrieval.topk(torch.empty(0, 5), y, 2, backend=backend).indices.shape == (0, 2)
@@ -202,7 +167,6 @@ def test_no_query_and_one_column(backend):
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-@every_backend
 def test_whatever_torch_is_told_of_products(backend, precision, monkeypatch):
     """Neither a lower precision of fp32 products nor autocast changes a neighbour."""
     monkeypatch.setattr(walk, "_first_dtype", lambda scores: torch.float32)
@@ -249,6 +213,7 @@ def test_threads_and_tiles_change_no_bit(monkeypatch):
         monkeypatch.setattr(walk, "_CPU_TILE", tile)
         found = retrieval.topk(x, k=20, backend="cpp")
         assert torch.equal(found.values, expected.values) and torch.equal(found.indices, expected.indices)
+    torch.set_num_threads(1)
     found = retrieval.topk(x, k=20, backend="torch")
     assert torch.equal(found.indices, expected.indices)
 
@@ -288,7 +253,6 @@ def test_every_instruction_set_gives_the_same_bits(tmp_path):
             assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-@every_backend
 def test_beside_scikit_learn(backend):
     x = torch.randn(400, 16, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     model = NearestNeighbors(n_neighbors=8).fit(x)
@@ -296,52 +260,6 @@ def test_beside_scikit_learn(backend):
     found = retrieval.topk(x, k=8, similarity="distance", backend=backend)
     np.testing.assert_array_equal(found.indices, indices)
     np.testing.assert_allclose(found.values, distances, rtol=1e-12)
-
-
-@every_backend
-def test_vote(backend):
-    g = torch.Generator().manual_seed(10)
-    x, y = torch.randn(60, 8, generator=g), torch.randn(200, 8, generator=g)
-    labels, wanted = torch.randint(-3, 4, (200,), generator=g), torch.randint(-3, 4, (60,), generator=g)
-    options = {"k": 9, "backend": backend}
-    model = KNeighborsClassifier(9).fit(y, labels)
-    found = retrieval.knn_predict(x, y, labels, temperature=None, similarity="distance", **options)
-    np.testing.assert_array_equal(found, model.predict(x))
-    # DINO's: softmax-like weights, summed by class
-    values, indices = F.normalize(x).mm(F.normalize(y).T).topk(9)
-    votes = torch.zeros(60, 7).scatter_add_(1, labels[indices] + 3, (values / 0.07).exp())
-    expected = votes.argmax(1) - 3
-    assert torch.equal(retrieval.knn_predict(x, y, labels, **options), expected)
-    assert retrieval.knn_accuracy(x, y, wanted, labels, **options) == (expected == wanted).double().mean().item()
-    model = KNeighborsClassifier(9).fit(y, labels)
-    alone = retrieval.knn_predict(y, None, labels, temperature=None, similarity="distance", **options)
-    others = [model.fit(np.delete(y, i, 0), np.delete(labels, i)).predict(y[i : i + 1])[0] for i in range(0, 200, 9)]
-    assert alone[::9].tolist() == others
-    near = torch.cdist(x, y).topk(9, largest=False)
-    votes = torch.zeros(60, 7).scatter_add_(1, labels[near.indices] + 3, (-near.values / 2).exp())
-    found = retrieval.knn_predict(x, y, labels, temperature=2.0, similarity="distance", **options)
-    assert torch.equal(found, votes.argmax(1) - 3)
-
-
-@every_backend
-def test_vote_beyond_fp32(backend):
-    """Products of 1e50, and as many neighbours as there are rows: of memory in proportion to them."""
-    x, y = torch.tensor([[3e25, 1e25]]), torch.tensor([[1e25, 0.0], [2e25, 0.0], [0.0, 3e25]])
-    labels = torch.tensor([5, 5, 1])
-    assert retrieval.knn_predict(x, y, labels, 3, similarity="product", backend=backend).tolist() == [5]
-    y = torch.randn(20000, 2)
-    assert retrieval.knn_predict(y[:1], y, torch.arange(20000) // 2, 20000, backend=backend).shape == (1,)
-
-
-@every_backend
-def test_vote_where_few_neighbours_are_left(backend):
-    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    y = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
-    ids = {"query_ids": torch.tensor([0, 1]), "gallery_ids": torch.tensor([0, 0, 1]), "backend": backend}
-    assert retrieval.knn_predict(x, y, torch.tensor([7, 7, 9]), 3, **ids).tolist() == [9, 7]
-    ids["gallery_ids"] = torch.tensor([0, 0, 0])
-    with pytest.raises(ValueError, match="query 0 has none"):
-        retrieval.knn_predict(x, y, torch.tensor([7, 7, 9]), 3, **ids)
 
 
 def test_as_an_operator():

@@ -6,10 +6,12 @@ import retrieval_oracle as oracle
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
-from test_retrieval import SIMILARITIES, _one_thread, every_backend, filter_dtype, small_tiles  # noqa: F401
+from test_retrieval import SIMILARITIES
 
 from replearn_kernels import retrieval
 from replearn_kernels.retrieval import ranking
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 METRICS = list(oracle.METRICS)
 
@@ -36,8 +38,7 @@ def labels_of(n, m, classes, seed=0):
 
 @pytest.mark.parametrize("n, m, d, classes", [(2, 3, 3, 1), (33, 65, 48, 3), (40, 257, 100, 30), (20, 300, 2, 2)])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
-@every_backend
-def test_by_label_with_ties(backend, similarity, n, m, d, classes, filter_dtype, small_tiles):  # noqa: F811
+def test_by_label_with_ties(backend, similarity, n, m, d, classes, filter_dtype, small_walk):
     """One positive and hundreds, in turn and by halves; some queries have none."""
     query, gallery = oracle.whole_numbers(n, m, d)
     of_query, of_gallery = labels_of(n, m, classes)
@@ -46,8 +47,7 @@ def test_by_label_with_ties(backend, similarity, n, m, d, classes, filter_dtype,
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@every_backend
-def test_each_metric_alone(backend, metric, filter_dtype, small_tiles):  # noqa: F811
+def test_each_metric_alone(backend, metric, filter_dtype, small_walk):
     """It looks no farther than it counts, which changes nothing."""
     query, gallery = oracle.whole_numbers(40, 200, 5)
     of_query, of_gallery = labels_of(40, 200, 4)
@@ -57,8 +57,7 @@ def test_each_metric_alone(backend, metric, filter_dtype, small_tiles):  # noqa:
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "distance"])
-@every_backend
-def test_by_target(backend, similarity, filter_dtype, small_tiles):  # noqa: F811
+def test_by_target(backend, similarity, filter_dtype, small_walk):
     query, gallery = oracle.whole_numbers(30, 100, 6)
     target = torch.randint(0, 100, (30, 4), generator=torch.Generator().manual_seed(1))
     target[3, 1:] = -1  # one positive
@@ -73,8 +72,7 @@ def test_by_target(backend, similarity, filter_dtype, small_tiles):  # noqa: F81
     check(query, gallery, positive, similarity, backend, target=target[:, 0])
 
 
-@every_backend
-def test_a_batch_against_itself(backend, filter_dtype, small_tiles):  # noqa: F811
+def test_a_batch_against_itself(backend, filter_dtype, small_walk):
     x, _ = oracle.whole_numbers(90, 1, 7)
     labels = labels_of(90, 1, 12)[0]
     labels[0] = 99  # alone
@@ -92,8 +90,7 @@ def test_a_batch_against_itself(backend, filter_dtype, small_tiles):  # noqa: F8
 
 
 @pytest.mark.parametrize("by", ["labels", "target"])
-@every_backend
-def test_ids_that_leave_out(backend, by, filter_dtype, small_tiles):  # noqa: F811
+def test_ids_that_leave_out(backend, by, filter_dtype, small_walk):
     """Re-identification: what one camera has of the same person is no candidate; another person's picture is."""
     query, gallery = oracle.whole_numbers(30, 120, 6)
     person, persons = labels_of(30, 120, 5)
@@ -113,8 +110,7 @@ def test_ids_that_leave_out(backend, by, filter_dtype, small_tiles):  # noqa: F8
     check(query, gallery, same & ~left_out, "product", backend, left_out, **positives, **ids)
 
 
-@every_backend
-def test_a_collapsed_model(backend, filter_dtype, small_tiles):  # noqa: F811
+def test_a_collapsed_model(backend, filter_dtype, small_walk):
     """Equal rows come in their order."""
     x = torch.ones(100, 9)
     labels = torch.arange(100) // 50
@@ -123,7 +119,6 @@ def test_a_collapsed_model(backend, filter_dtype, small_tiles):  # noqa: F811
     check(x, x, positive, "cosine", backend, np.eye(100, dtype=bool), **of_rows)
 
 
-@every_backend
 def test_blocks_of_few_rows_where_there_are_many_positives(backend, monkeypatch):
     monkeypatch.setattr(ranking, "_MOST_POSITIVES", 70)
     query, gallery = oracle.whole_numbers(20, 150, 5)
@@ -136,13 +131,11 @@ def test_blocks_of_few_rows_where_there_are_many_positives(backend, monkeypatch)
     check(query, gallery, np.arange(150)[None].repeat(20, 0) % 3 == 0, "cosine", backend, **labels)
 
 
-@every_backend
 def test_k_of_any_size(backend):
     found = retrieval.recall_at_k(X, Y, k=(1, 10**30), target=torch.tensor([1, 0, 0, 0]), backend=backend)
     assert found == [0.75, 1.0]  # of equal rows the first is the nearest
 
 
-@every_backend
 def test_average_precision_of_scikit_learn(backend):
     x = F.normalize(torch.randn(50, 16, generator=torch.Generator().manual_seed(2)))
     y = F.normalize(torch.randn(120, 16, generator=torch.Generator().manual_seed(3)))
