@@ -110,6 +110,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(replearn_kernels, m) {
   m.def("place_(Tensor s, " SCORES FILTER
         "Tensor offsets, Tensor scores, Tensor index, Tensor low, Tensor high, Tensor cutoff, bool first_always, "
         "Tensor(a!) active, Tensor(b!) better) -> int");
+  m.def("count_pairs_(Tensor s, " SCORES FILTER
+        "Tensor row_labels, Tensor column_labels, Tensor scale, float per_score, int first_cell, Tensor slots, bool half, "
+        "int first_row, Tensor(a!) histogram, Tensor(b!) cells) -> int");
 #undef SCORES
 #undef FILTER
   m.def("mirror_(Tensor(a!) square) -> ()");
@@ -141,6 +144,7 @@ STABLE_TORCH_LIBRARY_IMPL(replearn_kernels, CPU, m) {
   m.impl("nearest_result_", TORCH_BOX(&replearn::nearest_result_));
   m.impl("sort_positives_", TORCH_BOX(&replearn::sort_positives_));
   m.impl("place_", TORCH_BOX(&replearn::place_));
+  m.impl("count_pairs_", TORCH_BOX(&replearn::count_pairs_));
   m.impl("mirror_", TORCH_BOX(&replearn::mirror_));
   m.impl("advise_huge_pages_", TORCH_BOX(&replearn::advise_huge_pages_));
   m.impl("vector_exp", TORCH_BOX(&vector_exp));

@@ -1,4 +1,5 @@
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,29 @@ def filter_dtype(request, monkeypatch):
 def small_walk(monkeypatch):
     """Retrieval by tiles that a small problem has several of."""
     monkeypatch.setattr(walk, "_CPU_TILE", (16, 48))
+
+
+@pytest.fixture
+def cut_products(monkeypatch):
+    """Where torch is told of a lower precision of fp32 products, retrieval's are of operands that are cut as a GPU's
+    units may cut them: tf32 for "high"."""
+
+    @contextmanager
+    def cut(precision):
+        before, mm, bits = torch.get_float32_matmul_precision(), torch.mm, {"high": 13, "medium": 16}[precision]
+
+        def rounded(x):
+            return (x.view(torch.int32) >> bits << bits).view(torch.float32)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "mm", lambda a, b, out: mm(rounded(a), rounded(b.T.contiguous()).T, out=out))
+            try:
+                torch.set_float32_matmul_precision(precision)
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before)
+
+    return cut
 
 
 @pytest.fixture(autouse=True)

@@ -150,6 +150,53 @@ def check_retrieval(ops) -> None:
                 raise AssertionError("columns beyond the gallery, or more than there is room for, were taken")
 
 
+def check_counting(ops) -> None:
+    """Pairs of one label and of others by cell: tile by tile, some left out, some or all bins not sure."""
+    n, m, d = random.choice((0, 1, 3, 17)), random.choice((1, 2, 15, 33, 100, 300)), random.choice((0, 1, 3, 16, 40))
+    gallery = exactly(random_rows(m, d)).contiguous()
+    query = exactly(random_rows(n, d)).to(gallery.dtype).contiguous()
+    ones = torch.ones(max(n, m)).double()
+    scores = query, gallery, False, ones[:n].clone(), ones[:m].clone(), ones[:n].clone(), torch.zeros(n).double()
+    row_ids, column_ids = (torch.randint(4, (1, count), dtype=torch.int32) for count in (n, m))
+    row_labels, column_labels = (torch.randint(3, (count,), dtype=torch.int32) for count in (n, m))
+    of_bin, bins = random.choice((1, 4, 8)), random.choice((1, 30, 200))
+    per_score, first = random.choice((0.25, 1.0, 2.0)), random.choice((-5, 0, bins * of_bin // 2, 2**40))
+    half, first_row = random.choice((False, True)), random.choice((0, 5, m, 2**60))
+    filter = torch.tensor([1.0, 0.0, 0.0, 0.0])[:, None].repeat(1, m)
+    slots = torch.full((bins,), random.choice((-2, -1)), dtype=torch.int16)
+    wanted = torch.randperm(bins)[: random.choice((0, 1, bins))]
+    slots[wanted] = torch.arange(len(wanted), dtype=torch.int16)
+    to_bins = torch.tensor([[per_score / of_bin], [first / of_bin]]).float().repeat(1, n)
+    histogram, cells = torch.zeros(bins, 2).long(), torch.zeros(len(wanted), of_bin, 2).long()
+    table = row_labels, to_bins, per_score, first, slots, half, first_row, histogram, cells
+    width = random.choice((1, 16, 50, m))
+    for begin in range(0, m, width):
+        columns = slice(begin, min(begin + width, m))
+        s = query.float() @ gallery[columns].float().T
+        tile = filter[:, columns], torch.ones(n), 0.0, row_ids, column_ids[:, columns], begin
+        ops.count_pairs_(s, *scores, *tile, table[0], column_labels[columns].contiguous(), *table[1:])
+    counted = row_ids[0, :, None] != column_ids[0]
+    if half:
+        counted &= torch.arange(m) > first_row + torch.arange(n)[:, None]
+    same = (row_labels[:, None] == column_labels)[counted].long()
+    cell = ((query.double() @ gallery.double().T)[counted] * per_score).floor() + first
+    cell = cell.clamp(0, bins * of_bin - 1).long()
+    expected = torch.zeros(bins * of_bin, 2).long()
+    expected.index_put_((cell, same), torch.ones_like(cell), accumulate=True)
+    expected = expected.view(bins, of_bin, 2)
+    assert torch.equal(histogram, expected.sum(1)) and torch.equal(cells, expected[wanted])
+    for name, wrong in (("first_column", m), ("first_column", -1), ("slots", None)):
+        begin = tile[-1] if name == "slots" else wrong
+        if name == "slots":
+            slots[0] = len(wanted)
+        try:
+            ops.count_pairs_(s, *scores, *tile[:-1], begin, table[0], column_labels[columns].contiguous(), *table[1:])
+        except RuntimeError as error:
+            assert "beyond the gallery" in str(error) or "outside of cells" in str(error)
+        else:
+            raise AssertionError(f"{name} out of range was taken")
+
+
 def main(library: str, seconds: float) -> None:
     torch.ops.load_library(library)
     end, calls = time.monotonic() + seconds, 0
@@ -158,6 +205,7 @@ def main(library: str, seconds: float) -> None:
         torch.manual_seed(calls)
         check(torch.ops.replearn_kernels)
         check_retrieval(torch.ops.replearn_kernels)
+        check_counting(torch.ops.replearn_kernels)
         calls += 1
     print(f"{calls} random problems")
 

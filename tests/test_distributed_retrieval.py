@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from processes import RankError, Ranks, needs_gloo
 
-from replearn_kernels import retrieval
+from replearn_kernels import retrieval, verification
 
 pytestmark = needs_gloo
 
@@ -65,6 +65,18 @@ def calls(similarity, backend, problem, group):
     yield call(retrieval.knn_predict, [*both, "gallery_labels"], k=5)
 
 
+def curves(similarity, backend, problem, group):
+    """As :func:`calls`."""
+    for names in (["query", "gallery"], ["query", "gallery", "query_ids", "gallery_ids"], ["query"]):
+        labels = [f"{side}_labels" for side in ("query", "gallery") if side in names]
+        options = {name: problem[name] for name in names + labels}
+        options |= {"similarity": similarity, "backend": backend, "group": group}
+        curve = verification.roc_of_labels(far=(0.01, 0.1), best="f1", **options)
+        low, high = curve.auc_bounds
+        assert low <= curve.auc <= high
+        yield tuple(getattr(curve, name) for name in ("thresholds", "same", "other"))
+
+
 def on_rank(rank, similarity, backend, shards):
     own = {name: parts[rank] for name, parts in problem(shards).items()}
     return [_as_numpy(found) for found in calls(similarity, backend, own, dist.group.WORLD)]
@@ -98,6 +110,23 @@ def test_as_in_one_process(ranks, similarity, backend):
                     np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), of_all[name])
 
 
+def curves_on_rank(rank, similarity, backend, shards):
+    own = {name: parts[rank] for name, parts in problem(shards).items()}
+    return [_as_numpy(found) for found in curves(similarity, backend, own, dist.group.WORLD)]
+
+
+@pytest.mark.parametrize("similarity, backend", [("cosine", "auto"), ("distance", "auto"), ("product", "torch")])
+def test_curves_of_all_pairs_as_in_one_process(ranks, similarity, backend):
+    """On every rank that of all ranks' pairs."""
+    for shards in SHARDS[ranks.world_size]:
+        whole = {name: torch.cat(parts) for name, parts in problem(shards).items()}
+        of_ranks = zip(*ranks.run(curves_on_rank, similarity, backend, shards))
+        for of_all, parts in zip(curves(similarity, backend, whole, None), of_ranks, strict=True):
+            for part in parts:
+                for points, expected in zip(part, _as_numpy(of_all), strict=True):
+                    np.testing.assert_array_equal(points, expected)
+
+
 def fails(rank, name):
     """The error's text on this rank; the group goes on."""
     x, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank)), torch.arange(4) % 2
@@ -117,6 +146,10 @@ def fails(rank, name):
             retrieval.topk(x, x, k=4 * dist.get_world_size() + 1, group=group)
         elif name == "another metric":
             retrieval.evaluate(x, x, target=labels, metrics=["mrr", "map"][: 1 + rank], group=group)
+        elif name == "another FAR":
+            verification.roc_of_labels(x, query_labels=labels, far=0.1 * (1 + rank), group=group)
+        elif name == "no two of a label":
+            verification.roc_of_labels(x, query_labels=labels + 10 * torch.arange(4) + 100 * rank, group=group)
         elif name == "missing labels on one":
             retrieval.evaluate(x, query_labels=labels if rank else None, group=group)
     found = retrieval.topk(x, x, k=1, group=group).indices
@@ -134,6 +167,8 @@ def fails(rank, name):
         ("target of one", r"target must be in \[-1, ", None),
         ("k of all", "k must be at most", None),
         ("another metric", "metrics must be the same on every rank of the group, got mrr on rank 0", None),
+        ("another FAR", "far must be the same on every rank of the group, got (0.1,) on rank 0", None),
+        ("no two of a label", "there must be pairs of one label", None),
         ("missing labels on one", "must be", None),
     ],
 )

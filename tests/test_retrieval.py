@@ -167,25 +167,13 @@ def test_no_query_and_one_column(backend):
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_whatever_torch_is_told_of_products(backend, precision, monkeypatch):
+def test_whatever_torch_is_told_of_products(backend, precision, cut_products, monkeypatch):
     """Neither a lower precision of fp32 products nor autocast changes a neighbour."""
     monkeypatch.setattr(walk, "_first_dtype", lambda scores: torch.float32)
     x = F.normalize(10 + torch.randn(300, 64, generator=torch.Generator().manual_seed(6)))
     expected = check(x[:40], x, 10, "cosine", backend)
-    before = torch.get_float32_matmul_precision()
-    mm, bits = torch.mm, {"high": 13, "medium": 16}[precision]
-
-    def rounded(x):
-        """As a GPU's units may cut their operands, tf32 for "high"."""
-        return (x.view(torch.int32) >> bits << bits).view(torch.float32)
-
-    monkeypatch.setattr(torch, "mm", lambda a, b, out: mm(rounded(a), rounded(b.T.contiguous()).T, out=out))
-    try:
-        torch.set_float32_matmul_precision(precision)
-        with torch.autocast("cpu"):
-            found = retrieval.topk(x[:40], x, 10, backend=backend)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with cut_products(precision), torch.autocast("cpu"):
+        found = retrieval.topk(x[:40], x, 10, backend=backend)
     assert torch.equal(found.indices, expected.indices) and torch.equal(found.values, expected.values)
 
 
@@ -220,7 +208,7 @@ def test_threads_and_tiles_change_no_bit(monkeypatch):
 
 SETS = """
 import torch
-from replearn_kernels import retrieval
+from replearn_kernels import retrieval, verification
 from replearn_kernels.retrieval import walk
 results = [torch.ops.replearn_kernels.instruction_set()]
 for d in (3, 40, 100):
@@ -231,6 +219,8 @@ for d in (3, 40, 100):
             results += retrieval.topk(x, k=k)
         labels = torch.arange(300) % 6
         results.append(retrieval.evaluate(x, query_labels=labels, metrics=["map", "precision@9"]))
+    curve = verification.roc_of_labels(x, query_labels=labels, best="f1")
+    results += curve.thresholds, curve.same, curve.other
 torch.save(results, {path!r})
 """
 

@@ -1,4 +1,5 @@
-// Retrieval as operators: which columns are a row's nearest, and how many are nearer than its positives. A tile of
+// Retrieval as operators: which columns are a row's nearest, how many are nearer than its positives, and how many pairs
+// have which score. A tile of
 // similarities in fp32 or bf16 tells which columns cannot matter; the others are scored in fp64 (retrieval/bounds.py).
 #pragma once
 
@@ -39,5 +40,17 @@ void sort_positives_(REPLEARN_SCORES, Tensor offsets, Tensor scores, Tensor inde
 int64_t place_(Tensor s, REPLEARN_SCORES, Tensor filter, Tensor row_factor, double relative, Tensor row_ids,
                Tensor column_ids, int64_t first_column, Tensor offsets, Tensor scores, Tensor index, Tensor low,
                Tensor high, Tensor cutoff, bool first_always, Tensor active, Tensor better);
+
+// Adds the pairs of the tile to `histogram`, int64 [bins, 2], by the bin of their score, and by whether row and column
+// have one label. A bin has C cells, and
+//     cell = floor(score * per_score) + first_cell,   bin = cell / C, the first or last one of scores beyond
+// The tile tells a pair's bin but for the filter's error: scale[0][i] * (v + above[j]) + scale[1][i], `scale` [2, R]. Where
+// slots[bin], int16, is kSure, that will do. Else the score is formed: the pair is of the bin that this is in, and where
+// that one's slot is 0 or more, it is added to cells[slot][cell of the bin], int64 [., C, 2], too. With `half` only columns
+// beyond the row, first_row + i of them, count. Returns how many pairs were scored.
+int64_t count_pairs_(Tensor s, REPLEARN_SCORES, Tensor filter, Tensor row_factor, double relative, Tensor row_ids,
+                     Tensor column_ids, int64_t first_column, Tensor row_labels, Tensor column_labels, Tensor scale,
+                     double per_score, int64_t first_cell, Tensor slots, bool half, int64_t first_row,
+                     Tensor histogram, Tensor cells);
 
 }  // namespace replearn

@@ -32,6 +32,13 @@ struct Positives {
   int64_t count;
 };
 
+// Where a row's pairs are counted: in bin scale * (v + above) + shift, cut off to [0, bins).
+struct BinnedRow {
+  float scale, shift;
+  int32_t label;
+  int64_t bins;
+};
+
 using Bfloat16 = uint16_t;
 
 template <typename S>
@@ -55,6 +62,10 @@ struct ExactKernels {
 struct RetrievalKernels {
   // The k-th largest of `count` >= k values, none of them NaN.
   float (*kth_largest)(const float* values, int64_t count, int64_t k);
+  // where[j] of columns [from, columns): 2 bin + (1 where labels[j] is the row's), -1 where the pair is left out. What
+  // follows in `where`, up to a vector less one, may be overwritten.
+  void (*bins)(const float* s, FilterColumns, FilterRow, BinnedRow, const int32_t* labels, int64_t from, int64_t columns,
+               int32_t* where);
   FilterKernels<float> of_fp32;
   FilterKernels<Bfloat16> of_bf16;
   ExactKernels<float> exact_fp32;

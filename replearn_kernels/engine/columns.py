@@ -231,7 +231,7 @@ def run(steps: Iterable[Step]) -> None:
         step()
 
 
-def blocks(count: int, size: int) -> Iterator[slice]:
-    """Cut ``range(count)`` into slices of at most ``size``."""
-    for start in range(0, count, size):
+def blocks(count: int, size: int, first: int = 0) -> Iterator[slice]:
+    """Cut ``range(first, count)`` into slices of at most ``size``."""
+    for start in range(first, count, size):
         yield slice(start, min(start + size, count))

@@ -43,6 +43,14 @@ class Galleries:
     def sum(self, of_rank: Tensor) -> Tensor:
         return of_rank if self.world is None else self.world.sum(of_rank)
 
+    def sum_(self, of_rank: Tensor) -> None:
+        """In place: a large tensor of integers, whose sum has no order."""
+        if self.world is not None:
+            self.world.sum_(of_rank)
+
+    def most(self, of_rank: int) -> int:
+        return of_rank if self.world is None else self.world.most(torch.tensor(of_rank, device=self.world.device))
+
     def of_all_queries(self, own: Tensor, counts: list[int]) -> Tensor:
         """Values of this rank's queries, along the last dimension, as those of all ranks, which have ``counts``."""
         return own if self.world is None else torch.cat(self.world.gather(own, counts), -1)
@@ -89,7 +97,7 @@ class Arguments:
         validation.check_choice("similarity", similarity, SIMILARITIES)
         validation.check_flag("exclude_self", exclude_self)
         refuse_transforms()
-        backend = _resolve(backend, query.device)
+        backend = resolve_backend(backend, query.device)
         if gallery is None:
             if gallery_ids is not None:
                 raise ValueError("gallery_ids must not be given without a gallery: query_ids are those of its rows")
@@ -166,13 +174,27 @@ def _check_ids(query_ids: Tensor | None, gallery_ids: Tensor | None, query: Tens
     return checked
 
 
+def check_labels(
+    query: Tensor, gallery: Tensor | None, query_labels: Tensor, gallery_labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of the queries and of the gallery, which may be the queries, int64 ``[N]`` and ``[M]``."""
+    query_labels = validation.check_labels("query_labels", query_labels, query.shape[0], query)
+    if gallery is None:
+        if gallery_labels is not None:
+            raise ValueError("gallery_labels must not be given without a gallery: query_labels are those of its rows")
+        return query_labels, query_labels
+    if gallery_labels is None:
+        raise ValueError("gallery_labels must be given with a gallery and query_labels")
+    return query_labels, validation.check_labels("gallery_labels", gallery_labels, gallery.shape[0], query)
+
+
 def as_columns(name: str, values: Tensor, features: Tensor) -> Tensor:
     """Integers ``[N]`` or ``[N, C]``, one row of them for each of ``features``, as int64 ``[N, C]``."""
     columns = values.unbind(1) if isinstance(values, Tensor) and values.ndim == 2 and values.shape[1] else (values,)
     return torch.stack([validation.check_labels(name, column, features.shape[0], features) for column in columns], 1)
 
 
-def _resolve(backend: str, device: torch.device) -> str:
+def resolve_backend(backend: str, device: torch.device) -> str:
     validation.check_backend_name(backend, BACKENDS)
     if backend == "auto":
         if device.type != "cpu":

@@ -203,6 +203,14 @@ class Filter:
         if scores.is_distance:
             self.row_factor = (2 / scores.scale * query.lengths).float()
 
+    @property
+    def largest_errors(self) -> Tensor:
+        """The most by which ``v + above``, as the filter sees a row's pairs, can be off their v, fp64 ``[N]``."""
+        if not self.columns.shape[1]:
+            return torch.zeros_like(self.row_factor, dtype=torch.float64)
+        factor, slack, above, below = self.columns.double()
+        return self.row_factor.double() * (1.01 * self.relative * factor.max() + slack.max()) + (above - below).max()
+
 
 def operand_rounding(device: torch.device) -> float:
     """What torch may be told to add to the error of fp32 products, relative to the rows' lengths."""

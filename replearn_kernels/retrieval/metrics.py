@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine import validation
 from ..engine.schedules import on_device_of
 from ..functional.call import in_group
-from .arguments import Arguments, Galleries, Search, as_columns, progress_bar
+from .arguments import Arguments, Galleries, Search, as_columns, check_labels, progress_bar
 from .ranking import BEYOND, ByLabel, ByTarget, PositivesSource, Ranks, ascending, places, ranks
 
 METRICS = ("recall@k", "precision@k", "r_precision", "map@r", "map", "mrr", "mean_rank", "median_rank")
@@ -152,14 +152,7 @@ class _GivenPositives:
             if gallery_labels is not None:
                 raise ValueError("gallery_labels must not be given with target, which names the positives")
             return _GivenPositives(None, None, _check_target(target, query))
-        query_labels = validation.check_labels("query_labels", query_labels, query.shape[0], query)
-        if gallery is not None and gallery_labels is None:
-            raise ValueError("gallery_labels must be given with a gallery and query_labels")
-        if gallery is not None:
-            gallery_labels = validation.check_labels("gallery_labels", gallery_labels, gallery.shape[0], query)
-        elif gallery_labels is not None:
-            raise ValueError("gallery_labels must not be given without a gallery: query_labels are those of its rows")
-        return _GivenPositives(query_labels, query_labels if gallery is None else gallery_labels, None)
+        return _GivenPositives(*check_labels(query, gallery, query_labels, gallery_labels), None)
 
     @property
     def range(self) -> tuple[int, int]:

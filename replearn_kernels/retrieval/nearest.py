@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..engine.columns import blocks
 from .bounds import Scores
-from .walk import Ids, Tile, tile_shape, walk
+from .walk import Ids, Tile, first_filter, tile_shape, walk
 
 Nearest = tuple[Tensor, Tensor]
 """Scores, fp64, and columns, int64, ``[R, k]`` each: the best first, of equal scores the lower column. Where there are
@@ -24,7 +24,8 @@ def nearest(scores: Scores, k: int, excluded: list[Ids], backend: str, on_rows: 
     best = torch.empty(shape, dtype=torch.float64, device=device)
     columns = torch.empty(shape, dtype=torch.int64, device=device)
     row_blocks = blocks(shape[0], tile_shape(device)[0])
-    for rows, found in walk(scores, excluded, row_blocks, lambda rows: fold(scores[rows], k), on_rows):
+    filter = first_filter(scores)
+    for rows, found in walk(scores, filter, excluded, row_blocks, lambda rows: fold(scores[rows], k), on_rows):
         best[rows], columns[rows] = found.result()
     return best, columns
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engine.columns import blocks
 from .bounds import Scores
-from .walk import Ids, Tile, renumbered, tile_shape, walk
+from .walk import Ids, Tile, first_filter, renumbered, tile_shape, walk
 
 BEYOND = torch.iinfo(torch.int64).max
 """The rank of a positive that comes after what was asked for."""
@@ -143,7 +143,8 @@ def ranks(
     def fold_of(rows: slice) -> NativeRanking | RankingOnTensors:
         return fold(scores[rows], source.of(rows), cutoff[rows], first_always)
 
-    for rows, found in walk(scores, excluded + source.ids, row_blocks, fold_of, on_rows):
+    left_out = excluded + source.ids
+    for rows, found in walk(scores, first_filter(scores), left_out, row_blocks, fold_of, on_rows):
         yield Ranks(rows, found.offsets, found.result())
 
 

@@ -1,4 +1,4 @@
-"""The walk over tiles of queries and gallery, which nearest neighbours and ranks share."""
+"""The walk over tiles of queries and gallery, which nearest neighbours, ranks and counts of pairs share."""
 
 from __future__ import annotations
 
@@ -83,14 +83,14 @@ class Tile:
         """The upper bounds of v, -inf where a pair is left out."""
         _, slack, above, _ = self.filter.columns[:, self.columns]
         upper = torch.add(self.v, self.v.abs(), alpha=self.filter.relative).add_(self._times_rows(slack) + above)
-        return self._without_left_out(upper)
+        return self.without_left_out(upper)
 
     @cached_property
     def lower(self) -> Tensor:
         """The lower bounds of v, -inf where a pair is left out."""
         _, slack, _, below = self.filter.columns[:, self.columns]
         lower = torch.sub(self.v, self.v.abs(), alpha=self.filter.relative).sub_(self._times_rows(slack) - below)
-        return self._without_left_out(lower)
+        return self.without_left_out(lower)
 
     def lower_at(self, row: Tensor, column: Tensor) -> Tensor:
         """The lower bounds of pairs, ``[P]``, that are not left out."""
@@ -99,7 +99,8 @@ class Tile:
         fixed = slack[column] * self.filter.row_factor[self.rows][row] - below[column]
         return torch.sub(v, v.abs(), alpha=self.filter.relative).sub_(fixed)
 
-    def _without_left_out(self, bounds: Tensor) -> Tensor:
+    def without_left_out(self, bounds: Tensor) -> Tensor:
+        """Changes them in place: -inf where a pair is left out."""
         for of_rows, of_columns in zip(self.left_out.rows, self.left_out.columns):
             bounds.masked_fill_(of_rows[self.rows, None] == of_columns[self.columns], -torch.inf)
         return bounds
@@ -117,16 +118,17 @@ F = TypeVar("F", bound=Fold)
 
 def walk(
     scores: Scores,
+    filter: Filter,
     left_out: list[Ids],
     row_blocks: Iterator[slice],
     fold_of: Callable[[slice], F],
     on_rows: Callable[[int], object],
+    first_column: Callable[[slice], int] = lambda rows: 0,
 ) -> Iterator[tuple[slice, F]]:
-    """A block of queries after the other, each with what it keeps of all columns, but for pairs of which one of the ids
-    is equal. ``on_rows`` hears of finished queries."""
+    """A block of queries after the other, each with what it keeps of all columns, or those from its first one on, but
+    for pairs of which one of the ids is equal. ``on_rows`` hears of finished queries."""
     alike = Alike.of(left_out, scores)
     device = scores.query.features.device
-    filter = Filter(scores, _first_dtype(scores))
     _, width = tile_shape(device)
     buffer = None
     for rows in row_blocks:
@@ -134,7 +136,7 @@ def walk(
         height, in_doubt = rows.stop - rows.start, 0
         if buffer is None or buffer.dtype != filter.dtype or buffer.numel() < height * width:
             buffer = torch.empty(height * width, dtype=filter.dtype, device=device)
-        for columns in blocks(len(scores.gallery), width):
+        for columns in blocks(len(scores.gallery), width, first_column(rows)):
             shape = height, columns.stop - columns.start
             s = buffer[: shape[0] * shape[1]].view(shape)
             torch.mm(filter.query.features[rows], filter.gallery.features[columns].t(), out=s)
@@ -148,6 +150,11 @@ def walk(
 def tile_shape(device: torch.device) -> tuple[int, int]:
     """The most rows and columns of a tile."""
     return _CPU_TILE if device.type == "cpu" else _GPU_TILE
+
+
+def first_filter(scores: Scores) -> Filter:
+    """What a walk of few pairs in doubt begins with."""
+    return Filter(scores, _first_dtype(scores))
 
 
 def _first_dtype(scores: Scores) -> torch.dtype:
