@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from digits import CHANCE, NUM_CLASSES, Digits
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedShuffleSplit
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -17,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from training import console
 
-from replearn_kernels import retrieval
+from replearn_kernels import retrieval, verification
 
 LABELS_PER_DIGIT = 10
 DRAWS = 10  # of the few labels, whose scores are averaged
@@ -93,16 +92,10 @@ def recall_at_1(features: Features) -> float:
     return retrieval.recall_at_k(vectors, query_labels=labels, similarity="distance", missing="skip")
 
 
-def verification_auc(features: Features) -> float:
-    """ROC AUC of the cosine as a test of whether two images are of one class, over all pairs."""
-    return float(roc_auc_score(*verification_pairs(features)))
-
-
-def verification_pairs(features: Features) -> tuple[np.ndarray, np.ndarray]:
-    """Of every pair of images, whether they are of one class, and the cosine of their features."""
-    first, second = np.triu_indices(len(features.labels), k=1)
-    same = features.labels[first] == features.labels[second]
-    return same, (features.vectors @ features.vectors.T)[first, second]
+def verification_curve(features: Features) -> verification.Curve:
+    """ROC of the cosine as a test of whether two images are of one class, over all pairs."""
+    vectors, labels = features.tensors
+    return verification.roc_of_labels(vectors, query_labels=labels)
 
 
 def score_table(title: str, scores: dict[str, Scores], chance: Scores | float) -> Table:

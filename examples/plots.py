@@ -13,12 +13,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from digits import NUM_CLASSES
-from evaluate import verification_pairs
+from evaluate import verification_curve
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
 from sklearn.manifold import TSNE
-from sklearn.metrics import roc_curve
 
 if TYPE_CHECKING:
     from evaluate import Features
@@ -158,8 +157,8 @@ def draw_roc(axes: Axes, folds: list[dict[str, Features]]) -> None:
     """True over false acceptances when a pair is accepted above a cosine: a mean over the folds, and chance."""
     false_rates = np.linspace(0, 1, 201)
     for name, style in ROC_STYLES.items():
-        curves = [roc_curve(*verification_pairs(features[name]))[:2] for features in folds]
-        true_rates = np.mean([np.interp(false_rates, *curve) for curve in curves], axis=0)
+        curves = [verification_curve(features[name]) for features in folds]
+        true_rates = np.mean([np.interp(false_rates, curve.far, curve.tar) for curve in curves], axis=0)
         axes.plot(false_rates, true_rates, label=name, linewidth=2, **style)
     axes.plot([0, 1], [0, 1], label="chance", color="0.7", linewidth=1)
     axes.legend(frameon=False, loc="lower right")

@@ -11,7 +11,7 @@ import torch
 from augment import Views, turned
 from digits import Digits, load_images
 from encoders import encoder
-from evaluate import Features, Scores, encode, recall_at_1, score_table, verification_auc
+from evaluate import Features, Scores, encode, recall_at_1, score_table, verification_curve
 from torch import nn
 from training import console
 
@@ -72,7 +72,7 @@ def report(method: str, folds: list[Fold], path: Path) -> dict[str, Scores]:
 
 def fold_scores(scans: Features, views: Features) -> Scores:
     """Retrieval and verification, in the order of ``CHANCE``."""
-    values = recall_at_1(scans), verification_auc(scans), recall_at_1(views), verification_auc(views)
+    values = [score for images in (scans, views) for score in (recall_at_1(images), verification_curve(images).auc)]
     return dict(zip(CHANCE, values, strict=True))
 
 

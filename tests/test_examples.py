@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from augment import Views, turned  # noqa: E402
 from digits import CHANCE, load_images  # noqa: E402
-from evaluate import Features, recall_at_1, verification_auc  # noqa: E402
+from evaluate import Features, recall_at_1, verification_curve  # noqa: E402
 from unseen import UNSEEN_DIGITS  # noqa: E402
 
 PNG_SIGNATURE = b"\x89PNG"
@@ -73,6 +73,8 @@ def test_arcface_verifies_digits_it_never_saw(tmp_path):
     auc = "verification AUC, unseen digits"
     assert after[auc] > 0.8  # 0.851; chance is 0.5
     assert after[auc] > before[auc] + 0.03  # 0.055
+    tar = "TAR at 1% FAR, unseen digits"
+    assert after[tar] > before[tar] + 0.02  # 4.5 points, to 30.1%; chance is 1%
     assert after["recall@1, unseen digits"] > 0.95  # 99.1%; chance is 33%
     assert after["recall@1, seen digits"] > 0.95  # 99.2%; chance is 14%
 
@@ -128,6 +130,6 @@ def test_retrieval_and_verification_by_hand():
     vectors = np.array([[1, 0], [0.8, 0.6], [0, 1]])  # cosines: 0.8, 0.6, and 0 of the first with the last
     pairs_near, pairs_far = Features(vectors, np.array([0, 0, 1])), Features(vectors, np.array([0, 1, 1]))
     assert recall_at_1(pairs_near) == 1  # the last image, which has none of its class, is left out
-    assert verification_auc(pairs_near) == 1  # 0.8 against 0.6 and 0
+    assert verification_curve(pairs_near).auc == 1  # 0.8 against 0.6 and 0
     assert recall_at_1(pairs_far) == 0.5  # the first has none, and is the second's nearest
-    assert verification_auc(pairs_far) == 0.5  # 0.6 against 0.8 and 0
+    assert verification_curve(pairs_far).auc == 0.5  # 0.6 against 0.8 and 0

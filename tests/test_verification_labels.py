@@ -15,6 +15,15 @@ from replearn_kernels.verification.curve import OBJECTIVES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32 filter", "bf16 filter"], autouse=True)
+def second_filter(request, monkeypatch):
+    """Of the second walk, whatever is faster."""
+    monkeypatch.setattr(walk, "_first_dtype", lambda scores: request.param)
+    monkeypatch.setattr(counting, "MOST_IN_DOUBT", 1)
+    monkeypatch.setattr(walk, "MOST_IN_DOUBT", 1)
+
+
 BEST = tuple(OBJECTIVES)
 FARS = (0.0, 0.003, 0.01, 0.1, 0.3, 0.7, 0.99, 1.0)
 

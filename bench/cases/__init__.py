@@ -20,6 +20,7 @@ from bench.cases.mining import MINING
 from bench.cases.ranks import RANKS_CASES
 from bench.cases.retrieval import MAP_AT_R, TOPK
 from bench.cases.triplets import BATCH_ALL, BATCH_HARD, SEMI_HARD
+from bench.cases.verification import VERIFICATION
 
 CASES = {
     case.name: case
@@ -31,6 +32,7 @@ CASES = {
         *(ARCFACE, DINO_HEAD),
         MINING,
         *(TOPK, MAP_AT_R),
+        VERIFICATION,
         *RANKS_CASES,
     )
 }

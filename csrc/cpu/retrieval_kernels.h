@@ -50,6 +50,10 @@ struct FilterKernels {
   // Adds 1 to better[p] for each column that beats positive p and not p - 1; writes the columns of which the bounds do
   // not tell where they belong, and returns how many these are.
   int64_t (*place)(const S* s, FilterColumns, FilterRow, Positives, int64_t columns, int64_t* better, int32_t* unsure);
+  // where[j] of columns [from, columns): 2 bin + (1 where labels[j] is the row's), 2 bins where the pair is left out.
+  // What follows in `where`, up to a vector less one, may be overwritten.
+  void (*bins)(const S* s, FilterColumns, FilterRow, BinnedRow, const int32_t* labels, int64_t from, int64_t columns,
+               int32_t* where);
 };
 
 // Sums in fp64 over 16 lanes whatever the instruction set: the same bits on all, of fp32 rows.
@@ -62,10 +66,6 @@ struct ExactKernels {
 struct RetrievalKernels {
   // The k-th largest of `count` >= k values, none of them NaN.
   float (*kth_largest)(const float* values, int64_t count, int64_t k);
-  // where[j] of columns [from, columns): 2 bin + (1 where labels[j] is the row's), -1 where the pair is left out. What
-  // follows in `where`, up to a vector less one, may be overwritten.
-  void (*bins)(const float* s, FilterColumns, FilterRow, BinnedRow, const int32_t* labels, int64_t from, int64_t columns,
-               int32_t* where);
   FilterKernels<float> of_fp32;
   FilterKernels<Bfloat16> of_bf16;
   ExactKernels<float> exact_fp32;

@@ -208,17 +208,19 @@ int64_t place(const S* s, FilterColumns columns, FilterRow row, Positives positi
   return doubts;
 }
 
-void bins(const float* s, FilterColumns columns, FilterRow row, BinnedRow binned, const int32_t* labels, int64_t from,
+template <typename S>
+void bins(const S* s, FilterColumns columns, FilterRow row, BinnedRow binned, const int32_t* labels, int64_t from,
           int64_t end, int32_t* where) {
-  const FilteredRow<float> filtered{s, columns, row};
+  const FilteredRow<S> filtered{s, columns, row};
   const Vec<float> scale = splat<float>(binned.scale), shift = splat<float>(binned.shift);
   const Vec<float> last = splat<float>(static_cast<float>(binned.bins - 1));
+  const Bits<float> beyond = Bits<float>{} + static_cast<int32_t>(2 * binned.bins);
   for_vectors<float>(from, end, [&](int64_t j, auto count) {
     const Vec<float> v = filtered.v(j, count) + load(columns.above + j, count);
     const Vec<float> place = -max(-max(multiply_add(v, scale, shift), Vec<float>{}), -last);
     Bits<float> code = 2 * __builtin_convertvector(place, Bits<float>) - same_group<float>(binned.label, labels, j, count);
     for (int64_t n = 0; n < replearn::kIds; ++n)
-      if (columns.ids[n]) code |= same_group<float>(row.ids[n], columns.ids[n], j, count);
+      if (columns.ids[n]) code = same_group<float>(row.ids[n], columns.ids[n], j, count) ? beyond : code;
     store_groups<float>(where + j, code);
   });
 }
@@ -276,9 +278,8 @@ double exact_square(const T* x, const T* y, int64_t d) {
 
 constexpr replearn::RetrievalKernels retrieval_kernels() {
   return {kth_largest,
-          bins,
-          {collect<float>, place<float>},
-          {collect<Bfloat16>, place<Bfloat16>},
+          {collect<float>, place<float>, bins<float>},
+          {collect<Bfloat16>, place<Bfloat16>, bins<Bfloat16>},
           {exact_dot<float>, exact_square<float>},
           {exact_dot<double>, exact_square<double>}};
 }

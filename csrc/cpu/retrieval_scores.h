@@ -89,9 +89,6 @@ class Scores {
   ExactKernels<T> kernels_;
 };
 
-template <typename S>
-constexpr ScalarType dtype_of_similarities = sizeof(S) == 4 ? ScalarType::Float : ScalarType::BFloat16;
-
 // A tile of similarities of element type S with its filter, checked.
 template <typename S>
 struct FilterTile {
@@ -99,9 +96,6 @@ struct FilterTile {
              const Tensor& row_ids, const Tensor& column_ids)
       : rows(s.size(0)), columns(s.size(1)), stride(s.stride(0)), s(static_cast<const S*>(s.const_data_ptr())),
         relative(static_cast<float>(relative)) {
-    STD_TORCH_CHECK(s.is_cpu() && s.dim() == 2 && (columns <= 1 || s.stride(1) == 1) &&
-                        s.scalar_type() == dtype_of_similarities<S>,
-                    "s must be a CPU matrix of adjacent columns, float32 or where it is taken bfloat16");
     const Table<float> table(filter, "filter", 4, columns);
     of_columns = {table[0], table[1], table[2], table[3], {}};
     row_factor = array<float>(factor, "row_factor", ScalarType::Float, rows);
@@ -155,9 +149,11 @@ auto with_scores(REPLEARN_SCORES, const F& body) {
 template <typename F>
 auto with_tile(const Tensor& s, const Tensor& filter, const Tensor& row_factor, double relative,
                const Tensor& row_ids, const Tensor& column_ids, const F& body) {
-  if (s.scalar_type() == dtype_of_similarities<Bfloat16>)
-    return body(FilterTile<Bfloat16>(s, filter, row_factor, relative, row_ids, column_ids));
-  return body(FilterTile<float>(s, filter, row_factor, relative, row_ids, column_ids));
+  const ScalarType type = s.scalar_type();
+  STD_TORCH_CHECK(s.is_cpu() && s.dim() == 2 && (s.size(1) <= 1 || s.stride(1) == 1), "s must be a CPU matrix of adjacent columns");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "s must be float32 or bfloat16");
+  if (type == ScalarType::Float) return body(FilterTile<float>(s, filter, row_factor, relative, row_ids, column_ids));
+  return body(FilterTile<Bfloat16>(s, filter, row_factor, relative, row_ids, column_ids));
 }
 
 }  // namespace replearn

@@ -20,7 +20,7 @@ _GPU_TILE = 2048, 8192
 
 # The share of pairs in doubt beyond which bf16 loses: a score takes some 20 times what a pair's product in bf16 spares
 # (12 to 19 ns against 0.7 on the same cores).
-_MOST_IN_DOUBT = 0.04
+MOST_IN_DOUBT = 0.04
 _LEAST_BF16_WIDTH = 32
 
 
@@ -143,7 +143,7 @@ def walk(
             in_doubt += fold.add(Tile(s, filter, rows, columns, alike))
         yield rows, fold
         on_rows(height)
-        if filter.dtype == torch.bfloat16 and in_doubt > _MOST_IN_DOUBT * height * len(scores.gallery):
+        if filter.dtype == torch.bfloat16 and in_doubt > MOST_IN_DOUBT * height * len(scores.gallery):
             filter = Filter(scores, torch.float32)
 
 

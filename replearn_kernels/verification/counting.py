@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..engine.columns import blocks
 from ..retrieval.bounds import DISTANCES, Filter, Scores
-from ..retrieval.walk import Ids, Tile, tile_shape, walk
+from ..retrieval.walk import MOST_IN_DOUBT, Ids, Tile, first_filter, tile_shape, walk
 
 BINS = 2**15 + 1  # the last one for scores at the end of the range, such as 1
 CELLS = 2**12  # of a bin
@@ -83,9 +83,20 @@ class LabelledPairs:
     backend: str
 
     @cached_property
-    def filter(self) -> Filter:
-        """In fp32: of bf16 products, 200 times as many pairs as of fp32 ones would need a score."""
+    def fine(self) -> Filter:
+        """In fp32: what finds out where the points of the curve lie, bf16 would leave 200 times as many bins for."""
         return Filter(self.scores, torch.float32)
+
+    @cached_property
+    def first(self) -> Filter:
+        """That in bf16 where the processor multiplies it: what finds pairs near a few bins."""
+        first = first_filter(self.scores)
+        return self.fine if first.dtype == self.fine.dtype else first
+
+    def filter_for(self, wanted: Tensor, seen: Tensor) -> Filter:
+        """What is faster at counting the cells of these bins. ``seen``: int64 ``[BINS]``, pairs in each bin."""
+        in_doubt = seen[near(wanted, self.reach(self.first))].sum()
+        return self.first if in_doubt <= MOST_IN_DOUBT * seen.sum() else self.fine
 
     @cached_property
     def to_bins(self) -> Tensor:
@@ -95,18 +106,17 @@ class LabelledPairs:
         factor = torch.where(of_rows == 0, 0, per_bin / of_rows)
         return torch.stack((factor, first - self.scores.shift * factor))
 
-    @cached_property
-    def reach(self) -> int:
+    def reach(self, filter: Filter) -> int:
         """How many bins off its score's the filter may see a pair."""
         if not len(self.scores.query):
             return 0
-        return math.ceil(float((self.to_bins[0] * self.filter.largest_errors).max()) + _ROUNDING)
+        return math.ceil(float((self.to_bins[0] * filter.largest_errors).max()) + _ROUNDING)
 
-    def count(self, wanted: Tensor, on_rows: Callable[[int], object]) -> Counts:
+    def count(self, wanted: Tensor, filter: Filter, on_rows: Callable[[int], object]) -> Counts:
         """One walk. ``wanted``: int64 ``[W]``, bins whose cells are counted."""
         device = self.scores.query.features.device
         slots = torch.full((BINS,), SURE, dtype=torch.int16, device=device)
-        slots[near(wanted, self.reach, device)] = NEAR
+        slots[near(wanted, self.reach(filter))] = NEAR
         slots[wanted] = torch.arange(len(wanted), dtype=torch.int16, device=device)
         counts = Counts(
             wanted,
@@ -118,7 +128,7 @@ class LabelledPairs:
         row_blocks = blocks(len(self.scores.query), tile_shape(device)[0])
         first = (lambda rows: self.first_row + rows.start + 1) if self.half else (lambda rows: 0)
         for _ in walk(
-            self.scores, self.filter, self.left_out, row_blocks, lambda rows: fold(self, rows, counts), on_rows, first
+            self.scores, filter, self.left_out, row_blocks, lambda rows: fold(self, rows, counts), on_rows, first
         ):
             pass
         return counts
@@ -134,9 +144,9 @@ class Counts:
     cells: Tensor  # int64 [W, CELLS, 2]
 
 
-def near(bins: Tensor, reach: int, device: torch.device) -> Tensor:
+def near(bins: Tensor, reach: int) -> Tensor:
     """bool ``[BINS]``: what is at most ``reach`` bins from one of these."""
-    ends = torch.zeros(BINS + 1, dtype=torch.int64, device=device)
+    ends = torch.zeros(BINS + 1, dtype=torch.int64, device=bins.device)
     ends.index_add_(0, (bins - reach).clamp(min=0), torch.ones_like(bins))
     ends.index_add_(0, (bins + reach + 1).clamp(max=BINS), torch.full_like(bins, -1))
     return ends[:BINS].cumsum(0) > 0

@@ -13,7 +13,7 @@ from ..engine.columns import blocks
 from ..engine.schedules import on_device_of
 from ..functional.call import in_group
 from ..retrieval.arguments import Arguments, Galleries, check_labels, progress_bar
-from ..retrieval.bounds import DISTANCES
+from ..retrieval.bounds import DISTANCES, Filter
 from ..retrieval.walk import renumbered
 from .counting import BINS, CELLS, MOST_BINS, Cells, Counts, LabelledPairs
 from .curve import OBJECTIVES, Curve, apart, check_both_kinds
@@ -52,9 +52,9 @@ def roc_of_labels(
                            (products and distances: or up to twice as much, as a cell is a power of two)
 
     Of the area, ``auc``, it has bounds, and a value between them. Tiles of the similarities are walked over twice. Time
-    is that of two N x M x d products in fp32 (of half of them without a gallery), and of scores of the pairs near a
-    point, some per mille of all; of all pairs where rows differ by less than fp32 can tell, as in a collapsed model.
-    Memory is O((N + M) d), and up to 130 MB of counts.
+    is that of two N x M x d products (of half of them without a gallery), one in fp32 and one in bf16 where that is
+    faster, and of scores of the pairs near a point, no more than one in 25; of all pairs where rows differ by less than
+    fp32 can tell, as in a collapsed model. Memory is O((N + M) d), and up to 130 MB of counts.
 
     Args:
         query: ``[N, d]``, fp16, bf16, fp32 or fp64.
@@ -91,12 +91,16 @@ def roc_of_labels(
     with on_device_of(query):
         longest_query = max(each["longest"] for each in told)
         pairs = _pairs(arguments, labels, galleries, longest_query, half=gallery is None)
-        seen = _Seen.of(_count(pairs, [], galleries, progress), galleries.most(pairs.reach))
+        nothing = torch.empty(0, dtype=torch.int64, device=query.device)
+        seen = _Seen.of(
+            _count(pairs, nothing, pairs.fine, galleries, progress), galleries.most(pairs.reach(pairs.fine))
+        )
         check_both_kinds(*seen.totals)
         wanted = seen.bins_about(seen.all_fars if far is None else far, best)
         parts = [seen.ends]
         for some in blocks(len(wanted), MOST_BINS):
-            parts.append(_points(_count(pairs, wanted[some], galleries, progress)))
+            filter = pairs.filter_for(wanted[some], seen.histogram.sum(1))
+            parts.append(_points(_count(pairs, wanted[some], filter, galleries, progress)))
         return _curve(parts, pairs.cells, similarity, best, *seen.auc)
 
 
@@ -129,11 +133,10 @@ def _pairs(arguments: Arguments, labels, galleries: Galleries, longest_query: fl
     return LabelledPairs(scores, labels, search.excluded, half, galleries.first, cells, search.backend)
 
 
-def _count(pairs: LabelledPairs, wanted: Tensor | list, galleries: Galleries, progress: bool) -> Counts:
+def _count(pairs: LabelledPairs, wanted: Tensor, filter: Filter, galleries: Galleries, progress: bool) -> Counts:
     """Of all ranks' pairs."""
-    wanted = torch.as_tensor(wanted, dtype=torch.int64, device=pairs.scores.query.features.device)
     with progress_bar(progress, len(pairs.scores.query)) as on_rows:
-        counts = pairs.count(wanted, on_rows)
+        counts = pairs.count(wanted, filter, on_rows)
     galleries.sum_(counts.histogram)
     galleries.sum_(counts.cells)
     return counts
