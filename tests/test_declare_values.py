@@ -232,7 +232,7 @@ OF_ROWS, OF_COLUMNS = {"weight": ONES, "skipped": ONES}, {"log_q": ONES, "weight
         (lambda: sampled(OF_ROWS, {"log_q": ONES}), ValueError, r"column_values must give .*log_q, weight.*got log_q"),
         (lambda: sampled(OF_ROWS | {"x": ONES}, OF_COLUMNS), ValueError, "got weight, skipped, x"),
         (lambda: sampled((ONES, ONES), OF_COLUMNS), TypeError, "row_values must be a dict of tensors by name, got tup"),
-        (lambda: sampled(OF_ROWS | {"weight": 1.0}, OF_COLUMNS), TypeError, r"row_values\['weight'\] must be a tensor"),
+        (lambda: sampled(OF_ROWS | {"weight": 1.0}, OF_COLUMNS), TypeError, r"\['weight'\] must be a torch.Tensor"),
         (lambda: sampled(OF_ROWS | {"weight": ONES[:3]}, OF_COLUMNS), ValueError, r"must have shape \(4,\).*\(3,\)"),
         (lambda: sampled(OF_ROWS | {"weight": rows()}, OF_COLUMNS), ValueError, r"must have shape \(4,\)"),
         (lambda: sampled(OF_ROWS | {"weight": ONES.to_sparse()}, OF_COLUMNS), TypeError, "must be a dense"),

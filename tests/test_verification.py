@@ -99,7 +99,7 @@ def test_similarities_of_pairs(backend, dtype, similarity):
     found = verification.pair_similarities(x, y, pairs=pairs.int(), **options)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found, expected(x, y)[tuple(pairs.T.numpy())], rtol=1e-12, atol=1e-15)
-    found = verification.pair_similarities(x, pairs=pairs % 20, **options)
+    found = verification.pair_similarities(x, pairs=tuple(pairs.T % 20), **options)
     np.testing.assert_allclose(found, expected(x, x)[tuple(pairs.T.numpy() % 20)], rtol=1e-12, atol=1e-15)
     found = verification.pair_similarities(x, y[:20], **options)
     np.testing.assert_allclose(found, np.diag(expected(x, y[:20])), rtol=1e-12, atol=1e-15)
@@ -133,7 +133,7 @@ def test_folds(folds, distance):
 
 
 def test_folds_without_a_far():
-    values, same = drawn(60, 30)
+    values, same = drawn(400, 30)
     result = verification.k_fold(values, same)
     assert result.tar is None and result.far is None and len(result.accuracy) == 10
 
@@ -152,7 +152,7 @@ BAD = [
     (TypeError, "same must be a torch.Tensor, got list", lambda: verification.roc(VALUES, [True] * 4)),
     (TypeError, "same must be bool, got torch.int64", lambda: verification.roc(VALUES, SAME.long())),
     (ValueError, r"same must have shape \(4,\), one per value, got \(3,\)", lambda: verification.roc(VALUES, SAME[:3])),
-    (ValueError, "values must be finite", lambda: verification.roc(VALUES / 0, SAME)),
+    (ValueError, "values must be finite, .* at 0, and 4 such in all", lambda: verification.roc(VALUES / 0, SAME)),
     (ValueError, "there must be pairs of one .*, got 4 and 0", lambda: verification.roc(VALUES, SAME | True)),
     (TypeError, "distance must be", lambda: verification.roc(VALUES, SAME, distance=1)),
     (ValueError, r"far must be in \[0, 1\], got 2", lambda: verification.roc(VALUES, SAME).tar_at_far(2)),
@@ -163,15 +163,18 @@ BAD = [
     (ValueError, r"pairs must have shape \(P, 2\), got \(4,\)", lambda: of_pairs(torch.arange(4))),
     (TypeError, "pairs must be integers", lambda: of_pairs(torch.zeros(4, 2))),
     (TypeError, "pairs must be a torch.Tensor, got list", lambda: of_pairs([(0, 1)])),
-    (ValueError, r"rows in \[0, 4\) of the gallery, got 4", lambda: of_pairs(torch.tensor([[0, 4]]))),
+    (ValueError, r"rows in \[0, 4\) of the queries, got 4", lambda: of_pairs(torch.tensor([[0, 4]]))),
     (ValueError, r"rows in \[0, 4\) of the queries, got -1", lambda: of_pairs(torch.tensor([[-1, 0]]))),
     (ValueError, "query must be finite", lambda: verification.pair_similarities(X / 0, X)),
     (ValueError, "similarity must be one of", lambda: verification.pair_similarities(X, X, similarity="dot")),
     (ValueError, "folds must be at least 2", lambda: verification.k_fold(VALUES, SAME, folds=1)),
     (ValueError, "at most the 4 pairs, got", lambda: verification.k_fold(VALUES, SAME, folds=9)),
     (ValueError, "at most the 4 pairs, got 1", lambda: verification.k_fold(VALUES, SAME, folds=torch.zeros(4).long())),
-    (ValueError, "every fold must have pairs", lambda: verification.k_fold(VALUES, SAME, folds=4, far=0.1)),
-    (ValueError, "there must be pairs of one label", lambda: verification.k_fold(VALUES, SAME, folds=(~SAME).long())),
+    (ValueError, "fold 0 has 1 and 0: unless folds are", lambda: verification.k_fold(VALUES, SAME, folds=4)),
+    (ValueError, "every fold .* fold 0 has 2 and 0", lambda: verification.k_fold(VALUES, SAME, folds=1 - SAME.long())),
+    (TypeError, r"ndarray: torch.from_numpy\(values\) makes one", lambda: verification.roc(VALUES.numpy(), SAME)),
+    (ValueError, "pairs must be two tensors", lambda: of_pairs((SAME,))),
+    (ValueError, r"pairs must have shape \(4,\), one per row", lambda: of_pairs((torch.arange(4), torch.arange(3)))),
 ]  # fmt: skip
 
 

@@ -59,9 +59,7 @@ def _numbers(count: int, dtype: torch.dtype, device: torch.device, group: World 
 
 def check_value(name: str, value: Tensor, count: int, query: Tensor) -> Tensor:
     """Numbers of ``count`` rows or columns, as a call gives them."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    validation.check_dense(name, value)
+    validation.check_tensor(name, value)
     if value.shape != (count,):
         raise ValueError(f"{name} must have shape ({count},), got {tuple(value.shape)}")
     if not (value.dtype.is_floating_point or value.dtype == torch.bool):

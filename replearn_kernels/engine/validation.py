@@ -25,9 +25,7 @@ SHAPES = {2: "[N, d]", 3: "[N, K, d]"}
 
 def check_features(name: str, features: Tensor, ndim: int = 2, shape: str | None = None) -> None:
     """A floating-point tensor of ``ndim`` dimensions; ``shape``: what to call it where it is wrong."""
-    if not isinstance(features, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(features).__name__}")
-    check_dense(name, features)
+    check_tensor(name, features)
     if features.ndim != ndim:
         wanted = shape or f"{ndim} dimensions {SHAPES[ndim]}"
         raise ValueError(f"{name} must have {wanted}, got shape {tuple(features.shape)}")
@@ -35,7 +33,12 @@ def check_features(name: str, features: Tensor, ndim: int = 2, shape: str | None
         raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {features.dtype}")
 
 
-def check_dense(name: str, tensor: Tensor) -> None:
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """A dense one."""
+    if not isinstance(tensor, Tensor):
+        makes_one = {"ndarray": "from_numpy", "list": "tensor", "tuple": "tensor"}.get(type(tensor).__name__)
+        hint = makes_one and f": torch.{makes_one}({name}) makes one"
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint or ''}")
     if tensor.is_nested or tensor.layout is not torch.strided:
         kind = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
@@ -72,7 +75,7 @@ def check_scale(name: str, scale: float | Tensor, query: Tensor) -> Tensor:
     """The scale as a 0-d tensor: of a tensor of shape [1], as FSDP2 needs them, a view, through which gradients go."""
     expected = "a float or a tensor of one element"
     if isinstance(scale, Tensor):
-        check_dense(name, scale)
+        check_tensor(name, scale)
         if scale.ndim > 1 or scale.numel() != 1:
             raise ValueError(f"{name} must be {expected}, 0-d or [1], got shape {tuple(scale.shape)}")
         if not scale.dtype.is_floating_point:
@@ -110,9 +113,7 @@ def check_target(
                 f"{name} is needed when there are more queries than keys, got N = {rows} and M = {columns}"
             )
         return
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(target).__name__}")
-    check_dense(name, target)
+    check_tensor(name, target)
     if target.dtype != torch.int64:
         raise TypeError(f"{name} must be int64, got {target.dtype}")
     if target.shape != (rows,):
@@ -123,9 +124,7 @@ def check_target(
 
 def check_labels(name: str, labels: Tensor, rows: int, features: Tensor) -> Tensor:
     """Integers ``[rows]`` on the features' device, as int64."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(labels).__name__}")
-    check_dense(name, labels)
+    check_tensor(name, labels)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {labels.dtype}")
     if labels.shape != (rows,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,14 +36,14 @@ class Best(NamedTuple):
     threshold: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Curve:
     r"""The receiver operating characteristic of a test whether two rows have one label, point by point.
 
     A threshold accepts the pairs whose similarity is at least the threshold, or whose distance is at most it. Of the
     pairs of one label it accepts the share *TAR* (true accept rate; FRR, the false reject rate, is 1 - TAR), of the
     others the share *FAR* (false accept rate). :func:`roc` makes a curve of given pairs, with a point for every value
-    that occurs; :func:`roc_of_labels` makes one of all pairs of a labelled set, with points where they were asked for.
+    that occurs; :func:`roc_of_labels` makes one of all pairs of a labelled set, with the points that it was asked for.
 
     Attributes:
         thresholds: fp64 ``[T]``, the strictest first, which accepts no pair (infinite), the last accepts all.
@@ -60,8 +61,12 @@ class Curve:
     auc: float
     auc_bounds: tuple[float, float]
     resolution: float
-    steps: Tensor  # bool [T]: no threshold lies between this point and the one before it
-    objectives: tuple[str, ...]  # whose best point is among these
+    fars: tuple[float, ...] | None  # the FARs whose points are among these, with 0 and 1; None: all
+    objectives: tuple[str, ...]  # whose best points are among these
+
+    def __repr__(self) -> str:
+        pairs = f"{self.same_pairs} pairs of one label, {self.other_pairs} of different ones"
+        return f"Curve({len(self.thresholds)} points of {pairs}, EER {self.eer:.4g}, AUC {self.auc:.4g})"
 
     @property
     def _counts(self) -> tuple[Tensor, Tensor, int, int]:
@@ -90,6 +95,8 @@ class Curve:
     def tar_at_far(self, far: float | Iterable[float]) -> float | list[float]:
         """The largest TAR of a threshold whose FAR is at most ``far``, in [0, 1]; of several FARs a list.
 
+        Of a FAR below 1 / ``other_pairs`` it is the TAR without a false acceptance.
+
         Raises:
             TypeError, ValueError: ``far`` is no number in [0, 1].
             ValueError: a curve of :func:`roc_of_labels` that was not asked for this FAR.
@@ -97,37 +104,44 @@ class Curve:
         return _of_each(far, lambda each: float(self.tar[self.at_far(each)]))
 
     def threshold_at_far(self, far: float | Iterable[float]) -> float | list[float]:
-        """The threshold of :meth:`tar_at_far`, with its exceptions."""
+        """A threshold of that TAR, infinite where it accepts no pair. Raises what :meth:`tar_at_far` does."""
         return _of_each(far, lambda each: float(self.thresholds[self.at_far(each)]))
 
     def at_far(self, far: float) -> int:
         """The point of :meth:`tar_at_far`."""
-        far = validation.check_fraction("far", far)
-        point = int((self.far <= far).sum()) - 1
-        if point + 1 < len(self.steps) and not self.steps[point + 1]:
+        far = self._asked_for(validation.check_fraction("far", far))
+        return int((self.far <= far).sum()) - 1
+
+    def _asked_for(self, far: float) -> float:
+        """The same, or the one that this is in fp32, say."""
+        if self.fars is None or far == 1 or far * self.other_pairs < 1:
+            return far
+        nearest = min(self.fars, key=lambda asked: abs(asked - far), default=0.0)
+        if not math.isclose(nearest, far, rel_tol=1e-6):
             raise ValueError(
                 f"this curve was not asked for a FAR of {far:g}: roc_of_labels(..., far=({far:g},)) finds it"
             )
-        return point
+        return nearest
 
     @property
     def eer(self) -> float:
         """The equal error rate: FAR = FRR, on the line between the two points about it."""
-        return self._equal_errors[0]
+        before, after, share = self.at_eer
+        return float(torch.lerp(self.far[before], self.far[after], share))
 
     @property
     def eer_threshold(self) -> float:
         """Of these two points, that of which FAR and FRR are nearest to each other."""
-        return self._equal_errors[1]
+        before, after, share = self.at_eer
+        return float(self.thresholds[before if share < 0.5 else after])
 
     @cached_property
-    def _equal_errors(self) -> tuple[float, float]:
+    def at_eer(self) -> tuple[int, int, float]:
+        """The points about it, and what part of the way from the first to the second it lies."""
         more = apart(*self._counts)
         after = int((more < 0).sum())
         before = after - 1
-        share = float(more[before] / (more[before] - more[after]))
-        eer = torch.lerp(self.far[before], self.far[after], share)
-        return float(eer), float(self.thresholds[before if share < 0.5 else after])
+        return before, after, float(more[before] / (more[before] - more[after]))
 
     def best(self, objective: str = "accuracy") -> Best:
         """The largest value of an objective, and the strictest threshold that has it.
@@ -156,7 +170,15 @@ class Curve:
 
 
 def _of_each(values: float | Iterable[float], of: Callable[[float], float]) -> float | list[float]:
-    return [of(value) for value in values] if isinstance(values, Iterable) else of(values)
+    values = listed(values)
+    return [of(value) for value in values] if isinstance(values, list) else of(values)
+
+
+def listed(values: float | Iterable[float]) -> float | list[float]:
+    """Several as a list; tensors and arrays may have one."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str) else values
 
 
 def check_both_kinds(same: int, other: int) -> None:
@@ -193,22 +215,20 @@ def roc(values: Tensor, same: Tensor, *, distance: bool = False) -> Curve:
     thresholds = sign * torch.nn.functional.pad(scores[last], (1, 0), value=torch.inf)
     between = (of_same[1:] + of_same[:-1]).double() / 2
     auc = float((between * of_other.diff()).sum() / (int(of_same[-1]) * int(of_other[-1])))
-    steps = torch.ones_like(of_same, dtype=torch.bool)
-    return Curve(thresholds, of_same, of_other, auc, (auc, auc), 0.0, steps, tuple(OBJECTIVES))
+    return Curve(thresholds, of_same, of_other, auc, (auc, auc), 0.0, None, tuple(OBJECTIVES))
 
 
 def check_pairs(values: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     """Values of pairs as fp64, and their kinds."""
     validation.check_features("values", values, ndim=1, shape="1 dimension [P]")
-    if not isinstance(same, Tensor):
-        raise TypeError(f"same must be a torch.Tensor, got {type(same).__name__}")
-    validation.check_dense("same", same)
+    validation.check_tensor("same", same)
     if same.dtype != torch.bool:
-        raise TypeError(f"same must be bool, got {same.dtype}")
+        raise TypeError(f"same must be bool, got {same.dtype} (same.bool() of 0 and 1)")
     if same.shape != values.shape:
         raise ValueError(f"same must have shape {tuple(values.shape)}, one per value, got {tuple(same.shape)}")
     if same.device != values.device:
         raise ValueError(f"same must be on the values' device {values.device}, got {same.device}")
-    if not values.isfinite().all():
-        raise ValueError("values must be finite, got NaN or infinity")
+    wrong = (~values.isfinite()).nonzero()
+    if len(wrong):
+        raise ValueError(f"values must be finite, got NaN or infinity at {int(wrong[0])}, and {len(wrong)} such in all")
     return values.detach().double(), same

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..retrieval.arguments import Arguments, Galleries, check_labels, progress_b
 from ..retrieval.bounds import DISTANCES, Filter
 from ..retrieval.walk import renumbered
 from .counting import BINS, CELLS, MOST_BINS, Cells, Counts, LabelledPairs
-from .curve import OBJECTIVES, Curve, apart, check_both_kinds
+from .curve import OBJECTIVES, Curve, apart, check_both_kinds, listed
 
 _PER_DECADE = 20  # FARs of a curve that is asked for none
 
@@ -53,7 +53,7 @@ def roc_of_labels(
 
     Of the area, ``auc``, it has bounds, and a value between them. Tiles of the similarities are walked over twice. Time
     is that of two N x M x d products (of half of them without a gallery), one in fp32 and one in bf16 where that is
-    faster, and of scores of the pairs near a point, no more than one in 25; of all pairs where rows differ by less than
+    faster, and of scores of the pairs near a point, a few per cent of all; of all pairs where rows differ by less than
     fp32 can tell, as in a collapsed model. Memory is O((N + M) d), and up to 130 MB of counts.
 
     Args:
@@ -92,22 +92,23 @@ def roc_of_labels(
         longest_query = max(each["longest"] for each in told)
         pairs = _pairs(arguments, labels, galleries, longest_query, half=gallery is None)
         nothing = torch.empty(0, dtype=torch.int64, device=query.device)
-        seen = _Seen.of(
-            _count(pairs, nothing, pairs.fine, galleries, progress), galleries.most(pairs.reach(pairs.fine))
-        )
+        counts = _count(pairs, nothing, pairs.fine, galleries, progress)
+        seen = _Seen.of(counts.histogram, galleries.most(pairs.reach(pairs.fine)))
         check_both_kinds(*seen.totals)
-        wanted = seen.bins_about(seen.all_fars if far is None else far, best)
+        far = (0.0, *(seen.all_fars if far is None else far))
+        wanted = seen.bins_about(far, best)
         parts = [seen.ends]
         for some in blocks(len(wanted), MOST_BINS):
             filter = pairs.filter_for(wanted[some], seen.histogram.sum(1))
             parts.append(_points(_count(pairs, wanted[some], filter, galleries, progress)))
-        return _curve(parts, pairs.cells, similarity, best, *seen.auc)
+        return _curve(parts, pairs.cells, similarity, far, best, *seen.auc)
 
 
 def _check_far(far: float | Iterable[float] | None) -> tuple[float, ...] | None:
     if far is None:
         return None
-    several = far if isinstance(far, Iterable) else [far]
+    several = listed(far)
+    several = several if isinstance(several, list) else [several]
     return tuple(validation.check_fraction("far", each) for each in several)
 
 
@@ -142,9 +143,14 @@ def _count(pairs: LabelledPairs, wanted: Tensor, filter: Filter, galleries: Gall
     return counts
 
 
-def _accepted(histogram: Tensor) -> Tensor:
-    """Of counts from the lowest on, along dimension -2: how many the lower edge of each accepts."""
-    return histogram.flip(-2).cumsum(-2).flip(-2)
+def _accepted(counts: Tensor) -> Tensor:
+    """Of counts from the lowest score on, along dimension -2: how many pairs the lower edge of each accepts."""
+    return counts.flip(-2).cumsum(-2).flip(-2)
+
+
+def _by_edges(histogram: Tensor) -> Tensor:
+    """The same of bins, int64 ``[BINS + 1, 2]``: the last edge accepts none."""
+    return torch.nn.functional.pad(_accepted(histogram), (0, 0, 0, 1))
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,6 @@ class _Points:
 
     cell: Tensor  # int64 [P]
     accepted: Tensor  # int64 [P, 2]: of different labels, of one
-    steps: Tensor  # bool [P]: no threshold lies between this point and the next higher one
 
 
 @dataclass(frozen=True)
@@ -166,8 +171,8 @@ class _Seen:
     reach: int
 
     @staticmethod
-    def of(counts: Counts, reach: int) -> _Seen:
-        return _Seen(counts.histogram, torch.nn.functional.pad(_accepted(counts.histogram), (0, 0, 0, 1)), reach)
+    def of(histogram: Tensor, reach: int) -> _Seen:
+        return _Seen(histogram, _by_edges(histogram), reach)
 
     def _by(self, bins: int) -> Tensor:
         """What edges accept that are so many bins higher."""
@@ -213,7 +218,7 @@ class _Seen:
     def ends(self) -> _Points:
         """Thresholds that accept no pair, and all."""
         cell = torch.tensor([BINS * CELLS, 0], device=self.accepted.device)
-        return _Points(cell, self.accepted[[BINS, 0]], cell > 0)
+        return _Points(cell, self.accepted[[BINS, 0]])
 
     @property
     def auc(self) -> tuple[float, tuple[float, float]]:
@@ -229,27 +234,26 @@ class _Seen:
 
 def _points(counts: Counts) -> _Points:
     """Of the bins whose cells were counted: the upper edge of each, and all its cells that have pairs."""
-    upper = torch.nn.functional.pad(_accepted(counts.histogram), (0, 0, 0, 1))[counts.wanted + 1]
+    upper = _by_edges(counts.histogram)[counts.wanted + 1]
     row, cell = counts.cells.any(2).nonzero(as_tuple=True)
     accepted = (_accepted(counts.cells) + upper[:, None])[row, cell]
     first = counts.wanted * CELLS
-    is_cell = torch.ones_like(cell, dtype=torch.bool)
-    return _Points(
-        torch.cat((first + CELLS, first[row] + cell)),
-        torch.cat((upper, accepted)),
-        torch.cat((torch.zeros_like(first, dtype=torch.bool), is_cell)),
-    )
+    return _Points(torch.cat((first + CELLS, first[row] + cell)), torch.cat((upper, accepted)))
 
 
-def _curve(parts: list[_Points], cells: Cells, similarity: str, best: tuple[str, ...], auc, auc_bounds) -> Curve:
-    cell = torch.cat([part.cell for part in parts])
-    steps = torch.cat([part.steps for part in parts])
-    order = (2 * cell + steps).argsort(
-        descending=True
-    )  # a cell before the edge of the bin below, which accepts as many
+def _curve(
+    parts: list[_Points],
+    cells: Cells,
+    similarity: str,
+    fars: tuple[float, ...],
+    best: tuple[str, ...],
+    auc: float,
+    auc_bounds: tuple[float, float],
+) -> Curve:
+    cell, order = torch.cat([part.cell for part in parts]).sort(descending=True)
     accepted = torch.cat([part.accepted for part in parts])[order]
     kept = torch.nn.functional.pad((accepted[1:] != accepted[:-1]).any(1), (1, 0), value=True)
-    scores = cells.score(cell[order][kept])
+    scores = cells.score(cell[kept])
     scores[0] = torch.inf
     other, same = accepted[kept].unbind(1)
     thresholds = scores
@@ -257,4 +261,15 @@ def _curve(parts: list[_Points], cells: Cells, similarity: str, best: tuple[str,
         thresholds = 0.0 - scores
         if similarity == "distance":
             thresholds[1:] = thresholds[1:].sqrt()
-    return Curve(thresholds, same, other, auc, auc_bounds, 1 / cells.per_score, steps[order][kept], best)
+    curve = Curve(thresholds, same, other, auc, auc_bounds, 1 / cells.per_score, fars, best)
+    points = _asked_for(curve)
+    return replace(curve, thresholds=thresholds[points], same=same[points], other=other[points])
+
+
+def _asked_for(curve: Curve) -> Tensor:
+    """The points of the FARs, of equal errors and the best ones, the first and the last."""
+    fars = torch.tensor(curve.fars, dtype=torch.float64, device=curve.same.device)
+    of_fars = torch.searchsorted(curve.far, fars, right=True) - 1
+    of_best = [curve.at_best(objective)[0] for objective in curve.objectives]
+    others = [0, len(curve.same) - 1, *curve.at_eer[:2], *of_best]
+    return torch.cat((of_fars, torch.tensor(others, device=fars.device))).unique()

@@ -21,7 +21,7 @@ def pair_similarities(
     query: Tensor,
     gallery: Tensor | None = None,
     *,
-    pairs: Tensor | None = None,
+    pairs: Tensor | tuple[Tensor, Tensor] | None = None,
     similarity: str = "cosine",
     backend: str = "auto",
 ) -> Tensor:
@@ -30,8 +30,8 @@ def pair_similarities(
     Args:
         query: ``[N, d]``, fp16, bf16, fp32 or fp64.
         gallery: ``[M, d]``. None (default): the queries, of which ``pairs`` names two.
-        pairs: integers ``[P, 2]``, a row of the queries and one of the gallery each, as a list of templates has them;
-            rows are not copied. None (default): row i of the queries with row i of the gallery (N = M).
+        pairs: integers ``[P, 2]``, or two ``[P]``: a row of the queries, from 0, and one of the gallery. Rows are not
+            copied. None (default): row i of the queries with row i of the gallery (N = M).
         similarity: "cosine" (default), "product", "distance" or "squared_distance", as in :func:`~..retrieval.topk`.
         backend: "auto" (default), "cpp" (CPU) or "torch" (any device).
 
@@ -45,7 +45,7 @@ def pair_similarities(
         RuntimeError: the backend asked for is not available here.
 
     >>> curve = roc(pair_similarities(first, second), same)               # [P, d] each
-    >>> curve = roc(pair_similarities(templates, pairs=pairs), same)      # IJB's list of pairs
+    >>> curve = roc(pair_similarities(templates, pairs=(p1, p2)), same)   # IJB's list of pairs
     """
     validation.check_features("query", query)
     validation.check_choice("similarity", similarity, SIMILARITIES)
@@ -56,7 +56,7 @@ def pair_similarities(
         validation.check_alike("gallery", gallery, "query", query)
     elif pairs is None:
         raise ValueError("gallery or pairs must be given: they tell which rows are compared")
-    row, column = _rows_of(pairs, query, query if gallery is None else gallery)
+    row, column = _rows_of(pairs, query, gallery)
     with on_device_of(query):
         of_query = finite_rows("query", query)
         of_gallery = of_query if gallery is None or gallery is query else finite_rows("gallery", gallery)
@@ -71,24 +71,33 @@ def pair_similarities(
         return values.sqrt() if similarity == "distance" else values
 
 
-def _rows_of(pairs: Tensor | None, query: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
+def _rows_of(
+    pairs: Tensor | tuple[Tensor, Tensor] | None, query: Tensor, gallery: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """A row of each for every pair, int64 ``[P]``."""
     if pairs is None:
         validation.check_same_rows("gallery", gallery, "query", query)
         rows = torch.arange(query.shape[0], device=query.device)
         return rows, rows
-    if isinstance(pairs, Tensor) and (pairs.ndim != 2 or pairs.shape[1] != 2):
-        raise ValueError(f"pairs must have shape (P, 2), got {tuple(pairs.shape)}")
-    sides = pairs.unbind(1) if isinstance(pairs, Tensor) else (pairs, pairs)
-    row, column = (validation.check_labels("pairs", side, len(side), query).contiguous() for side in sides)
-    for name, index, rows in (("queries", row, query.shape[0]), ("gallery", column, gallery.shape[0])):
-        if len(index) and (int(index.min()) < 0 or int(index.max()) >= rows):
+    sides = pairs
+    if not isinstance(pairs, tuple):
+        validation.check_tensor("pairs", pairs)
+        if pairs.ndim != 2 or pairs.shape[1] != 2:
+            raise ValueError(f"pairs must have shape (P, 2), got {tuple(pairs.shape)}")
+        sides = pairs.unbind(1)
+    elif len(pairs) != 2:
+        raise ValueError(f"pairs must be two tensors, or one of shape (P, 2), got {len(pairs)}")
+    count = len(sides[0]) if isinstance(sides[0], Tensor) and sides[0].ndim else 0
+    row, column = (validation.check_labels("pairs", side, count, query).contiguous() for side in sides)
+    gallery, name = (query, "queries") if gallery is None else (gallery, "gallery")
+    for side, index, rows in (("queries", row, query.shape[0]), (name, column, gallery.shape[0])):
+        if count and (int(index.min()) < 0 or int(index.max()) >= rows):
             wrong = int(index.min()) if int(index.min()) < 0 else int(index.max())
-            raise ValueError(f"pairs must be of rows in [0, {rows}) of the {name}, got {wrong}")
+            raise ValueError(f"pairs must be of rows in [0, {rows}) of the {side}, got {wrong}")
     return row, column
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Folds:
     """What :func:`k_fold` finds, of each of K folds in their order.
 
@@ -138,8 +147,8 @@ def k_fold(
 
     Raises:
         TypeError: an argument is not of the type or dtype above.
-        ValueError: as :func:`roc`; fewer than 2 folds, or more than pairs; a fold without which there are no pairs of
-            one label, or none of different ones; with ``far``, a fold that has none of one of them.
+        ValueError: as :func:`roc`; fewer than 2 folds, or more than pairs; a fold without a pair of one label, or
+            without one of different ones, as of a list that is sorted by ``same``.
 
     >>> result = k_fold(pair_similarities(first, second), same)
     >>> f"{result.mean:.2%} +- {result.standard_error:.2%}"
@@ -148,7 +157,16 @@ def k_fold(
     validation.check_flag("distance", distance)
     if far is not None:
         far = validation.check_fraction("far", far)
-    found = [_on_fold(values, same, of_fold, far, distance) for of_fold in _members(folds, values)]
+    members = _members(folds, values)
+    for number, of_fold in enumerate(members):
+        kinds = same[of_fold]
+        if kinds.all() or not kinds.any():
+            raise ValueError(
+                f"every fold must have pairs of one label and of different ones, and fold {number} has "
+                f"{int(kinds.sum())} and {int((~kinds).sum())}: unless folds are given, they are parts of the list in "
+                "its order"
+            )
+    found = [_on_fold(values, same, of_fold, far, distance) for of_fold in members]
     accuracy, thresholds, tar, false = torch.tensor(found, dtype=torch.float64).unbind(1)
     return Folds(accuracy, thresholds, *((None, None) if far is None else (tar, false)))
 
@@ -178,8 +196,6 @@ def _on_fold(
     if far is None:
         return accuracy, threshold, 0.0, 0.0
     accepted = _accepts(_halfway(curve, curve.at_far(far)), values, distance)
-    if same.all() or not same.any():
-        raise ValueError("every fold must have pairs of one label and of different ones, where a far is given")
     return accuracy, threshold, float(accepted[same].double().mean()), float(accepted[~same].double().mean())
 
 
