@@ -187,6 +187,9 @@ def check_counting(ops) -> None:
     expected.index_put_((cell, same), torch.ones_like(cell), accumulate=True)
     expected = expected.view(bins, of_bin, 2)
     assert torch.equal(histogram, expected.sum(1)) and torch.equal(cells, expected[wanted])
+    if m and d:
+        gallery[random.randrange(m)] = torch.nan  # counted somewhere
+        ops.count_pairs_(s, *scores, *tile, table[0], column_labels[columns].contiguous(), *table[1:])
     for name, wrong in (("first_column", m), ("first_column", -1), ("slots", None)):
         begin = tile[-1] if name == "slots" else wrong
         if name == "slots":

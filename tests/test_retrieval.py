@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
 
-from replearn_kernels import retrieval
+from replearn_kernels import retrieval, verification
 from replearn_kernels.engine import native
 from replearn_kernels.retrieval import walk
 
@@ -190,6 +190,25 @@ def test_a_bf16_filter_gives_way_where_it_cannot_tell(monkeypatch):
     seen.clear()
     check(x[:40] - 10, x - 10, 5, "cosine", "torch")
     assert seen == 21 * [torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_another_default_dtype(backend, dtype, filter_dtype):
+    x, labels = torch.randn(60, 40, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 5
+
+    def results():
+        curve = verification.roc_of_labels(x, query_labels=labels, far=0.1, backend=backend)
+        scores = retrieval.evaluate(x, query_labels=labels, metrics=METRICS, backend=backend)
+        return [*retrieval.topk(x, k=3, backend=backend), torch.tensor(list(scores.values())), curve.thresholds]
+
+    expected = results()
+    torch.set_default_dtype(dtype)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected):
+        assert torch.equal(one.to(other.dtype), other.to(one.dtype).to(other.dtype))
 
 
 @pytest.mark.skipif(not native.available(), reason=str(native.why_missing()))

@@ -132,6 +132,24 @@ def test_folds(folds, distance):
     assert result.standard_error == pytest.approx(result.accuracy.numpy().std(ddof=1) / len(members) ** 0.5)
 
 
+def test_no_zero_below_zero():
+    for distance in (False, True):
+        assert verification.roc(torch.tensor([0.0, -0.0, 1.0]), torch.tensor([True, False, True]), distance=distance)
+    zeros = verification.roc(torch.tensor([0.0, -0.0]), torch.tensor([True, False]), distance=True).thresholds[1:]
+    assert zeros.tolist() == [0.0] and not zeros.signbit().any()
+    x = torch.ones(2, 3)
+    assert not verification.pair_similarities(x, x, similarity="distance").signbit().any()
+
+
+@pytest.mark.parametrize("low, high", [(float(np.nextafter(1, 0)), 1.0), (1.6e308, 1.7e308), (5e-324, 1e-323)])
+def test_folds_of_two_values(low, high):
+    """A threshold halfway between numbers that have none between them, or whose sum is none."""
+    same = torch.arange(8) % 2 == 0
+    values = torch.tensor([low, high], dtype=torch.float64)[same.long()]
+    result = verification.k_fold(values, same, folds=2)
+    assert result.mean == 1 and ((result.thresholds > low) & (result.thresholds <= high)).all()
+
+
 def test_folds_without_a_far():
     values, same = drawn(400, 30)
     result = verification.k_fold(values, same)

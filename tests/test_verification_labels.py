@@ -208,7 +208,7 @@ def test_a_curve_to_draw(backend):
     assert fars[-1] * curve.other_pairs >= 1 > fars[-1] * 10 ** (-1 / 20) * curve.other_pairs
     assert curve.tar_at_far(fars) == exact.tar_at_far(fars)
     assert abs(curve.auc - exact.auc) < 5e-6  # 75 of 15 million comparisons of a pair with a pair
-    assert curve.resolution == 2.0**-26 and curve.thresholds[0] == np.inf and curve.thresholds[-1] == -1
+    assert curve.resolution == 2.0**-26 and (curve.thresholds[0], curve.thresholds[-1]) == (np.inf, -np.inf)
     assert (curve.far.diff() >= 0).all() and (curve.tar.diff() >= 0).all() and (curve.thresholds.diff() < 0).all()
 
 
@@ -216,6 +216,11 @@ def test_what_a_curve_was_not_asked_for(backend):
     x = torch.randn(200, 30, generator=torch.Generator().manual_seed(5))
     curve = verification.roc_of_labels(x, query_labels=torch.arange(200) % 40, far=0.01, best="f1", backend=backend)
     assert curve.tar_at_far([0.01]) == [curve.tar_at_far(0.01)] and curve.best("f1").value > 0
+    assert curve.tar_at_far(torch.tensor([0.01, 1.0])) == [curve.tar_at_far(np.float32(0.01)), 1]
+    assert curve.tar_at_far(0.5 / curve.other_pairs) == curve.tar_at_far(0)
+    assert len(curve.thresholds) <= 7
+    with pytest.raises(ValueError, match="not asked for a FAR"):
+        curve.tar_at_far(1 / curve.other_pairs)
     with pytest.raises(ValueError, match=r"not asked for a FAR of 0.3: roc_of_labels\(..., far=\(0.3,\)\) finds it"):
         curve.tar_at_far(0.3)
     with pytest.raises(ValueError, match="not asked for a FAR of 0.3"):
@@ -242,21 +247,28 @@ def test_threads_and_tiles_change_no_bit(monkeypatch):
     assert torch.equal(found.same, expected.same) and torch.equal(found.thresholds, expected.thresholds)
 
 
-def test_cells():
-    for similarity, longest in (
-        ("cosine", 1.0),
-        ("product", 3.0),
-        ("distance", 1.5),
-        ("product", 0.0),
-        ("distance", 0.0),
-    ):
-        cells = counting.Cells.of(similarity, longest, longest)
-        largest = {"cosine": 1.0, "product": longest**2, "distance": 0.0}[similarity]
-        least = -4 * longest**2 if similarity == "distance" else -largest
-        for score in (least, largest, 0.37 * least + 0.63 * largest):
-            cell = cells.of_scores(torch.tensor([score], dtype=torch.float64))
-            low, high = cells.score(cell), cells.score(cell + 1)
-            assert low <= score < high
+def test_a_threshold_accepts_what_the_curve_says(backend):
+    """Rows that are opposite to each other: cosines below -1 by rounding."""
+    z = torch.randn(60, 7, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    x, labels = torch.cat((z, z, -z)), torch.arange(180) % 7
+    pairs = torch.ones(180, 180).triu(1).nonzero()
+    same = labels[pairs[:, 0]] == labels[pairs[:, 1]]
+    for similarity in SIMILARITIES:
+        options = {"similarity": similarity, "backend": backend}
+        values = verification.pair_similarities(x, pairs=pairs, **options)
+        curve = verification.roc_of_labels(x, query_labels=labels, far=FARS, best="f1", **options)
+        for threshold, *accepted in zip(curve.thresholds, curve.same, curve.other):
+            accepts = values <= threshold * (1 + 1e-15) if "distance" in similarity else values >= threshold
+            assert [accepts[same].sum(), accepts[~same].sum()] == accepted
+
+
+def test_queries_that_are_longer_than_the_gallery(backend, small_walk):
+    query, gallery = torch.randn(2, 30, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(30) % 4
+    every, same = torch.ones(30, 30).bool(), labels[:, None] == labels
+    for similarity in SIMILARITIES:
+        options = {"query_labels": labels, "gallery_labels": labels}
+        check(10 * query, gallery, same, every, similarity, backend, **options)
 
 
 X, LABELS = torch.randn(6, 3), torch.arange(6) % 2
@@ -280,6 +292,7 @@ BAD = [
     (ValueError, r"far must be in \[0, 1\], got -1", call(far=(0.1, -1))),
     (TypeError, "far must be a float", call(far="x")),
     (ValueError, "best must be one of accuracy, balanced_accuracy, f1", call(best="auc")),
+    (TypeError, "best must be names, got NoneType", call(best=None)),
     (ValueError, "similarity must be one of", call(similarity="dot")),
     (ValueError, "must be given together", call(gallery=X, gallery_labels=LABELS, query_ids=LABELS)),
     (TypeError, "progress must be", call(progress=1)),

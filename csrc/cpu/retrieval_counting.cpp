@@ -18,7 +18,7 @@ constexpr int16_t kSure = -2;        // of a bin that the filter need not be rig
 struct Cells {
   int64_t bin_of(double score, int64_t* cell) const {
     const double place = std::floor(score * per_score) + static_cast<double>(first);
-    const int64_t at = static_cast<int64_t>(std::min(std::max(place, 0.0), static_cast<double>(bins * of_bin - 1)));
+    const int64_t at = place > 0 ? static_cast<int64_t>(std::min(place, static_cast<double>(bins * of_bin - 1))) : 0;  // NaN: 0
     *cell = at % of_bin;
     return at / of_bin;
   }

@@ -169,7 +169,7 @@ class Scores:
         """Of scores of these rows: fp32 numbers that v lies between."""
         v, shift = scores * self.to_filter[row], self.shift[row]
         error = (v.abs() + shift) * (self.query.features.shape[1] + 8) * torch.finfo(torch.float64).eps
-        infinity = torch.full((), torch.inf, device=v.device)
+        infinity = torch.full((), torch.inf, dtype=torch.float32, device=v.device)
         low, high = (v + shift - error).float(), (v + shift + error).float()
         return low.nextafter(-infinity), high.nextafter(infinity)
 
@@ -199,7 +199,7 @@ class Filter:
         self.columns = torch.stack((lengths, slack * lengths + of_scores, error - squares, -error - squares)).float()
         """``[4, M]``: factor, slack, above, below."""
         self.scales_columns, self.scales_rows = scores.similarity != "cosine", scores.is_distance  # else by 1
-        self.row_factor = torch.ones(len(query), device=lengths.device)
+        self.row_factor = torch.ones(len(query), dtype=torch.float32, device=lengths.device)
         if scores.is_distance:
             self.row_factor = (2 / scores.scale * query.lengths).float()
 

@@ -36,10 +36,10 @@ class NativeNearest:
     def __init__(self, scores: Scores, k: int):
         self.scores, self.k = scores, k
         rows, room = len(scores.query), 2 * k + 64
-        self.lower, self.upper = torch.empty(2, rows, room)
+        self.lower, self.upper = torch.empty(2, rows, room, dtype=torch.float32)
         self.columns = torch.empty(rows, room, dtype=torch.int64)
         self.held = torch.zeros(rows, dtype=torch.int64)
-        self.threshold = torch.full((rows,), -torch.inf)
+        self.threshold = torch.full((rows,), -torch.inf, dtype=torch.float32)
 
     @property
     def _candidates(self) -> tuple[Tensor, ...]:
@@ -62,7 +62,7 @@ class NearestOnTensors:
 
     def __init__(self, scores: Scores, k: int):
         self.scores, self.k = scores, k
-        none = torch.empty(len(scores.query), 0, device=scores.query.features.device)
+        none = torch.empty(len(scores.query), 0, dtype=torch.float32, device=scores.query.features.device)
         self.lower, self.upper, self.columns = none, none, none.long()
         self.threshold = none.new_full((len(none), 1), -torch.inf)
 

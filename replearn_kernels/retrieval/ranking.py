@@ -168,7 +168,7 @@ class NativeRanking:
         self.scores, self.offsets = scores, positives.offsets
         columns = positives.columns.clone()
         of_positives = torch.empty(len(columns), dtype=torch.float64)
-        low, high = torch.empty(2, len(columns))
+        low, high = torch.empty(2, len(columns), dtype=torch.float32)
         ops = torch.ops.replearn_kernels
         ops.listed_scores_(*scores.arguments, positives.rows, columns, of_positives)
         ops.sort_positives_(*scores.arguments, positives.offsets, of_positives, columns, low, high)

@@ -46,11 +46,11 @@ class Curve:
     that occurs; :func:`roc_of_labels` makes one of all pairs of a labelled set, with the points that it was asked for.
 
     Attributes:
-        thresholds: fp64 ``[T]``, the strictest first, which accepts no pair (infinite), the last accepts all.
+        thresholds: fp64 ``[T]``, the strictest first, which accepts no pair (infinite); the last accepts all.
         same, other: int64 ``[T]``, how many pairs of one label, and of different ones, are accepted: exact.
         auc: the area under TAR over FAR: how often a pair of one label comes before one of different ones, ties counted
             half.
-        auc_bounds: what the area lies between: twice the same number, but for :func:`roc_of_labels`.
+        auc_bounds: what the area lies between: of :func:`roc` twice the same number.
         resolution: scores in [k resolution, (k + 1) resolution) count as one, for an integer k; 0 if all are told
             apart. A score is a similarity, or the square of a distance.
     """
@@ -212,9 +212,9 @@ def roc(values: Tensor, same: Tensor, *, distance: bool = False) -> Curve:
     last = torch.nn.functional.pad(scores[1:] != scores[:-1], (0, 1), value=True)  # of those of one score
     of_kinds = (same[order].cumsum(0)[last], (~same[order]).cumsum(0)[last])
     of_same, of_other = (torch.nn.functional.pad(counts, (1, 0)) for counts in of_kinds)
-    thresholds = sign * torch.nn.functional.pad(scores[last], (1, 0), value=torch.inf)
+    thresholds = sign * torch.nn.functional.pad(scores[last], (1, 0), value=torch.inf) + 0.0  # no zero below zero
     between = (of_same[1:] + of_same[:-1]).double() / 2
-    auc = float((between * of_other.diff()).sum() / (int(of_same[-1]) * int(of_other[-1])))
+    auc = float((between * of_other.diff()).sum() / float(of_same[-1] * of_other[-1].double()))
     return Curve(thresholds, of_same, of_other, auc, (auc, auc), 0.0, None, tuple(OBJECTIVES))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .counting import BINS, CELLS, MOST_BINS, Cells, Counts, LabelledPairs
 from .curve import OBJECTIVES, Curve, apart, check_both_kinds, listed
 
 _PER_DECADE = 20  # FARs of a curve that is asked for none
+_BINS_AT_ONCE = 64  # whose cells become points, 260,000 at most: 6 MB, and some more while they are sorted
 
 
 @in_group
@@ -51,10 +52,12 @@ def roc_of_labels(
         distances          2^-27 of the largest squared distance that rows of the largest length can have
                            (products and distances: or up to twice as much, as a cell is a power of two)
 
-    Of the area, ``auc``, it has bounds, and a value between them. Tiles of the similarities are walked over twice. Time
+    Of the area it has bounds, ``auc_bounds``, and with ``auc`` a value between them: 2^14 steps of score from 0 to the
+    largest are told apart. Where scores fill few of them, as where all rows are much alike, or one far longer than the
+    others, the bounds are wide and tell so. Tiles of the similarities are walked over twice. Time
     is that of two N x M x d products (of half of them without a gallery), one in fp32 and one in bf16 where that is
     faster, and of scores of the pairs near a point, a few per cent of all; of all pairs where rows differ by less than
-    fp32 can tell, as in a collapsed model. Memory is O((N + M) d), and up to 130 MB of counts.
+    fp32 can tell, as in a collapsed model. Memory is O((N + M) d), and up to 100 MB of counts.
 
     Args:
         query: ``[N, d]``, fp16, bf16, fp32 or fp64.
@@ -62,7 +65,7 @@ def roc_of_labels(
         query_labels, gallery_labels: integers ``[N]`` and ``[M]``; without a gallery ``query_labels`` alone.
         far: FARs in [0, 1] at which the curve is wanted. None (default): 20 per decade, from 1 down to that of a pair.
         best: of :meth:`Curve.best`: "accuracy", "balanced_accuracy", "f1", or several. Default none. In an untrained
-            model a best threshold may be anywhere, and takes a walk for each 1,024th of the range where it can be.
+            model a best threshold may be anywhere, and takes a walk for each 32nd part of the range where it can be.
         similarity: "cosine" (default), "product", "distance" or "squared_distance", as in :func:`~..retrieval.topk`.
         exclude_self, query_ids, gallery_ids: which pairs do not count, as in :func:`~..retrieval.topk`.
         backend: "auto" (default), "cpp" (CPU) or "torch" (any device).
@@ -95,13 +98,14 @@ def roc_of_labels(
         counts = _count(pairs, nothing, pairs.fine, galleries, progress)
         seen = _Seen.of(counts.histogram, galleries.most(pairs.reach(pairs.fine)))
         check_both_kinds(*seen.totals)
-        far = (0.0, *(seen.all_fars if far is None else far))
-        wanted = seen.bins_about(far, best)
+        asked = _Asked((0.0, *(seen.all_fars if far is None else far)), best, *seen.totals)
+        wanted = seen.bins_about(asked)
         parts = [seen.ends]
         for some in blocks(len(wanted), MOST_BINS):
             filter = pairs.filter_for(wanted[some], seen.histogram.sum(1))
-            parts.append(_points(_count(pairs, wanted[some], filter, galleries, progress)))
-        return _curve(parts, pairs.cells, similarity, far, best, *seen.auc)
+            counts = _count(pairs, wanted[some], filter, galleries, progress)
+            parts += [asked.of(_points(counts, bins)) for bins in blocks(len(counts.wanted), _BINS_AT_ONCE)]
+        return _curve(asked.of(_Points.joined(parts)), pairs.cells, similarity, asked, *seen.auc)
 
 
 def _check_far(far: float | Iterable[float] | None) -> tuple[float, ...] | None:
@@ -113,6 +117,8 @@ def _check_far(far: float | Iterable[float] | None) -> tuple[float, ...] | None:
 
 
 def _check_best(best: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(best, Iterable):
+        raise TypeError(f"best must be names, got {type(best).__name__}")
     several = (best,) if isinstance(best, str) else tuple(best)
     for each in several:
         validation.check_choice("best", each, tuple(OBJECTIVES))
@@ -155,10 +161,48 @@ def _by_edges(histogram: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Points:
-    """Of a curve: cells at whose lower edge a threshold lies, and what it accepts."""
+    """Of a curve, the strictest first: cells at whose lower edge a threshold lies, and what it accepts."""
 
     cell: Tensor  # int64 [P]
     accepted: Tensor  # int64 [P, 2]: of different labels, of one
+
+    @staticmethod
+    def joined(parts: list[_Points]) -> _Points:
+        """Each once: cells between which there are no pairs accept the same."""
+        cell, order = torch.cat([part.cell for part in parts]).sort(descending=True)
+        accepted = torch.cat([part.accepted for part in parts])[order]
+        return _Points(cell, accepted)[torch.nn.functional.pad(accepted.diff(dim=0).any(1), (1, 0), value=True)]
+
+    def __getitem__(self, points: Tensor) -> _Points:
+        return _Points(self.cell[points], self.accepted[points])
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a curve is asked for."""
+
+    fars: tuple[float, ...]
+    best: tuple[str, ...]
+    of_same: int  # pairs of one label, and of different ones
+    of_other: int
+
+    def apart(self, accepted: Tensor) -> Tensor:
+        other, same = accepted.double().unbind(1)
+        return apart(same, other, self.of_same, self.of_other)
+
+    def value(self, objective: str, same: Tensor, other: Tensor) -> Tensor:
+        return OBJECTIVES[objective](same.double(), other.double(), self.of_same, self.of_other)
+
+    def of(self, points: _Points) -> _Points:
+        """The points of the FARs, of equal errors, the best ones, the first and the last: all that a curve has."""
+        other, same = points.accepted.unbind(1)
+        far = other.double() / self.of_other
+        at = torch.searchsorted(far, torch.tensor(self.fars, dtype=far.dtype, device=far.device), right=True) - 1
+        after = int((self.apart(points.accepted) < 0).sum())
+        values = (self.value(objective, same, other) for objective in self.best)
+        best = [int((value == value.max()).nonzero()[0]) for value in values]
+        others = torch.tensor([0, len(far) - 1, after - 1, after, *best], device=far.device)
+        return points[torch.cat((at, others)).clamp(0, len(far) - 1).unique()]
 
 
 @dataclass(frozen=True)
@@ -193,25 +237,23 @@ class _Seen:
             step += 1
             far = 10 ** (-step / _PER_DECADE)
 
-    def bins_about(self, fars: Iterable[float], best: tuple[str, ...]) -> Tensor:
-        """Where these points, and that of equal errors, may be: int64 ``[W]``, ascending.
+    def bins_about(self, asked: _Asked) -> Tensor:
+        """Where the points that are asked for may be, and that of equal errors: int64 ``[W]``, ascending.
 
         A threshold in a bin accepts no fewer pairs than the bin's upper edge does at least, and no more than its lower
         edge does at most.
         """
-        of_kinds = self.totals
-        fewest_other, fewest_same = self._by(self.reach).double().unbind(1)
-        most_other, most_same = self._by(-self.reach).double().unbind(1)
-        wanted = (apart(fewest_same, fewest_other, *of_kinds)[1:] < 0) & (
-            apart(most_same, most_other, *of_kinds)[:-1] >= 0
-        )
-        for far in fars:
-            wanted |= (fewest_other[1:] / of_kinds[1] <= far) & (most_other[:-1] / of_kinds[1] > far)
-        for name in best:
-            value = OBJECTIVES[name]
-            reached = value(fewest_same, most_other, *of_kinds).max()
-            may_be = value(most_same[:-1], fewest_other[1:], *of_kinds) >= reached
-            wanted |= may_be & (most_same[:-1] > fewest_same[1:])  # without a pair of one label none is better
+        fewest, most = self._by(self.reach)[1:], self._by(-self.reach)[:-1]
+        fewest_other, fewest_same = fewest.unbind(1)
+        most_other, most_same = most.unbind(1)
+        fewest_far, most_far = (other.double() / asked.of_other for other in (fewest_other, most_other))
+        wanted = (asked.apart(fewest) < 0) & (asked.apart(most) >= 0)
+        for far in asked.fars:
+            wanted |= (fewest_far <= far) & (most_far > far)
+        for name in asked.best:
+            reached = asked.value(name, self._by(self.reach)[:, 1], self._by(-self.reach)[:, 0]).max()
+            may_be = asked.value(name, most_same, fewest_other) >= reached
+            wanted |= may_be & (most_same > fewest_same)  # without a pair of one label none is better
         return wanted.nonzero().squeeze(1)
 
     @property
@@ -224,7 +266,7 @@ class _Seen:
     def auc(self) -> tuple[float, tuple[float, float]]:
         """The area, and its bounds: of scores ``2 reach`` bins apart or less, it is not known which is larger."""
         other = self.histogram[:, 0].double()
-        of_both = self.totals[0] * self.totals[1]
+        of_both = float(self.totals[0] * self.totals[1])  # more than an integer of torch's holds
 
         def area(bins: int) -> float:
             return float((other * self._by(bins)[:-1, 1]).sum() / of_both)
@@ -232,44 +274,27 @@ class _Seen:
         return (area(0) + area(1)) / 2, (area(2 * self.reach + 1), area(-2 * self.reach))
 
 
-def _points(counts: Counts) -> _Points:
-    """Of the bins whose cells were counted: the upper edge of each, and all its cells that have pairs."""
-    upper = _by_edges(counts.histogram)[counts.wanted + 1]
-    row, cell = counts.cells.any(2).nonzero(as_tuple=True)
-    accepted = (_accepted(counts.cells) + upper[:, None])[row, cell]
-    first = counts.wanted * CELLS
-    return _Points(torch.cat((first + CELLS, first[row] + cell)), torch.cat((upper, accepted)))
+def _points(counts: Counts, some: slice) -> _Points:
+    """Of some of the bins whose cells were counted: the upper edge of each, and all its cells that have pairs."""
+    wanted, cells = counts.wanted[some], counts.cells[some]
+    upper = _by_edges(counts.histogram)[wanted + 1]
+    row, cell = cells.any(2).nonzero(as_tuple=True)
+    from_here = torch.nn.functional.pad(_accepted(cells[row, cell]), (0, 0, 0, 1))  # in this bin, and those after it
+    after = torch.searchsorted(row, torch.arange(len(wanted), device=row.device), right=True)
+    accepted = from_here[:-1] - from_here[after[row]] + upper[row]
+    first = wanted * CELLS
+    return _Points.joined([_Points(first + CELLS, upper), _Points(first[row] + cell, accepted)])
 
 
 def _curve(
-    parts: list[_Points],
-    cells: Cells,
-    similarity: str,
-    fars: tuple[float, ...],
-    best: tuple[str, ...],
-    auc: float,
-    auc_bounds: tuple[float, float],
+    points: _Points, cells: Cells, similarity: str, asked: _Asked, auc: float, auc_bounds: tuple[float, float]
 ) -> Curve:
-    cell, order = torch.cat([part.cell for part in parts]).sort(descending=True)
-    accepted = torch.cat([part.accepted for part in parts])[order]
-    kept = torch.nn.functional.pad((accepted[1:] != accepted[:-1]).any(1), (1, 0), value=True)
-    scores = cells.score(cell[kept])
-    scores[0] = torch.inf
-    other, same = accepted[kept].unbind(1)
-    thresholds = scores
+    thresholds = cells.score(points.cell)
+    thresholds[points.cell == 0] = -torch.inf  # as what is below all cells is counted there
+    thresholds[0] = torch.inf
     if similarity in DISTANCES:
-        thresholds = 0.0 - scores
-        if similarity == "distance":
-            thresholds[1:] = thresholds[1:].sqrt()
-    curve = Curve(thresholds, same, other, auc, auc_bounds, 1 / cells.per_score, fars, best)
-    points = _asked_for(curve)
-    return replace(curve, thresholds=thresholds[points], same=same[points], other=other[points])
-
-
-def _asked_for(curve: Curve) -> Tensor:
-    """The points of the FARs, of equal errors and the best ones, the first and the last."""
-    fars = torch.tensor(curve.fars, dtype=torch.float64, device=curve.same.device)
-    of_fars = torch.searchsorted(curve.far, fars, right=True) - 1
-    of_best = [curve.at_best(objective)[0] for objective in curve.objectives]
-    others = [0, len(curve.same) - 1, *curve.at_eer[:2], *of_best]
-    return torch.cat((of_fars, torch.tensor(others, device=fars.device))).unique()
+        thresholds = 0.0 - thresholds
+    if similarity == "distance":
+        thresholds[1:] = thresholds[1:].sqrt()
+    other, same = points.accepted.unbind(1)
+    return Curve(thresholds, same, other, auc, auc_bounds, 1 / cells.per_score, asked.fars, asked.best)
