@@ -6,6 +6,7 @@ import retrieval_oracle as oracle
 import torch
 import torch.nn.functional as F
 from test_retrieval import SIMILARITIES
+from test_retrieval_metrics import labels_of as drawn_labels
 
 from replearn_kernels import verification
 from replearn_kernels.engine import native
@@ -60,12 +61,8 @@ def check(query, gallery, same, counted, similarity, backend, best=BEST, **optio
     return curve
 
 
-def labels_of(n, m, classes, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    of_query, of_gallery = (
-        torch.randint(-1, classes - 1, (n,), generator=g),
-        torch.randint(-1, classes - 1, (m,), generator=g),
-    )
+def labels_of(n, m, classes):
+    of_query, of_gallery = drawn_labels(n, m, classes)
     of_query[0], of_gallery[:2] = 10**12, torch.tensor([10**12, 10**13])  # pairs of both kinds
     return of_query, of_gallery
 
@@ -95,17 +92,8 @@ def test_a_batch_against_itself(backend, similarity, n, small_walk):
     once = torch.ones(n, n).bool().triu(1)
     curve = check(x, None, same, once, similarity, backend, query_labels=labels)
     assert curve.same_pairs + curve.other_pairs == n * (n - 1) // 2
-    check(
-        x,
-        x.clone(),
-        same,
-        ~torch.eye(n).bool(),
-        similarity,
-        backend,
-        query_labels=labels,
-        gallery_labels=labels,
-        exclude_self=True,
-    )
+    options = {"query_labels": labels, "gallery_labels": labels, "exclude_self": True}
+    check(x, x.clone(), same, ~torch.eye(n).bool(), similarity, backend, **options)
 
 
 @pytest.mark.parametrize("gallery", [True, False])

@@ -1,6 +1,6 @@
 // Retrieval as operators: which columns are a row's nearest, how many are nearer than its positives, and how many pairs
-// have which score. A tile of
-// similarities in fp32 or bf16 tells which columns cannot matter; the others are scored in fp64 (retrieval/bounds.py).
+// have which score. A tile of similarities in fp32 or bf16 tells which columns cannot matter; the others are scored in
+// fp64 (retrieval/bounds.py).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -36,6 +36,14 @@ _BLOCK = 2**20  # numbers of features that are converted at a time: 8 MB of fp64
 _TINY = 2.0**-120  # what fp32 cannot tell from 0: products of parts of unit rows
 
 
+def as_values(scores: Tensor, similarity: str) -> Tensor:
+    """What a caller reads of scores: similarities as they are, distances as such, none of them a zero below zero."""
+    if similarity not in DISTANCES:
+        return scores
+    squares = 0.0 - scores
+    return squares.sqrt() if similarity == "distance" else squares
+
+
 @dataclass(frozen=True)
 class Rows:
     """Queries, or a gallery: fp32 or fp64 rows as they are given, and what is known of them in fp64."""

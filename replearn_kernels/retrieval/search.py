@@ -14,7 +14,7 @@ from ..engine.schedules import on_device_of
 from ..engine.world import World
 from ..functional.call import in_group
 from .arguments import Arguments, Galleries, progress_bar
-from .bounds import DISTANCES
+from .bounds import DISTANCES, as_values
 from .nearest import nearest
 
 
@@ -97,15 +97,7 @@ def topk(
 
 def _topk(query, gallery, k, similarity, *options) -> Neighbours:
     scores, indices, _ = _nearest(query, gallery, k, similarity, *options)
-    values = _similarities(scores, similarity)
-    if similarity in DISTANCES:
-        values = 0.0 - values
-    return Neighbours(values.to(statistics_dtype(query.dtype)), indices)
-
-
-def _similarities(scores: Tensor, similarity: str) -> Tensor:
-    """Of scores: themselves, or distances with a minus, in fp64."""
-    return scores.neg().sqrt().neg() if similarity == "distance" else scores
+    return Neighbours(as_values(scores, similarity).to(statistics_dtype(query.dtype)), indices)
 
 
 @torch.no_grad()
@@ -177,7 +169,7 @@ def knn_predict(
     alone = (indices[:, 0] < 0).nonzero()
     if len(alone):
         raise ValueError(f"every query needs a row of the gallery that ids leave it, query {int(alone[0])} has none")
-    similarities = _similarities(scores, similarity)
+    similarities = as_values(scores, similarity) * (-1 if similarity in DISTANCES else 1)
     weights = torch.ones_like(similarities)
     if temperature is not None:
         weights = ((similarities - similarities[:, :1]) / temperature).exp()

@@ -13,7 +13,7 @@ from ..engine.columns import blocks
 from ..engine.schedules import on_device_of
 from ..functional.call import in_group
 from ..retrieval.arguments import Arguments, Galleries, check_labels, progress_bar
-from ..retrieval.bounds import DISTANCES, Filter
+from ..retrieval.bounds import DISTANCES, Filter, as_values
 from ..retrieval.walk import renumbered
 from .counting import BINS, CELLS, MOST_BINS, Cells, Counts, LabelledPairs
 from .curve import OBJECTIVES, Curve, apart, check_both_kinds, listed
@@ -103,8 +103,7 @@ def roc_of_labels(
         parts = [seen.ends]
         for some in blocks(len(wanted), MOST_BINS):
             filter = pairs.filter_for(wanted[some], seen.histogram.sum(1))
-            counts = _count(pairs, wanted[some], filter, galleries, progress)
-            parts += [asked.of(_points(counts, bins)) for bins in blocks(len(counts.wanted), _BINS_AT_ONCE)]
+            parts += _points(_count(pairs, wanted[some], filter, galleries, progress), asked)
         return _curve(asked.of(_Points.joined(parts)), pairs.cells, similarity, asked, *seen.auc)
 
 
@@ -231,8 +230,9 @@ class _Seen:
 
     @property
     def all_fars(self) -> Iterator[float]:
+        _, of_other = self.totals
         far, step = 1.0, 0
-        while far * self.totals[1] >= 1:
+        while far * of_other >= 1:
             yield far
             step += 1
             far = 10 ** (-step / _PER_DECADE)
@@ -274,27 +274,29 @@ class _Seen:
         return (area(0) + area(1)) / 2, (area(2 * self.reach + 1), area(-2 * self.reach))
 
 
-def _points(counts: Counts, some: slice) -> _Points:
-    """Of some of the bins whose cells were counted: the upper edge of each, and all its cells that have pairs."""
-    wanted, cells = counts.wanted[some], counts.cells[some]
-    upper = _by_edges(counts.histogram)[wanted + 1]
-    row, cell = cells.any(2).nonzero(as_tuple=True)
-    from_here = torch.nn.functional.pad(_accepted(cells[row, cell]), (0, 0, 0, 1))  # in this bin, and those after it
-    after = torch.searchsorted(row, torch.arange(len(wanted), device=row.device), right=True)
-    accepted = from_here[:-1] - from_here[after[row]] + upper[row]
-    first = wanted * CELLS
-    return _Points.joined([_Points(first + CELLS, upper), _Points(first[row] + cell, accepted)])
+def _points(counts: Counts, asked: _Asked) -> Iterator[_Points]:
+    """Those asked for, of some at a time of the bins whose cells were counted: of the upper edge of each, and all its
+    cells that have pairs."""
+    edges = _by_edges(counts.histogram)
+    for some in blocks(len(counts.wanted), _BINS_AT_ONCE):
+        wanted, cells = counts.wanted[some], counts.cells[some]
+        upper = edges[wanted + 1]
+        row, cell = cells.any(2).nonzero(as_tuple=True)
+        from_here = torch.nn.functional.pad(
+            _accepted(cells[row, cell]), (0, 0, 0, 1)
+        )  # in this bin, and those after it
+        after = torch.searchsorted(row, torch.arange(len(wanted), device=row.device), right=True)
+        accepted = from_here[:-1] - from_here[after[row]] + upper[row]
+        first = wanted * CELLS
+        yield asked.of(_Points.joined([_Points(first + CELLS, upper), _Points(first[row] + cell, accepted)]))
 
 
 def _curve(
     points: _Points, cells: Cells, similarity: str, asked: _Asked, auc: float, auc_bounds: tuple[float, float]
 ) -> Curve:
-    thresholds = cells.score(points.cell)
-    thresholds[points.cell == 0] = -torch.inf  # as what is below all cells is counted there
-    thresholds[0] = torch.inf
-    if similarity in DISTANCES:
-        thresholds = 0.0 - thresholds
-    if similarity == "distance":
-        thresholds[1:] = thresholds[1:].sqrt()
+    accepts_none = -torch.inf if similarity in DISTANCES else torch.inf
+    thresholds = as_values(cells.score(points.cell), similarity)
+    thresholds[points.cell == 0] = -accepts_none  # as what is below all cells is counted there
+    thresholds[0] = accepts_none
     other, same = points.accepted.unbind(1)
     return Curve(thresholds, same, other, auc, auc_bounds, 1 / cells.per_score, asked.fars, asked.best)

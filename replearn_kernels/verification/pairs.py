@@ -11,7 +11,7 @@ from ..engine import validation
 from ..engine.operators import refuse_transforms
 from ..engine.schedules import on_device_of
 from ..retrieval.arguments import finite_rows, resolve_backend
-from ..retrieval.bounds import DISTANCES, SIMILARITIES, Scores
+from ..retrieval.bounds import SIMILARITIES, Scores, as_values
 from .curve import Curve, check_pairs, roc
 
 
@@ -66,9 +66,7 @@ def pair_similarities(
             torch.ops.replearn_kernels.listed_scores_(*scores.arguments, row, column, values)
         else:
             values = scores.listed(row, column)
-        if similarity in DISTANCES:
-            values = 0.0 - values
-        return values.sqrt() if similarity == "distance" else values
+        return as_values(values, similarity)
 
 
 def _rows_of(
